@@ -1,0 +1,171 @@
+"""The correction: what is known of a model's quantization noise per timestep, and how much of it is undone."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantdm.errors import QuantDMError
+from quantdm.files import load_tensors, save_tensors
+
+CORRECTION_VERSION = 1
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+# From nothing to everything; the order in which a fit adds them.
+VARIANTS = ("none", "bias", "k", "both", "both+variance")
+MIN_K = -0.5
+_ARRAYS = ("timesteps", "log_snr", "k", "bias", "shift", "q")
+
+
+def load_correction(path: str | Path) -> "Correction":
+    """Read a correction written by `Correction.save`.
+
+    Raises:
+        QuantDMError: no such file, damaged, not a correction or of another version.
+    """
+    tensors, metadata = load_tensors(path)
+    if metadata.get("kind") != "correction" or metadata.get("version") != CORRECTION_VERSION:
+        raise QuantDMError(
+            f"{path}: got {metadata.get('kind', 'other tensors')} version {metadata.get('version')}, expected a "
+            f"correction of version {CORRECTION_VERSION}; write it again with `fit_correction`"
+        )
+    if missing := [name for name in _ARRAYS if name not in tensors]:
+        raise QuantDMError(f"{path}: the correction lacks {', '.join(missing)}; write it again with `fit_correction`")
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return Correction(
+        **{name: arrays[name] for name in _ARRAYS},
+        variant=metadata["variant"],
+        prediction_type=metadata["prediction_type"],
+        model=metadata["model"],
+        diagnostics={n.removeprefix("diagnostics."): a for n, a in arrays.items() if n.startswith("diagnostics.")},
+        measured=metadata["measured"],
+    )
+
+
+@dataclass(frozen=True)
+class StepCorrection:
+    """The correction of one step: e = (e_quantized - bias) / (1 + k); q is the std that remains, in network units."""
+
+    k: float
+    bias: np.ndarray
+    q: float
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """Noise statistics over log-SNR, and the variant that is on.
+
+    The noise model is e_quantized = (1 + k) e + bias + noise, in the network's own output space, after guidance.
+
+    Args:
+        timesteps: training timesteps at which it was fitted, int64 [T].
+        log_snr: log(alpha_bar / (1 - alpha_bar)) there, float64 [T], strictly increasing.
+        k: slope of the quantization error on the output, [T], > -0.5; 0 where not significant.
+        bias: mean error per channel beside k, [T, C].
+        shift: mean error per channel when k is not used, [T, C].
+        q: standard deviation of the rest of the error, [T].
+        variant: one of `VARIANTS`; "both+variance" also lowers the sampler's noise by what the rest adds.
+        prediction_type: what the network predicts.
+        model: name of the model it belongs to.
+        diagnostics: per timestep, [T] each: r2, k_se, q_robust, lag1, count.
+        measured: variant -> distances to full precision, one per held-out run (lower is better).
+    """
+
+    timesteps: np.ndarray
+    log_snr: np.ndarray
+    k: np.ndarray
+    bias: np.ndarray
+    shift: np.ndarray
+    q: np.ndarray
+    variant: str = "both+variance"
+    prediction_type: str = "epsilon"
+    model: str = ""
+    diagnostics: dict[str, np.ndarray] = field(default_factory=dict)
+    measured: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise QuantDMError(f"correction: got variant {self.variant!r}, expected one of {', '.join(VARIANTS)}")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise QuantDMError(
+                f"correction: got prediction type {self.prediction_type!r}, expected {', '.join(PREDICTION_TYPES)}"
+            )
+        for name in _ARRAYS:
+            dtype = np.int64 if name == "timesteps" else np.float64
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
+        num = len(self.timesteps)
+        shapes = {name: getattr(self, name).shape for name in _ARRAYS}
+        right = all(shapes[name] == (num,) for name in ("timesteps", "log_snr", "k", "q"))
+        if not right or num == 0 or self.bias.ndim != 2 or self.bias.shape[0] != num or self.shift.shape != shapes["bias"]:
+            raise QuantDMError(f"correction: got shapes {shapes}, expected [T] and, for bias and shift, [T, C]")
+        if not all(np.isfinite(getattr(self, name)).all() for name in _ARRAYS):
+            raise QuantDMError("correction: got NaN or infinity; the outputs it was fitted on were not finite")
+        if (self.k <= MIN_K).any() or (self.q < 0).any() or (np.diff(self.log_snr) <= 0).any():
+            raise QuantDMError("correction: expected k > -0.5, q >= 0 and a strictly increasing log_snr")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's output that it corrects."""
+        return self.bias.shape[1]
+
+    @property
+    def uses_variance(self) -> bool:
+        """Whether the sampler's own noise is lowered too."""
+        return self.variant == "both+variance"
+
+    def with_variant(self, variant: str) -> "Correction":
+        """Return the same statistics with another variant on."""
+        return replace(self, variant=variant)
+
+    def at(self, log_snr: float) -> StepCorrection:
+        """Return what the variant undoes at a log-SNR: linear between the fitted ones, constant beyond them."""
+        use_k = self.variant in ("k", "both", "both+variance")
+        k = _interpolate(log_snr, self.log_snr, self.k[:, None])[0] if use_k else 0.0
+        if self.variant in ("both", "both+variance"):
+            bias = _interpolate(log_snr, self.log_snr, self.bias)
+        elif self.variant == "bias":
+            bias = _interpolate(log_snr, self.log_snr, self.shift)
+        else:
+            bias = np.zeros(self.channels)
+        q = _interpolate(log_snr, self.log_snr, self.q[:, None])[0] if self.uses_variance else 0.0
+        return StepCorrection(k=float(k), bias=bias, q=float(q))
+
+    def diagnostics_at(self, log_snr: float) -> dict[str, float]:
+        """Return the diagnostics interpolated to a log-SNR."""
+        return {n: float(np.interp(log_snr, self.log_snr, a)) for n, a in self.diagnostics.items()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write the correction as safetensors, atomically."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays |= {f"diagnostics.{name}": np.asarray(a, dtype=np.float64) for name, a in self.diagnostics.items()}
+        metadata = {"kind": "correction", "version": CORRECTION_VERSION, "measured": self.measured, **self._labels()}
+        save_tensors(path, {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()}, metadata)
+        return Path(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what sampling needs (no diagnostics) as JSON values that give the same numbers back."""
+        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        return {"version": CORRECTION_VERSION, **self._labels(), **arrays}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Correction":
+        """Return the correction of a record written by `to_dict`.
+
+        Raises:
+            QuantDMError: another version, or a key is missing.
+        """
+        keys = (*_ARRAYS, "variant", "prediction_type", "model")
+        if record.get("version") != CORRECTION_VERSION or not all(key in record for key in keys):
+            raise QuantDMError(
+                f"correction in a scheduler: got version {record.get('version')} with keys {', '.join(record)}; "
+                f"expected version {CORRECTION_VERSION} with {', '.join(keys)}"
+            )
+        return cls(**{key: record[key] for key in keys})
+
+    def _labels(self) -> dict[str, str]:
+        return {"variant": self.variant, "prediction_type": self.prediction_type, "model": self.model}
+
+
+def _interpolate(x: float, grid: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return np.array([np.interp(x, grid, column) for column in values.T])

@@ -1,0 +1,53 @@
+"""Feature extractors by name: images [N, 3, H, W] in [0, 1] -> features [N, F]."""
+
+from collections.abc import Callable
+
+import torch
+
+from quantdm.errors import QuantDMError
+from quantdm.metrics.classifier import load_digit_classifier
+
+Extractor = Callable[[torch.Tensor], torch.Tensor]
+
+
+def load_extractor(name: str) -> Extractor:
+    """Return the feature extractor of that name.
+
+    Args:
+        name: "digits" (the embedded classifier, 64 features) or "clip:PATH" (the image tower of a CLIP model that
+            transformers can open, from a directory or the hub).
+
+    Raises:
+        QuantDMError: unknown name, or the CLIP model cannot be opened.
+    """
+    if name == "digits":
+        classifier = load_digit_classifier()
+        return torch.no_grad()(lambda images: classifier.features(images))
+    if name.startswith("clip:"):
+        return _clip_extractor(name.removeprefix("clip:"))
+    raise QuantDMError(f"features: got {name!r}, expected 'digits' or 'clip:PATH_OR_HUB_ID'")
+
+
+def _clip_extractor(path: str) -> Extractor:
+    from transformers import CLIPVisionModelWithProjection
+
+    try:
+        model = CLIPVisionModelWithProjection.from_pretrained(path).eval().requires_grad_(False)
+    except OSError as error:
+        raise QuantDMError(f"features: no CLIP model at {path!r} ({str(error).splitlines()[0]})") from None
+    size = model.config.image_size
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+
+    def extract(images: torch.Tensor) -> torch.Tensor:
+        resized = torch.nn.functional.interpolate(
+            images.float(), size=(size, size), mode="bicubic", antialias=True
+        )
+        return model((resized.clamp(0, 1) - mean) / std).image_embeds.float()
+
+    return torch.no_grad()(extract)
+
+
+def batched(extractor: Extractor, images: torch.Tensor, batch_size: int = 500) -> torch.Tensor:
+    """Extract features batch by batch."""
+    return torch.cat([extractor(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])

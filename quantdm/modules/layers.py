@@ -1,0 +1,248 @@
+"""Linear and convolution layers whose weight stays packed; it is decoded when the layer runs.
+
+The stored tensors of a `QuantizedWeight` lie one behind the other in ONE frozen uint8 parameter, `packed`. Bytes are never
+cast (`torch_dtype=`, disk offload and `.to(dtype)` cast every floating tensor they meet), they move as one piece under
+sequential and group offload, and one tensor per layer keeps the checkpoint header small.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from quantdm.errors import QuantDMError
+from quantdm.modules.blob import join_tensors, split_blob
+from quantdm.modules.view import WeightView
+from quantdm.quantizers import QuantizedWeight
+from quantdm.schemes import Scheme
+
+_scratch = threading.local()
+
+
+def _scratch_out(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+    """Return a reusable CPU buffer: fresh large temporaries cost page faults (performance.md section 2).
+
+    Only without autograd, which would keep the weight for the backward pass, and never between inference modes.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    key = (dtype, torch.is_inference_mode_enabled())
+    buffers: dict[Any, torch.Tensor] = _scratch.__dict__.setdefault("buffers", {})
+    count = torch.Size(shape).numel()
+    if key not in buffers or buffers[key].numel() < count:
+        buffers[key] = torch.empty(count, dtype=dtype)
+    return buffers[key][:count].view(shape)
+
+
+class PackedLayer(nn.Module):
+    """What all packed layers share: the bytes, what they mean, and how they become a dense weight again.
+
+    It behaves as the torch layer with the dense weight `dequantize()` of dtype `weight_dtype` would; that dtype follows
+    `.to(dtype)` on the layer, the bytes do not.
+    """
+
+    packed: nn.Parameter
+    scheme: Scheme
+    weight_shape: tuple[int, ...]
+    split: int | None
+    original_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    _dense: torch.Tensor | None
+
+    def pack_(self, quantized: QuantizedWeight, weight_dtype: torch.dtype, device: torch.device) -> None:
+        """Hold this quantized weight from now on."""
+        blob = join_tensors(quantized.tensors).to(device)
+        self.describe_(
+            quantized.scheme, quantized.shape, quantized.split, quantized.dtype, weight_dtype=weight_dtype, packed=blob
+        )
+
+    def describe_(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, ...],
+        split: int | None,
+        original_dtype: torch.dtype,
+        *,
+        weight_dtype: torch.dtype,
+        packed: torch.Tensor,
+    ) -> None:
+        """Say what the bytes `packed` (perhaps still on the meta device) mean."""
+        self.scheme, self.weight_shape, self.split = scheme, tuple(shape), split
+        self.original_dtype, self.weight_dtype = original_dtype, weight_dtype
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        self._dense = None
+
+    @property
+    def quantized(self) -> QuantizedWeight:
+        """The layer's weight as a `QuantizedWeight` that looks into the packed bytes without copying them."""
+        tensors = split_blob(self.packed.data, self.weight_shape, self.scheme, self.split)
+        return QuantizedWeight(self.scheme, self.weight_shape, self.split, self.original_dtype, tensors)
+
+    def dequantize(self, *, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Decode the weight into a new tensor of `dtype` (default: `weight_dtype`)."""
+        return self.quantized.dequantize(dtype=dtype or self.weight_dtype)
+
+    def dense_weight(self) -> torch.Tensor:
+        """Return the weight for one forward pass: cached in dense residency, else decoded into a shared buffer."""
+        if self._dense is not None:
+            return self._dense
+        out = _scratch_out(self.weight_shape, self.weight_dtype) if self.packed.device.type == "cpu" else None
+        return self.quantized.dequantize(dtype=self.weight_dtype, out=out)
+
+    def keep_dense_(self, dense: bool) -> None:
+        """Keep the decoded weight beside the bytes (dense residency) or drop it; it is never saved."""
+        self._dense = self.dequantize() if dense else None
+
+    @property
+    def weight(self) -> WeightView:
+        """What others see as the weight: dtype, device and shape at once, values decoded when they are asked for."""
+        return WeightView(self)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise QuantDMError(f"weight of a {self.scheme} layer: cannot be assigned; dequantize() the model first")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; a dense `weight` is refused."""
+        if name == "weight":
+            raise QuantDMError(f"weight of a {self.scheme} layer: cannot be assigned; dequantize() the model first")
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedLayer":
+        if fn(torch.empty(0, dtype=torch.uint8)).dtype != torch.uint8:
+            raise QuantDMError("packed layer: .type() would cast its bytes; use .to(dtype)")
+        super()._apply(fn, recurse)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        if self._dense is not None:
+            self.keep_dense_(True)
+        return self
+
+    def extra_repr(self) -> str:
+        """Show the scheme behind the arguments of the torch layer."""
+        return f"{super().extra_repr()}, scheme={self.scheme}"
+
+
+class QuantLinear(PackedLayer, nn.Linear):
+    """`nn.Linear` with a packed weight."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return input @ weight.T + bias; [..., C_in] -> [..., C_out]."""
+        return F.linear(input, self.dense_weight(), self.bias)
+
+
+class _QuantConv(PackedLayer):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(input, self.dense_weight(), self.bias)  # type: ignore[operator]
+
+
+class QuantConv1d(_QuantConv, nn.Conv1d):
+    """`nn.Conv1d` with a packed weight."""
+
+
+class QuantConv2d(_QuantConv, nn.Conv2d):
+    """`nn.Conv2d` with a packed weight."""
+
+
+class QuantConv3d(_QuantConv, nn.Conv3d):
+    """`nn.Conv3d` with a packed weight."""
+
+
+PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: QuantLinear,
+    nn.Conv1d: QuantConv1d,
+    nn.Conv2d: QuantConv2d,
+    nn.Conv3d: QuantConv3d,
+}
+
+
+@cache
+def _packed_class(base: type[nn.Module]) -> type[PackedLayer]:
+    if base in PACKED_CLASSES:
+        return PACKED_CLASSES[base]
+    if not issubclass(base, tuple(PACKED_CLASSES)):
+        raise QuantDMError(f"layer: got {base.__name__}, expected nn.Linear or nn.Conv1d/2d/3d")
+    # A subclass with its own forward keeps it; there `self.weight` decodes itself inside any torch function.
+    return type(f"Quant{base.__name__}", (PackedLayer, base), {})
+
+
+def new_packed_layer(layer: nn.Module) -> PackedLayer:
+    """Return a packed layer with the bias, the geometry and the mode of `layer`, still without its bytes."""
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        raise QuantDMError(
+            f"{type(layer).__name__} carries hooks (activation quantization, offload, LoRA): remove them, quantize, then "
+            "add them again"
+        )
+    cls = _packed_class(type(layer))
+    packed = cls.__new__(cls)
+    nn.Module.__init__(packed)
+    own = packed.__dict__.keys()
+    packed.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in own})
+    packed.__dict__["_dense"] = None
+    packed.training = layer.training
+    packed._parameters["bias"] = layer._parameters.get("bias")
+    return packed
+
+
+def set_layer_(denoiser: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put `layer` at the dotted path `name`."""
+    parent, _, child = name.rpartition(".")
+    denoiser.get_submodule(parent)._modules[child] = layer
+
+
+def quantize_module_(parent: nn.Module, name: str, quantized: QuantizedWeight) -> PackedLayer:
+    """Replace the layer at the dotted path `name` by one that holds `quantized`.
+
+    Raises:
+        QuantDMError: not a Linear or Conv layer, already packed, another shape, or the layer carries hooks.
+    """
+    layer = parent.get_submodule(name)
+    if isinstance(layer, PackedLayer):
+        raise QuantDMError(f"{name}: is already quantized ({layer.scheme}); dequantize() it first")
+    packed = new_packed_layer(layer)
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    if tuple(weight.shape) != tuple(quantized.shape):
+        raise QuantDMError(f"{name}: got codes for shape {tuple(quantized.shape)}, expected {tuple(weight.shape)}")
+    packed.pack_(quantized, weight.dtype, weight.device)
+    set_layer_(parent, name, packed)
+    return packed
+
+
+def dequantize_module_(parent: nn.Module, name: str) -> nn.Module:
+    """Replace the packed layer at `name` by the torch layer with the decoded weight."""
+    packed = parent.get_submodule(name)
+    if not isinstance(packed, PackedLayer):
+        raise QuantDMError(f"{name}: got {type(packed).__name__}, expected a packed layer")
+    base = next(cls for cls in type(packed).__mro__ if issubclass(cls, nn.Module) and not issubclass(cls, PackedLayer))
+    layer = base.__new__(base)
+    nn.Module.__init__(layer)
+    described = layer.__dict__.keys() | PackedLayer.__annotations__.keys()
+    layer.__dict__.update({key: value for key, value in packed.__dict__.items() if key not in described})
+    layer.training = packed.training
+    layer._parameters.update(weight=nn.Parameter(packed.dequantize(), requires_grad=False), bias=packed.bias)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        layer.__dict__[hooks] = packed.__dict__[hooks]
+    set_layer_(parent, name, layer)
+    return layer
+
+
+def packed_layers(denoiser: nn.Module) -> dict[str, PackedLayer]:
+    """Return the packed layers of a model by dotted name, in `named_modules` order."""
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, PackedLayer)}
+
+
+@contextmanager
+def dense_weights(denoiser: nn.Module) -> Iterator[None]:
+    """Decode every packed weight once and keep it inside the block: many forwards run at the speed of the dense model."""
+    layers = [layer for layer in packed_layers(denoiser).values() if layer._dense is None]
+    for layer in layers:
+        layer.keep_dense_(True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.keep_dense_(False)

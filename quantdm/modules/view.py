@@ -1,0 +1,105 @@
+"""What the outside sees where a dense weight used to be."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quantdm.errors import QuantDMError
+
+if TYPE_CHECKING:
+    from quantdm.modules.layers import PackedLayer
+
+_REFUSED = "a packed weight cannot be changed in place (fusing a LoRA does): dequantize() the model first, or keep it un-fused"
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, WeightView):
+        return value.dense()
+    if isinstance(value, (tuple, list)):
+        return type(value)(_dense(v) for v in value)
+    return value
+
+
+class WeightView:
+    """Stands for the weight of a packed layer: `dtype`, `device` and `shape` cost nothing, anything else decodes it.
+
+    Attention processors and PEFT ask for `.weight.dtype` and `.weight.device` at every call. Any torch function takes the
+    view as an argument; writing through it is refused.
+    """
+
+    __slots__ = ("_layer",)
+
+    def __init__(self, layer: "PackedLayer") -> None:
+        object.__setattr__(self, "_layer", layer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weight decodes to."""
+        return self._layer.weight_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are and the weight will be."""
+        return self._layer.packed.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the dense weight."""
+        return torch.Size(self._layer.weight_shape)
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions of the dense weight."""
+        return len(self._layer.weight_shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Always False: codes are not trained."""
+        return False
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the bytes have not been loaded yet."""
+        return self._layer.packed.is_meta
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """The shape, or one of its entries."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """The number of weights (not of bytes)."""
+        return self.shape.numel()
+
+    def dense(self) -> torch.Tensor:
+        """Decode the weight."""
+        return self._layer.dequantize()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        target = (kwargs or {}).get("out", args[0] if args else None)
+        if isinstance(target, WeightView) and name.endswith("_") and not name.endswith("__"):
+            raise QuantDMError(_REFUSED)
+        return func(*_dense(args), **{key: _dense(value) for key, value in (kwargs or {}).items()})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if (name.endswith("_") and hasattr(torch.Tensor, name)) or name == "grad_fn":
+            raise QuantDMError(_REFUSED)
+        return getattr(self.dense(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise QuantDMError(_REFUSED)
+
+    def __iadd__(self, other: Any) -> "WeightView":
+        raise QuantDMError(_REFUSED)
+
+    def __add__(self, other: Any) -> torch.Tensor:
+        return self.dense() + other
+
+    def __mul__(self, other: Any) -> torch.Tensor:
+        return self.dense() * other
+
+    def __repr__(self) -> str:
+        return f"WeightView({self._layer.scheme}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -1,0 +1,163 @@
+"""From noises to numbers: draw samples of a pipeline, compare them with full precision and with real images."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from quantdm.denoisers.digits import load_digit_images
+from quantdm.denoisers.pipeline import generate, memoized_text_encoders
+from quantdm.denoisers.protocol import Protocol
+from quantdm.errors import QuantDMError
+from quantdm.files import load_tensors, save_tensors
+from quantdm.metrics import batched, frechet_distance, load_extractor, psnr
+from quantdm.metrics.classifier import load_digit_classifier
+from quantdm.metrics.features import Extractor
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which initial noises are used: image i of a draw has seed `base_seed * 10**6 + i`."""
+
+    base_seed: int
+    images: int
+    steps: int
+
+    @property
+    def seeds(self) -> range:
+        """One seed per image."""
+        return range(self.base_seed * 10**6, self.base_seed * 10**6 + self.images)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images as a user gets them (uint8 [N, 3, H, W]) and their features (float32 [N, F])."""
+
+    images: torch.Tensor
+    features: torch.Tensor
+
+    def save(self, path: str | Path) -> None:
+        """Write both tensors to one safetensors file."""
+        save_tensors(path, {"images": self.images, "features": self.features})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Samples":
+        """Read samples written by `save`."""
+        tensors, _ = load_tensors(path)
+        return cls(tensors["images"], tensors["features"])
+
+
+def draw_samples(
+    pipe: DiffusionPipeline, protocol: Protocol, extractor: Extractor, draw: Draw, *, batch_size: int = 250
+) -> Samples:
+    """Generate one image per seed of the draw and extract its features."""
+    with memoized_text_encoders(pipe):
+        images = generate(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size)
+    rounded = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return Samples(rounded, batched(extractor, rounded.float() / 255))
+
+
+def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
+    """Compare samples with the full-precision samples of the same noises.
+
+    Returns:
+        fid_fp: Frechet distance of the features. psnr_fp: dB over all paired 8-bit images (None when equal).
+    """
+    if samples.images.shape != reference.images.shape:
+        raise QuantDMError(
+            f"samples: got {tuple(samples.images.shape)} against a reference {tuple(reference.images.shape)}; "
+            "both must come from the same draw"
+        )
+    paired = psnr(samples.images.float() / 255, reference.images.float() / 255)
+    return {
+        "fid_fp": frechet_distance(samples.features, reference.features),
+        "psnr_fp": None if paired == float("inf") else paired,
+    }
+
+
+def compare_real(samples: Samples, protocol: Protocol) -> dict[str, float]:
+    """Compare samples with real images where the protocol names some.
+
+    Returns:
+        fid_real: Frechet distance to the real test images. agreement: share of images that the classifier takes for
+        the digit that was asked for. Empty if the protocol names no real images.
+    """
+    if protocol.real is None:
+        return {}
+    asked = torch.arange(len(samples.images)) % len(protocol.values)
+    said = batched(lambda x: load_digit_classifier()(x).argmax(1), samples.images.float() / 255, 1000)
+    return {
+        "fid_real": frechet_distance(samples.features, _real_features(protocol.features)),
+        "agreement": (said == asked).float().mean().item(),
+    }
+
+
+@cache
+def _real_features(extractor_name: str) -> torch.Tensor:
+    return batched(load_extractor(extractor_name), load_digit_images("test")[0])
+
+
+def real_floor(protocol: Protocol) -> float:
+    """Return the Frechet distance of the real training digits to the real test digits."""
+    train = batched(load_extractor(protocol.features), load_digit_images("train")[0])
+    return frechet_distance(train, _real_features(protocol.features))
+
+
+def evaluate(
+    pipe: DiffusionPipeline,
+    *,
+    protocol: Protocol,
+    reference: DiffusionPipeline | None = None,
+    num_images: int = 1000,
+    seeds: Sequence[int] = (101, 102, 103),
+    steps: int | None = None,
+    batch_size: int = 250,
+) -> dict[str, Any]:
+    """Measure a pipeline: Frechet distances and paired error, mean and standard deviation over seeds.
+
+    Args:
+        pipe: the pipeline to measure.
+        protocol: what images are asked for, and the features of the Frechet distance.
+        reference: the full-precision pipeline; it is given the same noises (None: no paired figures).
+        num_images: images per seed; compare figures of equal `num_images` only.
+        seeds: base seeds, one draw each.
+        steps: denoising steps (None: the protocol's).
+
+    Returns:
+        `rows`: one record per seed with fid_fp, psnr_fp, fid_real, agreement, seconds (those that apply);
+        `mean` and `sd` of each; `protocol`: how it was measured.
+    """
+    extractor = load_extractor(protocol.features)
+    rows = []
+    for seed in seeds:
+        draw = Draw(seed, num_images, steps or protocol.steps)
+        start = time.monotonic()
+        samples = draw_samples(pipe, protocol, extractor, draw, batch_size=batch_size)
+        row: dict[str, float | None] = {"seconds": time.monotonic() - start}
+        if reference is not None:
+            row |= compare(samples, draw_samples(reference, protocol, extractor, draw, batch_size=batch_size))
+        rows.append(row | compare_real(samples, protocol))
+    return {
+        "rows": rows,
+        **mean_and_sd(rows),
+        "protocol": {**asdict(draw), "features": protocol.features, "flavour": "Frechet distance, eigvalsh, float64"},
+    }
+
+
+def mean_and_sd(rows: Sequence[dict[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """Return the mean and the standard deviation (n - 1) of every figure over rows."""
+    mean, sd = {}, {}
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        if any(v is None for v in values):
+            mean[key] = sd[key] = None
+            continue
+        column = torch.tensor(values, dtype=torch.float64)
+        mean[key] = column.mean().item()
+        sd[key] = column.std().item() if len(rows) > 1 else 0.0
+    return {"mean": mean, "sd": sd}

@@ -1,0 +1,237 @@
+"""The stages of a search, each `inputs -> one record -> one file`; a stage whose record exists is not run again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from quantdm.denoisers.graph import Graph, trace_graph
+from quantdm.denoisers.layers import LayerRecord, list_layers
+from quantdm.errors import QuantDMError
+from quantdm.files import read_json, write_json
+from quantdm.progress import bar
+from quantdm.quantizers import count_bits
+from quantdm.search.bank import WeightBank
+from quantdm.search.engine import Engine
+from quantdm.search.evaluation import Draw
+from quantdm.search.evaluator import Job
+from quantdm.search.run import Run
+from quantdm.search.sampling import sample_configs, sample_frontier
+from quantdm.search.store import TrialStore
+from quantdm.surrogates import (
+    AdditiveSurrogate,
+    Attribution,
+    GraphSurrogate,
+    SearchSpace,
+    TreeSurrogate,
+    attribute,
+)
+
+RECORD_VERSION = 1
+SENSITIVITY_FILE = "sensitivity.json"
+SURROGATES = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
+# Shares of the trials: drawn over the whole space, near the frontier of the one-layer sensitivities, and near the
+# frontier of what was learned so far. Trials pay most where the answer lies.
+RANDOM_SHARE, FRONTIER_SHARE = 0.35, 0.35
+
+
+# ------------------------------------------------------------------------------------------------------ layers, bank
+
+
+def describe(run: Run, denoiser: nn.Module) -> tuple[tuple[LayerRecord, ...], Graph]:
+    """Write layers.json and graph.json."""
+    layers, graph = list_layers(denoiser), trace_graph(denoiser)
+    write_json(
+        run.path("layers.json"),
+        {"version": RECORD_VERSION, "layers": [{**vars(layer), "shape": list(layer.shape)} for layer in layers]},
+    )
+    write_json(run.path("graph.json"), graph.to_dict())
+    return layers, graph
+
+
+def build_bank(run: Run, denoiser: nn.Module) -> WeightBank:
+    """Write bank/: every layer under every option."""
+    layers = list_layers(denoiser)
+    with bar(len(layers), "bank: layers x options") as progress:
+        return WeightBank(run.path("bank"), layers, run.settings.schemes).build(denoiser, progress=progress.update)
+
+
+# ----------------------------------------------------------------------------------------------------- search space
+
+
+def measure_space(run: Run, engine: Engine, denoiser: nn.Module, bank: WeightBank) -> SearchSpace:
+    """Write sensitivity.json (one-layer noise errors) and space.json (bits and errors of every layer x option)."""
+    path = run.path("space.json")
+    if path.is_file():
+        return SearchSpace.load(path)
+    layers, graph = list_layers(denoiser), trace_graph(denoiser)
+    measured = run.path(SENSITIVITY_FILE)
+    errors: dict[str, list[float]] = {}
+    if measured.is_file():
+        errors = read_json(measured, version=RECORD_VERSION)["noise_error"]
+    todo = [layer.name for layer in layers if layer.name not in errors]
+    with bar(len(layers), "sensitivity: one layer a time") as progress:
+        progress.update(len(layers) - len(todo))
+        for index, result, _ in engine.map("sensitivity", todo):
+            errors[todo[index]] = result
+            progress.update()
+            if len(errors) % 8 == 0 or len(errors) == len(layers):
+                write_json(measured, {"version": RECORD_VERSION, "noise_error": errors})
+    options = run.settings.schemes
+    space = SearchSpace(
+        layers=layers,
+        graph=graph,
+        options=options,
+        bits=np.array([[count_bits(la.shape, scheme, la.split) for scheme in options] for la in layers]),
+        weight_error=np.array([[bank.weight_error(la.name, scheme) for scheme in options] for la in layers]),
+        noise_error=np.array([errors[la.name] for la in layers]),
+    )
+    space.save(path)
+    return space
+
+
+# ----------------------------------------------------------------------------------------------------------- trials
+
+
+def label_draw(run: Run) -> Draw:
+    """Return the noises of the search's labels."""
+    return Draw(run.settings.seed * 1000, run.settings.label_images, run.settings.label_steps)
+
+
+def run_trials(run: Run, engine: Engine, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Write trials/: every planned configuration measured; return choices [T, L] and y = -log(fid_fp) [T].
+
+    The plan is a function of the settings and of earlier labels only, so an interrupted run ends as an undisturbed one.
+    """
+    total, seed, target = run.settings.trials, run.settings.seed, run.settings.target_bits
+    anchors = np.tile(np.arange(len(space.options))[:, None], (1, len(space.layers)))
+    first = max(1, round(total * RANDOM_SHARE) - len(anchors))
+    second = round(total * FRONTIER_SHARE)
+    plan = [
+        anchors,
+        sample_configs(space, first, seed=seed),
+        sample_frontier(space, -space.noise_error, second, target_bits=target, seed=seed),
+    ]
+    choices = _distinct(np.concatenate(plan))[:total]
+    with bar(total, f"trials: {label_draw(run).images} images each") as progress:
+        y = _label(run, engine, space, choices, progress)
+        if len(choices) < total:
+            learned = AdditiveSurrogate(space, random_state=seed).fit(choices, y)
+            values = attribute(learned).values
+            more = sample_frontier(space, values, total, target_bits=target, spread=0.25, noise=0.4, seed=seed + 1)
+            fresh = _distinct(np.concatenate([choices, more]))[len(choices) : total]
+            y = np.concatenate([y, _label(run, engine, space, fresh, progress)])
+            choices = np.concatenate([choices, fresh])
+    return choices, y
+
+
+def load_trials(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Return the choices [T, L] and labels y = -log(fid_fp) [T] of all finished trials of a run."""
+    trials = list(TrialStore(run.path("trials")))
+    if not trials:
+        raise QuantDMError(f"no trials in {run.path('trials')}; run `quantdm search --run-dir {run.folder}` first")
+    rows = [[space.labels.index(trial["config"][name]) for name in space.layer_names] for trial in trials]
+    return np.array(rows), np.array([label_of(trial) for trial in trials])
+
+
+def label_of(trial: dict[str, Any]) -> float:
+    """Return y = -log(fid_fp) of a trial: larger is better, and equal ratios count equally."""
+    return -float(np.log(max(trial["fid_fp"], 1e-9)))
+
+
+def _label(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, progress: Any) -> np.ndarray:
+    store = TrialStore(run.path("trials"))
+    configs = [space.config(choice).to_labels() for choice in choices]
+    jobs = [Job(label_draw(run), labels) for labels in configs]
+    records: dict[int, dict[str, Any]] = {}
+    for index, job in enumerate(jobs):
+        record = store.get(job.key)
+        if record is not None:
+            records[index] = record
+    progress.update(len(records))
+    todo = [index for index in range(len(jobs)) if index not in records]
+    if todo:
+        engine.local.reference(label_draw(run))  # once, before the workers want it
+    for position, result, seconds in engine.map("measure", [jobs[index] for index in todo]):
+        index = todo[position]
+        records[index] = {
+            "config": configs[index],
+            "avg_bits": float(space.avg_bits(choices[index])[0]),
+            **result,
+            "seconds": round(seconds, 3),
+        }
+        store.put(jobs[index].key, records[index])
+        progress.update()
+    return np.array([label_of(records[index]) for index in range(len(jobs))])
+
+
+def _distinct(choices: np.ndarray) -> np.ndarray:
+    _, index = np.unique(choices, axis=0, return_index=True)
+    return choices[np.sort(index)]
+
+
+# ------------------------------------------------------------------------------------------- surrogates, attribution
+
+
+def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    """Write surrogate.json (held-out rank correlations) and one file per surrogate; return the fitted surrogates."""
+    fitted, scores = {}, {}
+    with bar(len(SURROGATES), "surrogates: five folds each") as progress:
+        for name, kind in SURROGATES.items():
+            fitted[name] = kind(space, random_state=run.settings.seed).fit(choices, y)
+            scores[name] = [float(score) for score in fitted[name].cv_scores_]
+            progress.update()
+    null = {
+        "average bits": _spearman(space.avg_bits(choices), y),
+        "sum of noise errors": _spearman(-space.gather(space.noise_error, choices).sum(axis=1), y),
+        "sum of weight errors": _spearman(-space.gather(space.weight_error, choices).sum(axis=1), y),
+    }
+    write_json(
+        run.path("surrogate.json"),
+        {"version": RECORD_VERSION, "trials": len(y), "held_out_spearman": scores, "without_learning": null},
+    )
+    return fitted
+
+
+def explain(run: Run, fitted: dict[str, Any]) -> dict[str, Attribution]:
+    """Write attribution.json: what every layer x option is worth to each surrogate."""
+    found = {name: attribute(surrogate) for name, surrogate in fitted.items()}
+    record = {"version": RECORD_VERSION, "attributions": {name: a.to_dict() for name, a in found.items()}}
+    write_json(run.path("attribution.json"), record)
+    return found
+
+
+def load_attributions(run: Run) -> dict[str, Attribution]:
+    """Read attribution.json."""
+    record = read_json(run.path("attribution.json"), version=RECORD_VERSION)
+    return {name: Attribution.from_dict(a) for name, a in record["attributions"].items()}
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(a, b).statistic)
+
+
+# -------------------------------------------------------------------------------------------- selection, verification
+
+
+def verify(
+    run: Run, engine: Engine, configs: dict[str, dict[str, str | None]], draws: Sequence[Draw], description: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure named configurations on draws, each once (trials of their own store); return their figures per draw."""
+    store = TrialStore(run.path("verified"))
+    jobs = {(name, draw): Job(draw, labels) for name, labels in configs.items() for draw in draws}
+    with bar(len(jobs), description) as progress:
+        found = {key: store.get(job.key) for key, job in jobs.items()}
+        todo = [key for key, record in found.items() if record is None]
+        progress.update(len(jobs) - len(todo))
+        for draw in draws if todo else ():
+            engine.local.reference(draw)
+        for index, result, seconds in engine.map("measure", [jobs[key] for key in todo]):
+            key = todo[index]
+            found[key] = {**result, "seconds": round(seconds, 3)}
+            store.put(jobs[key].key, found[key])
+            progress.update()
+    return {name: [found[name, draw] for draw in draws] for name in configs}

@@ -1,0 +1,42 @@
+"""The trial store: one JSON file per trial, named by the hash of everything that determines its label."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from quantdm.errors import QuantDMError
+from quantdm.files import read_json, write_json
+
+TRIAL_VERSION = 1
+
+
+class TrialStore:
+    """A folder of finished trials. A trial exists completely or not at all, so a killed run loses only those in flight."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def path(self, key: str) -> Path:
+        """Return where the trial of that key lies."""
+        return self.folder / f"{key}.json"
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """Return a finished trial, or None."""
+        path = self.path(key)
+        if not path.is_file():
+            return None
+        record = read_json(path, version=TRIAL_VERSION)
+        if record.get("key") != key:
+            raise QuantDMError(f"{path}: holds trial {record.get('key')}, expected {key}; delete the file")
+        return record
+
+    def put(self, key: str, record: dict[str, Any]) -> None:
+        """Keep a finished trial."""
+        write_json(self.path(key), {"version": TRIAL_VERSION, "key": key, **record})
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path in sorted(self.folder.glob("*.json")):
+            yield read_json(path, version=TRIAL_VERSION)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.folder.glob("*.json"))

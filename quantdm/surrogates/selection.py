@@ -1,0 +1,212 @@
+"""From values to a configuration: the exact multiple-choice knapsack, and the whole Pareto set at once.
+
+Cost and value are additive over layers, so the best configuration under a budget is a multiple-choice knapsack
+(method.md section 6): maximise sum of values subject to sum of bits <= budget, one option per layer.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from quantdm.errors import QuantDMError, nearest
+from quantdm.surrogates.space import SearchSpace
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+TIME_LIMIT = 60.0  # seconds; 803 layers x 9 options need less than one
+
+
+def select(
+    space: SearchSpace,
+    values: ArrayLike,
+    *,
+    target_bits: float | None = None,
+    max_bits: int | None = None,
+    pins: Mapping[str, str] | None = None,
+    ties: Sequence[Sequence[str]] = (),
+) -> Ints:
+    """Choose the options with the largest total value within the budget, exactly.
+
+    `values` [L, O], larger is better. The budget is `target_bits` (average per weight, overhead included) or `max_bits`
+    (total). `pins` fixes layers (name -> scheme label); the layers of one entry of `ties` take the same option.
+    Returns the choice [L].
+
+    Raises:
+        QuantDMError: no or two budgets, unknown pins or ties, or a budget outside the reachable range.
+    """
+    table = check_values(space, values)
+    if (target_bits is None) == (max_bits is None):
+        raise QuantDMError("select: give exactly one of target_bits (average) and max_bits (total)")
+    budget = int(max_bits) if max_bits is not None else budget_of(space, float(target_bits))  # type: ignore[arg-type]
+    groups, allowed = _constraints(space, pins or {}, ties)
+    group_values = [table[members][:, options].sum(axis=0) for members, options in zip(groups, allowed, strict=True)]
+    group_bits = [space.bits[members][:, options].sum(axis=0) for members, options in zip(groups, allowed, strict=True)]
+    low = sum(int(bits.min()) for bits in group_bits)
+    if budget < low:
+        total, high = int(space.num_weights.sum()), sum(int(bits.max()) for bits in group_bits)
+        raise QuantDMError(
+            f"budget: got {budget / total:.4f} bits per weight ({budget} bits), but with these options, pins and ties "
+            f"{low / total:.4f} to {high / total:.4f} can be reached; raise the budget or add options with fewer bits"
+        )
+    picked = solve_knapsack(group_values, group_bits, budget)
+    choice = np.empty(len(space.layers), dtype=np.int64)
+    for members, options, pick in zip(groups, allowed, picked, strict=True):
+        choice[members] = options[pick]
+    assert int(space.total_bits(choice)[0]) <= budget
+    return choice
+
+
+def pareto(space: SearchSpace, values: ArrayLike, num: int = 50) -> list[Ints]:
+    """Return up to `num` choices on the convex hull of (bits, value), fewest bits first.
+
+    Sweeps the Lagrangian max sum(value - lambda * bits): for every lambda the layers decouple, so each choice is the
+    exact optimum at its own size.
+    """
+    table = check_values(space, values)
+    start, steps = hull_steps(list(table), list(space.bits))
+    bits = np.concatenate([[0], np.cumsum([step[2] for step in steps])]) if steps else np.zeros(1)
+    # evenly in bits, not in steps: large layers take few steps
+    wanted = np.unique(np.searchsorted(bits, np.linspace(0, bits[-1], num)))
+    choices, choice = [], start.copy()
+    for index in range(len(steps) + 1):
+        if index:
+            layer, option, _ = steps[index - 1]
+            choice[layer] = option
+        if index in wanted:
+            choices.append(choice.copy())
+    return choices
+
+
+def budget_of(space: SearchSpace, target_bits: float) -> int:
+    """Return the total bits that an average of `target_bits` per weight allows, rounded down."""
+    if not np.isfinite(target_bits) or target_bits <= 0:
+        raise QuantDMError(f"target_bits: got {target_bits}, expected a positive number of bits per weight")
+    total = int(space.num_weights.sum())
+    budget = int(np.floor(target_bits * total))
+    return budget + int((budget + 1) / total <= target_bits)  # a target computed as bits / weights must allow itself
+
+
+def check_values(space: SearchSpace, values: ArrayLike) -> Floats:
+    """Return values as float64 [L, O].
+
+    Raises:
+        QuantDMError: wrong shape or not finite.
+    """
+    table = np.asarray(values, dtype=np.float64)
+    shape = (len(space.layers), len(space.options))
+    if table.shape != shape:
+        raise QuantDMError(f"values: got shape {table.shape}, expected [layers, options] = {shape}")
+    if not np.isfinite(table).all():
+        raise QuantDMError(f"values: {int((~np.isfinite(table)).sum())} of {table.size} are NaN or infinite")
+    return table
+
+
+def solve_knapsack(values: Sequence[Floats], bits: Sequence[Ints], budget: int) -> Ints:
+    """Solve max sum(value) s.t. sum(bits) <= budget, one item per class, to optimality (HiGHS).
+
+    Classes may differ in size. The solver works in floating point with tolerances, so its answer is checked in exact
+    integers, and a budget that it exceeded is tightened by the excess. The caller guarantees that the budget is
+    feasible. Returns the item of every class.
+    """
+    kept = [_undominated(v, b) for v, b in zip(values, bits, strict=True)]
+    base = sum(int(b[k[0]]) for b, k in zip(bits, kept, strict=True))
+    room = budget - base
+    assert room >= 0
+    gain = np.concatenate([v[k] - v[k[0]] for v, k in zip(values, kept, strict=True)])
+    cost = np.concatenate([b[k] - b[k[0]] for b, k in zip(bits, kept, strict=True)])
+    sizes = np.array([len(k) for k in kept])
+    if room >= sum(int(b[k[-1]]) for b, k in zip(bits, kept, strict=True)) - base:
+        return np.array([k[-1] for k in kept], dtype=np.int64)
+    classes, starts = np.repeat(np.arange(len(kept)), sizes), np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    one_each = csr_array((np.ones(len(gain)), (classes, np.arange(len(gain)))), shape=(len(kept), len(gain)))
+    scale_gain, scale_cost = float(gain.max()) or 1.0, float(max(cost.max(), 1))
+    limit = room
+    while limit > 0:
+        spend = LinearConstraint(csr_array(cost[None] / scale_cost), -np.inf, limit / scale_cost)
+        answer = milp(
+            -gain / scale_gain,
+            integrality=np.ones(len(gain)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), spend],
+            options={"mip_rel_gap": 1e-9, "time_limit": TIME_LIMIT},
+        )
+        if answer.x is None:
+            raise QuantDMError(f"selection: the solver found nothing within {TIME_LIMIT:.0f} s ({answer.message})")
+        picks = np.array([int(np.argmax(x)) for x in np.split(answer.x, starts[1:])])
+        excess = int(cost[starts + picks].sum()) - room
+        if excess <= 0:
+            return np.array([k[pick] for k, pick in zip(kept, picks, strict=True)], dtype=np.int64)
+        limit -= excess
+    return np.array([k[0] for k in kept], dtype=np.int64)
+
+
+def hull_steps(values: Sequence[Floats], bits: Sequence[Ints]) -> tuple[Ints, list[tuple[int, int, int]]]:
+    """Return the cheapest choice and the upgrades (class, item, extra bits) in order of falling value per bit."""
+    start, rates, steps = [], [], []
+    for index, (value, bit) in enumerate(zip(values, bits, strict=True)):
+        hull: list[int] = []
+        for item in _undominated(value, bit):
+            while len(hull) > 1 and _rate(value, bit, hull[-1], item) >= _rate(value, bit, hull[-2], hull[-1]):
+                hull.pop()
+            hull.append(int(item))
+        start.append(hull[0])
+        for before, after in zip(hull, hull[1:], strict=False):
+            rates.append(_rate(value, bit, before, after))
+            steps.append((index, after, int(bit[after] - bit[before])))
+    # stable: inside a class the rates fall strictly, so its upgrades stay in order
+    order = np.argsort(-np.array(rates), kind="stable")
+    return np.array(start, dtype=np.int64), [steps[i] for i in order]
+
+
+def fill_budget(values: Sequence[Floats], bits: Sequence[Ints], budget: int) -> Ints:
+    """Spend a budget greedily along the hull: fast, and near the optimum when the classes are many."""
+    choice, steps = hull_steps(values, bits)
+    spent = sum(int(bit[item]) for bit, item in zip(bits, choice, strict=True))
+    blocked: set[int] = set()
+    for index, item, extra in steps:
+        if index in blocked or spent + extra > budget:
+            blocked.add(index)
+            continue
+        choice[index], spent = item, spent + extra
+    return choice
+
+
+def _rate(value: Floats, bits: Ints, before: int, after: int) -> float:
+    return float(value[after] - value[before]) / float(bits[after] - bits[before])
+
+
+def _undominated(value: Floats, bits: Ints) -> Ints:
+    """Return the items for which no other has at most as many bits and at least the value; fewest bits first."""
+    order = np.lexsort((-value, bits))
+    best = np.maximum.accumulate(value[order])
+    keep = np.concatenate([[True], value[order][1:] > best[:-1]])
+    return order[keep]
+
+
+def _constraints(
+    space: SearchSpace, pins: Mapping[str, str], ties: Sequence[Sequence[str]]
+) -> tuple[list[Ints], list[Ints]]:
+    """Return the groups of layers that choose together, and the options that each group may choose."""
+    for name in [*pins, *(name for tie in ties for name in tie)]:
+        if name not in space.layer_index:
+            raise QuantDMError(f"layer {name!r} is not in this model; {nearest(name, space.layer_names)}")
+    for name, label in pins.items():
+        if label not in space.labels:
+            raise QuantDMError(f"pin of {name!r}: {label!r} is no option; {nearest(label, space.labels)}")
+    group_of = np.arange(len(space.layers))
+    for tie in ties:
+        members = np.array([space.layer_index[name] for name in tie], dtype=np.int64)
+        group_of[np.isin(group_of, group_of[members])] = group_of[members].min(initial=len(group_of))
+    groups = [np.flatnonzero(group_of == group) for group in np.unique(group_of)]
+    allowed = []
+    for members in groups:
+        wanted = {space.layer_names[m]: pins[space.layer_names[m]] for m in members if space.layer_names[m] in pins}
+        if len(set(wanted.values())) > 1:
+            raise QuantDMError(f"pins: tied layers are pinned to different schemes: {wanted}")
+        allowed.append(
+            np.array([space.labels.index(label) for label in set(wanted.values())] or range(len(space.options)))
+        )
+    return groups, allowed

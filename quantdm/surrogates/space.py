@@ -1,0 +1,221 @@
+"""The search space of one denoiser: layers x options with the exact bits and the cheap errors of every cell."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from quantdm.denoisers.graph import Graph
+from quantdm.denoisers.layers import LayerRecord
+from quantdm.errors import QuantDMError, nearest
+from quantdm.files import digest, read_json, write_json
+from quantdm.schemes import QuantConfig, Scheme
+
+SPACE_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """Everything about a denoiser that a surrogate may know before the first trial.
+
+    Layer axis L in the order of `layers`, option axis O in the order of `options`. `bits` [L, O] are exact (codes and
+    overhead); `weight_error` [L, O] is mean|w-ŵ|^2.4 / mean|w|^2.4; `noise_error` [L, O] is the relative teacher-forced
+    error of the denoiser's output when only this layer takes this option.
+
+    Raises:
+        QuantDMError: an array has the wrong shape, is not finite or is negative, or a layer is missing in the graph.
+    """
+
+    layers: tuple[LayerRecord, ...]
+    graph: Graph
+    options: tuple[Scheme, ...]
+    bits: NDArray[np.int64]
+    weight_error: NDArray[np.float64]
+    noise_error: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        shape = (len(self.layers), len(self.options))
+        if 0 in shape or len(set(self.options)) != shape[1] or len(set(self.layer_names)) != shape[0]:
+            raise QuantDMError(f"search space: got {shape[0]} layers and {shape[1]} options, expected some, all distinct")
+        for name, dtype in (("bits", np.int64), ("weight_error", np.float64), ("noise_error", np.float64)):
+            array = np.array(getattr(self, name), dtype=dtype)
+            if array.shape != shape:
+                raise QuantDMError(f"search space: {name} has shape {array.shape}, expected [layers, options] = {shape}")
+            if not np.isfinite(array).all() or (array < 0).any():
+                layer = self.layer_names[int(np.argwhere(~(np.isfinite(array) & (array >= 0)))[0, 0])]
+                raise QuantDMError(f"search space: {name} of layer {layer!r} is negative or not finite")
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+        missing = set(self.layer_names) - {node.layer for node in self.graph.nodes if node.layer is not None}
+        if missing:
+            raise QuantDMError(f"search space: {len(missing)} layers are no nodes of the graph, e.g. {min(missing)!r}")
+
+    @cached_property
+    def layer_names(self) -> tuple[str, ...]:
+        """Names of the layers, in the order of the layer axis."""
+        return tuple(layer.name for layer in self.layers)
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of the options, in the order of the option axis."""
+        return tuple(option.label for option in self.options)
+
+    @cached_property
+    def layer_index(self) -> dict[str, int]:
+        """Layer name -> position on the layer axis."""
+        return {name: index for index, name in enumerate(self.layer_names)}
+
+    @cached_property
+    def num_weights(self) -> NDArray[np.int64]:
+        """Number of weights of every layer [L]."""
+        return np.array([layer.num_weights for layer in self.layers], dtype=np.int64)
+
+    @cached_property
+    def depth(self) -> NDArray[np.float64]:
+        """Topological position of every layer [L], 0 (input) to 1 (output)."""
+        position = {node.layer: node.depth for node in self.graph.nodes if node.layer is not None}
+        return np.array([position[name] for name in self.layer_names])
+
+    @cached_property
+    def digest(self) -> str:
+        """Content address: equal digests mean the same layers, options and bits."""
+        return digest(self.layer_names, self.labels, self.bits.tolist())
+
+    def check(self, choices: ArrayLike) -> NDArray[np.int64]:
+        """Return choices as int64 [T, L] (one choice [L] becomes [1, L]).
+
+        Raises:
+            QuantDMError: wrong number of layers, or an option that does not exist.
+        """
+        choices = np.atleast_2d(np.asarray(choices))
+        if choices.ndim != 2 or choices.shape[1] != len(self.layers):
+            raise QuantDMError(
+                f"choices: got shape {choices.shape}, expected [trials, {len(self.layers)} layers]; "
+                "these trials belong to another model"
+            )
+        if not np.issubdtype(choices.dtype, np.integer):
+            raise QuantDMError(f"choices: got {choices.dtype}, expected integers (positions on the option axis)")
+        if choices.size and not (0 <= choices.min() and choices.max() < len(self.options)):
+            raise QuantDMError(
+                f"choices: got options {choices.min()} to {choices.max()}, expected 0 to {len(self.options) - 1}"
+            )
+        return choices.astype(np.int64)
+
+    def total_bits(self, choices: ArrayLike) -> NDArray[np.int64]:
+        """Return the exact bits of every choice: [T, L] -> [T]."""
+        return self.gather(self.bits, choices).sum(axis=1)
+
+    def avg_bits(self, choices: ArrayLike) -> NDArray[np.float64]:
+        """Return bits per quantizable weight, overhead included: [T, L] -> [T]."""
+        return self.total_bits(choices) / self.num_weights.sum()
+
+    def gather(self, table: NDArray[Any], choices: ArrayLike) -> NDArray[Any]:
+        """Look every choice up in a table [L, O]: [T, L] -> [T, L]."""
+        choices = self.check(choices)
+        return table[np.arange(len(self.layers)), choices]
+
+    def config(self, choice: ArrayLike) -> QuantConfig:
+        """Turn one choice [L] into a config."""
+        (row,) = self.check(choice)
+        return QuantConfig({name: self.options[o] for name, o in zip(self.layer_names, row, strict=True)})
+
+    def choice_of(self, config: QuantConfig) -> NDArray[np.int64]:
+        """Turn a config into one choice [L].
+
+        Raises:
+            QuantDMError: the config has other layers, or a scheme that is not an option here.
+        """
+        unknown = [name for name in config if name not in self.layer_index]
+        missing = [name for name in self.layer_names if name not in config]
+        if unknown or missing:
+            name = (unknown or missing)[0]
+            raise QuantDMError(
+                f"config: {len(unknown)} unknown and {len(missing)} missing layers, first {name!r}; "
+                f"{nearest(name, self.layer_names)}"
+            )
+        position: dict[Scheme | None, int] = {option: index for index, option in enumerate(self.options)}
+        for name in self.layer_names:
+            if config[name] not in position:
+                raise QuantDMError(f"config: {name!r} is {config[name]}, which is no option; {', '.join(self.labels)}")
+        return np.array([position[config[name]] for name in self.layer_names], dtype=np.int64)
+
+    def save(self, path: str | Path) -> None:
+        """Write the space as one JSON record."""
+        record = {
+            "version": SPACE_VERSION,
+            "layers": [asdict(layer) for layer in self.layers],
+            "graph": self.graph.to_dict(),
+            "options": list(self.labels),
+            "bits": self.bits.tolist(),
+            "weight_error": self.weight_error.tolist(),
+            "noise_error": self.noise_error.tolist(),
+        }
+        write_json(path, record)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SearchSpace":
+        """Read a space written by `save`.
+
+        Raises:
+            QuantDMError: missing, damaged or of another version.
+        """
+        record = read_json(path, version=SPACE_VERSION)
+        try:
+            return cls(
+                layers=tuple(LayerRecord(**_tuples(layer)) for layer in record["layers"]),
+                graph=Graph.from_dict(record["graph"]),
+                options=tuple(Scheme.parse(label) for label in record["options"]),
+                bits=np.array(record["bits"], dtype=np.int64),
+                weight_error=np.array(record["weight_error"]),
+                noise_error=np.array(record["noise_error"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise QuantDMError(f"{path}: not a search space ({error}); run the bank stage again") from None
+
+
+def check_trials(
+    space: SearchSpace, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None, *, minimum: int, why: str
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return choices [T, L], labels [T] and weights [T] (mean 1), all fit to learn from.
+
+    Raises:
+        QuantDMError: shapes differ, labels are not finite or all equal, weights are not positive, or T < `minimum`.
+    """
+    choices, labels = space.check(choices), np.asarray(y, dtype=np.float64)
+    if labels.shape != (len(choices),):
+        raise QuantDMError(f"y: got shape {labels.shape}, expected one label for each of the {len(choices)} trials")
+    if len(choices) < minimum:
+        raise QuantDMError(f"got {len(choices)} trials, expected at least {minimum}: {why}; sample more configurations")
+    if not np.isfinite(labels).all():
+        bad = np.flatnonzero(~np.isfinite(labels))
+        raise QuantDMError(f"y: {len(bad)} labels are NaN or infinite (first: trial {bad[0]}); evaluate or drop them")
+    if np.ptp(labels) <= 1e-12 * max(1.0, float(np.abs(labels).max())):
+        raise QuantDMError(f"y: all {len(labels)} labels are {labels[0]:.6g}: nothing to learn; widen the options")
+    weights = np.ones(len(labels)) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    if weights.shape != labels.shape or not np.isfinite(weights).all() or (weights <= 0).any():
+        raise QuantDMError(f"sample_weight: expected {len(labels)} positive numbers, got shape {weights.shape}")
+    return choices, labels, weights / weights.mean()
+
+
+def split_folds(count: int, folds: int, random_state: int) -> list[NDArray[np.int64]]:
+    """Return the held-out trials of every fold: a random partition of `count` trials."""
+    order = np.random.default_rng([random_state, count, folds]).permutation(count)
+    return [np.sort(order[fold::folds]) for fold in range(folds)]
+
+
+def spearman(a: Sequence[float] | NDArray[np.float64], b: Sequence[float] | NDArray[np.float64]) -> float:
+    """Return Spearman's rank correlation; 0 when one side is constant (it ranks nothing)."""
+    from scipy.stats import rankdata
+
+    rank_a, rank_b = rankdata(a), rankdata(b)
+    if np.ptp(rank_a) == 0 or np.ptp(rank_b) == 0:
+        return 0.0
+    return float(np.corrcoef(rank_a, rank_b)[0, 1])
+
+
+def _tuples(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
