@@ -97,7 +97,10 @@ class Correction:
         num = len(self.timesteps)
         shapes = {name: getattr(self, name).shape for name in _ARRAYS}
         right = all(shapes[name] == (num,) for name in ("timesteps", "log_snr", "k", "q"))
-        if not right or num == 0 or self.bias.ndim != 2 or self.bias.shape[0] != num or self.shift.shape != shapes["bias"]:
+        right = (
+            right and len(shapes["bias"]) == 2 and shapes["bias"][0] == num > 0 and shapes["shift"] == shapes["bias"]
+        )
+        if not right:
             raise QuantDMError(f"correction: got shapes {shapes}, expected [T] and, for bias and shift, [T, C]")
         if not all(np.isfinite(getattr(self, name)).all() for name in _ARRAYS):
             raise QuantDMError("correction: got NaN or infinity; the outputs it was fitted on were not finite")

@@ -63,11 +63,9 @@ def fit_noise(moments: Moments) -> NoiseFit:
     k counts when |k| / se > 3, R^2 > 0.05 and k > -0.5; else it is 0 and the rest is all of the error but its mean.
     """
     channels, count = moments.mean.shape[1], moments.count
-    n = count / channels  # sums over channels of covariances are `channels` times the pooled one
     freedom = max(count * channels - channels - 1, 1)
     s = (moments.cov * count).numpy()
     s_mm, s_dd, s_md = max(s[0, 0], 0.0), max(s[1, 1], 0.0), s[0, 1]
-    del n
     k, r2, k_se = 0.0, 0.0, 0.0
     if s_mm > 0 and s_dd > 0:
         k = s_md / s_mm
@@ -78,3 +76,123 @@ def fit_noise(moments: Moments) -> NoiseFit:
     rest = max(s_dd - 2 * k * s_md + k**2 * s_mm, 0.0)
     mean_m, shift = moments.mean
     return NoiseFit(k=k, k_se=k_se, r2=r2, bias=shift - k * mean_m, shift=shift, q=math.sqrt(rest / freedom))
+
+
+class NoiseStatistics:
+    """Streaming statistics of (full-precision, quantized) outputs on the same inputs, per timestep.
+
+    Call `begin` before every batch of trajectories and `update` for each of its steps, in sampling order.
+    """
+
+    def __init__(self) -> None:
+        self._steps: dict[int, Moments] = {}
+        self._pairs: dict[tuple[int, int], Moments] = {}
+        self._kept: dict[int, list[torch.Tensor]] = {}
+        self._last: tuple[int, torch.Tensor, torch.Tensor] | None = None
+
+    def begin(self) -> None:
+        """Start a new batch of trajectories: its first step does not follow the last one seen."""
+        self._last = None
+
+    def update(self, timestep: int, output_fp: torch.Tensor, output_q: torch.Tensor) -> None:
+        """Add the outputs [N, C, ...] of one step.
+
+        Raises:
+            QuantDMError: the shapes differ, or a value is not finite.
+        """
+        if output_fp.shape != output_q.shape or output_fp.ndim < 2:
+            raise QuantDMError(
+                f"noise statistics at t={timestep}: got outputs of shapes {tuple(output_fp.shape)} and "
+                f"{tuple(output_q.shape)}, expected the same [N, C, ...] twice"
+            )
+        m = output_fp.detach().double().cpu()
+        delta = output_q.detach().double().cpu() - m
+        if not (m.isfinite().all() and delta.isfinite().all()):
+            raise QuantDMError(f"noise statistics at t={timestep}: an output is NaN or infinite; check the denoiser")
+        self._steps.setdefault(timestep, Moments()).add(m, delta)
+        flat = torch.stack([m, delta]).transpose(1, 2).flatten(2)
+        stride = max(flat.shape[2] // KEPT_VALUES, 1)
+        self._kept.setdefault(timestep, []).append(flat[:, :, ::stride].clone())
+        if self._last is not None:
+            before, *last = self._last
+            self._pairs.setdefault((before, timestep), Moments()).add(*last, m, delta)
+        self._last = (timestep, m, delta)
+
+    def correction(
+        self,
+        alphas_cumprod: torch.Tensor,
+        *,
+        prediction_type: str = "epsilon",
+        model: str = "",
+        variant: str = "both+variance",
+    ) -> Correction:
+        """Fit every timestep and return the correction, with r2, k_se, q_robust, lag1 and count as diagnostics.
+
+        Args:
+            alphas_cumprod: the schedule's products of alpha over training timesteps.
+            prediction_type: "epsilon", "v_prediction" or "sample".
+            model: name of the model.
+            variant: which part is on.
+
+        Raises:
+            QuantDMError: nothing was added.
+        """
+        if not self._steps:
+            raise QuantDMError("noise statistics: got no outputs, expected at least one step; call `update` first")
+        timesteps = sorted(self._steps, reverse=True)  # from noise to image: log-SNR increases
+        fits = {t: fit_noise(self._steps[t]) for t in timesteps}
+        diagnostics = {
+            "r2": [fits[t].r2 for t in timesteps],
+            "k_se": [fits[t].k_se for t in timesteps],
+            "q_robust": [self._robust_q(t, fits[t]) for t in timesteps],
+            "lag1": [self._lag1(t, fits) for t in timesteps],
+            "count": [self._steps[t].count for t in timesteps],
+        }
+        return Correction(
+            timesteps=np.array(timesteps),
+            log_snr=np.array([log_snr(float(alphas_cumprod[t])) for t in timesteps]),
+            k=np.array([fits[t].k for t in timesteps]),
+            bias=torch.stack([fits[t].bias for t in timesteps]).numpy(),
+            shift=torch.stack([fits[t].shift for t in timesteps]).numpy(),
+            q=np.array([fits[t].q for t in timesteps]),
+            variant=variant,
+            prediction_type=prediction_type,
+            model=model,
+            diagnostics={name: np.array(values, dtype=np.float64) for name, values in diagnostics.items()},
+        )
+
+    def _robust_q(self, timestep: int, fit: NoiseFit) -> float:
+        """Return IQR / 1.349 of the residual: far below q when a few outliers make up its variance."""
+        m, delta = torch.cat(self._kept[timestep], dim=2)
+        rest = delta - fit.k * m - fit.bias[:, None]
+        low, high = np.quantile(rest.numpy(), [0.25, 0.75])
+        return float(high - low) / 1.349
+
+    def _lag1(self, timestep: int, fits: dict[int, NoiseFit]) -> float:
+        """Return the correlation of the residual with that of the next step, 0 where there is none."""
+        following = [(pair[1], moments) for pair, moments in self._pairs.items() if pair[0] == timestep]
+        if not following:
+            return 0.0
+        after, moments = max(following, key=lambda item: item[1].count)
+        here = torch.tensor([-fits[timestep].k, 1.0, 0.0, 0.0], dtype=torch.float64)
+        there = torch.tensor([0.0, 0.0, -fits[after].k, 1.0], dtype=torch.float64)
+        cov = moments.cov
+        scale = ((here @ cov @ here).clamp(min=0) * (there @ cov @ there).clamp(min=0)).sqrt()
+        return float(here @ cov @ there / scale) if scale > 0 else 0.0
+
+
+def statistics_from_pairs(
+    timesteps: Sequence[int], outputs_fp: Iterable[torch.Tensor], outputs_q: Iterable[torch.Tensor]
+) -> NoiseStatistics:
+    """Return the statistics of one batch of trajectories.
+
+    Args:
+        timesteps: training timesteps in sampling order.
+        outputs_fp: full-precision outputs after guidance, [N, C, ...] per timestep.
+        outputs_q: quantized outputs on the same inputs.
+    """
+    statistics = NoiseStatistics()
+    statistics.begin()
+    for timestep, output_fp, output_q in zip(timesteps, outputs_fp, outputs_q, strict=True):
+        statistics.update(int(timestep), output_fp, output_q)
+    return statistics

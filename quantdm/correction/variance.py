@@ -1,7 +1,7 @@
 """What quantization noise of a known variance adds in one sampling step: closed forms on plain numbers.
 
-Symbols: alpha_bar and alpha_bar_prev are the schedule's products at this step and at the next (less noisy) one, sigma the
-injected noise, q the standard deviation of the noise that remains on the noise prediction, in epsilon units.
+Symbols: alpha_bar and alpha_bar_prev are the schedule's products at this step and at the next (less noisy) one, sigma
+the injected noise, q the standard deviation of the noise that remains on the noise prediction, in epsilon units.
 """
 
 import math
@@ -43,7 +43,7 @@ def ddim_sigma(alpha_bar: float, alpha_bar_prev: float, eta: float) -> float:
 def ddim_absorbed(alpha_bar: float, alpha_bar_prev: float, sigma: float, q: float) -> float:
     """Return the variance that the noise adds in a DDIM step, c_t^2 q^2, with the direction term at the original sigma.
 
-    c_t = sqrt(1 - alpha_bar_prev - sigma^2) - sqrt(alpha_bar_prev (1 - alpha_bar) / alpha_bar) is the factor of epsilon.
+    c_t = sqrt(1 - alpha_bar_prev - sigma^2) - sqrt(alpha_bar_prev (1 - alpha_bar) / alpha_bar): epsilon's factor.
     """
     if alpha_bar <= 0.0:  # zero terminal SNR, as above
         return 0.0
@@ -52,16 +52,21 @@ def ddim_absorbed(alpha_bar: float, alpha_bar_prev: float, sigma: float, q: floa
     return c**2 * q**2
 
 
+def kept_std(sigma: float, absorbed: float) -> float:
+    """Return sigma' / sigma with sigma'^2 = max(sigma^2 - absorbed, 0): noise kept + absorbed = the schedule's."""
+    return math.sqrt(max(1.0 - absorbed / sigma**2, 0.0)) if sigma > 0.0 else 1.0
+
+
 def noise_level(alpha_bar: float) -> float:
-    """Return sigma = sqrt((1 - alpha_bar) / alpha_bar), the noise level of x / sqrt(alpha_bar); infinite at zero SNR."""
+    """Return sigma = sqrt((1 - alpha_bar) / alpha_bar), the noise level of x / sqrt(alpha_bar)."""
     return math.sqrt((1.0 - alpha_bar) / alpha_bar) if alpha_bar > 0.0 else math.inf
 
 
 def deterministic_target(sigma: float, sigma_next: float, q: float) -> float:
     """Return the level sigma' to step to, so that sigma'^2 + (sigma' - sigma)^2 q^2 = sigma_next^2.
 
-    Where that is infeasible (sigma_next^2 < q^2 sigma^2 / (1 + q^2)), or no small change of the step, sigma_next itself:
-    the scheduler's own step. The formula's minimum-variance step instead would wreck the samples.
+    Where that is infeasible (sigma_next^2 < q^2 sigma^2 / (1 + q^2)), or no small change of the step, sigma_next
+    itself: the scheduler's own step. The formula's minimum-variance step instead would wreck the samples.
     """
     if not math.isfinite(sigma) or ((sigma - sigma_next) * q) ** 2 > EXCESS_LIMIT * sigma_next**2:
         return sigma_next

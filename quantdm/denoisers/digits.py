@@ -4,8 +4,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 NUM_TEST = 540
 SPLIT_SEED = 0
@@ -25,6 +23,9 @@ def load_digit_images(split: Literal["train", "test"]) -> tuple[torch.Tensor, to
     """
     if split not in ("train", "test"):
         raise ValueError(f"split: got {split!r}, expected 'train' or 'test'")
+    from sklearn.datasets import load_digits  # a second of imports that most users never need
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     train, test = train_test_split(
         range(len(digits.target)), test_size=NUM_TEST, stratify=digits.target, random_state=SPLIT_SEED

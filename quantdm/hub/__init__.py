@@ -1,0 +1,7 @@
+"""At home in diffusers and transformers: apply, save, load."""
+
+from quantdm.hub.apply import apply_recipe, register
+from quantdm.hub.config import QuantDMConfig
+from quantdm.hub.quantizer import QuantDMHfQuantizer, QuantDMQuantizer
+
+__all__ = ["QuantDMConfig", "QuantDMHfQuantizer", "QuantDMQuantizer", "apply_recipe", "register"]

@@ -38,6 +38,7 @@ KEEP_8BIT: tuple[str, ...] = (
 # Projections whose outputs are the operands of an attention product (diffusers' and transformers' names).
 _ATTENTION_OPERANDS = ("*to_q", "*to_k", "*to_v", "*to_qkv", "*to_kv", "*add_[qkv]_proj", "*[qkv]_proj", "*query", "*key", "*value")
 
+MIN_SCALE = torch.finfo(torch.float32).tiny
 _STATE = "_quantdm_activations"
 
 
@@ -53,15 +54,18 @@ def fake_quantize(x: torch.Tensor, bits: int, dims: int | tuple[int, ...] = -1) 
     Returns a new tensor of the same shape and dtype; computed in fp32. `dims=-1` is one range per token, `dims=(2, 3)` one
     per (sample, channel) map. Source: Qua2SeDiMo section 4 (dynamic min-max), method.md section 9.
     """
-    levels = 2**bits - 1
-    y = x.float()
-    low, high = y.amin(dims, keepdim=True), y.amax(dims, keepdim=True)
-    scale = ((high - low) / levels).clamp_(min=1e-30)  # a constant token quantizes to (nearly) itself
-    zero = torch.round(low / scale)  # -z: an integer, so that an integer GEMM can correct for it
-    # x_hat = scale * clip(round(x / scale), -z, levels - z)
-    y = torch.div(y, scale, out=None if y is x else y).round_()
-    y = torch.minimum(torch.maximum(y, zero, out=y), zero + levels, out=y).mul_(scale)
-    return y.to(x.dtype)
+    with torch.no_grad():
+        levels = 2**bits - 1
+        y = x.float()
+        low, high = y.amin(dims, keepdim=True), y.amax(dims, keepdim=True)
+        # A constant token has no range; a step that keeps its zero point small returns it to within 2^-20.
+        scale = torch.maximum((high - low) / levels, high.abs() * 2**-20).clamp_(min=MIN_SCALE)
+        zero = torch.round(low / scale)  # -z: an integer, so that an integer GEMM can correct for it
+        # x_hat = scale * clip(round(x / scale), -z, levels - z)
+        y = torch.div(y, scale).round_()
+        y = torch.clamp(y, zero, zero + levels, out=y).mul_(scale).to(x.dtype)
+    # Straight-through: x - x.detach() is exactly zero and carries the gradient.
+    return y + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else y
 
 
 @dataclass(frozen=True)

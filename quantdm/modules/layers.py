@@ -29,7 +29,7 @@ def _scratch_out(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | N
 
     Only without autograd, which would keep the weight for the backward pass, and never between inference modes.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         return None
     key = (dtype, torch.is_inference_mode_enabled())
     buffers: dict[Any, torch.Tensor] = _scratch.__dict__.setdefault("buffers", {})
@@ -37,6 +37,23 @@ def _scratch_out(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | N
     if key not in buffers or buffers[key].numel() < count:
         buffers[key] = torch.empty(count, dtype=dtype)
     return buffers[key][:count].view(shape)
+
+
+@torch.library.custom_op("quantdm::decode", mutates_args=())
+def _decode(
+    packed: torch.Tensor, label: str, shape: list[int], split: int | None, original: torch.dtype, dtype: torch.dtype
+) -> torch.Tensor:
+    """Decode a blob; one opaque node under torch.compile, where decoding in place of it would break the graph."""
+    scheme = Scheme.parse(label)
+    tensors = split_blob(packed, tuple(shape), scheme, split)
+    return QuantizedWeight(scheme, tuple(shape), split, original, tensors).dequantize(dtype=dtype)
+
+
+@_decode.register_fake
+def _(
+    packed: torch.Tensor, label: str, shape: list[int], split: int | None, original: torch.dtype, dtype: torch.dtype
+) -> torch.Tensor:
+    return packed.new_empty(shape, dtype=dtype)
 
 
 class PackedLayer(nn.Module):
@@ -48,6 +65,7 @@ class PackedLayer(nn.Module):
 
     packed: nn.Parameter
     scheme: Scheme
+    label: str
     weight_shape: tuple[int, ...]
     split: int | None
     original_dtype: torch.dtype
@@ -56,10 +74,9 @@ class PackedLayer(nn.Module):
 
     def pack_(self, quantized: QuantizedWeight, weight_dtype: torch.dtype, device: torch.device) -> None:
         """Hold this quantized weight from now on."""
-        blob = join_tensors(quantized.tensors).to(device)
-        self.describe_(
-            quantized.scheme, quantized.shape, quantized.split, quantized.dtype, weight_dtype=weight_dtype, packed=blob
-        )
+        shape, scheme, split = quantized.shape, quantized.scheme, quantized.split
+        blob = join_tensors(quantized.tensors, shape, scheme, split).to(device)
+        self.describe_(scheme, shape, split, quantized.dtype, weight_dtype=weight_dtype, packed=blob)
 
     def describe_(
         self,
@@ -72,7 +89,7 @@ class PackedLayer(nn.Module):
         packed: torch.Tensor,
     ) -> None:
         """Say what the bytes `packed` (perhaps still on the meta device) mean."""
-        self.scheme, self.weight_shape, self.split = scheme, tuple(shape), split
+        self.scheme, self.label, self.weight_shape, self.split = scheme, scheme.label, tuple(shape), split
         self.original_dtype, self.weight_dtype = original_dtype, weight_dtype
         self.packed = nn.Parameter(packed, requires_grad=False)
         self._dense = None
@@ -91,6 +108,9 @@ class PackedLayer(nn.Module):
         """Return the weight for one forward pass: cached in dense residency, else decoded into a shared buffer."""
         if self._dense is not None:
             return self._dense
+        if torch.compiler.is_compiling():
+            meaning = (self.label, list(self.weight_shape), self.split, self.original_dtype, self.weight_dtype)
+            return _decode(self.packed, *meaning)
         out = _scratch_out(self.weight_shape, self.weight_dtype) if self.packed.device.type == "cpu" else None
         return self.quantized.dequantize(dtype=self.weight_dtype, out=out)
 
@@ -170,13 +190,20 @@ def _packed_class(base: type[nn.Module]) -> type[PackedLayer]:
     return type(f"Quant{base.__name__}", (PackedLayer, base), {})
 
 
-def new_packed_layer(layer: nn.Module) -> PackedLayer:
-    """Return a packed layer with the bias, the geometry and the mode of `layer`, still without its bytes."""
+def check_replaceable(layer: nn.Module, name: str) -> None:
+    """Check that replacing a layer loses nothing that others attached to it.
+
+    Raises:
+        QuantDMError: the layer carries hooks.
+    """
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
         raise QuantDMError(
-            f"{type(layer).__name__} carries hooks (activation quantization, offload, LoRA): remove them, quantize, then "
-            "add them again"
+            f"{name}: carries hooks (activation quantization, offload, layerwise casting); remove them first, add them after"
         )
+
+
+def new_packed_layer(layer: nn.Module) -> PackedLayer:
+    """Return a packed layer with the bias, the geometry and the mode of `layer`, still without its bytes."""
     cls = _packed_class(type(layer))
     packed = cls.__new__(cls)
     nn.Module.__init__(packed)
@@ -203,6 +230,7 @@ def quantize_module_(parent: nn.Module, name: str, quantized: QuantizedWeight) -
     layer = parent.get_submodule(name)
     if isinstance(layer, PackedLayer):
         raise QuantDMError(f"{name}: is already quantized ({layer.scheme}); dequantize() it first")
+    check_replaceable(layer, name)
     packed = new_packed_layer(layer)
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
     if tuple(weight.shape) != tuple(quantized.shape):
@@ -223,9 +251,7 @@ def dequantize_module_(parent: nn.Module, name: str) -> nn.Module:
     described = layer.__dict__.keys() | PackedLayer.__annotations__.keys()
     layer.__dict__.update({key: value for key, value in packed.__dict__.items() if key not in described})
     layer.training = packed.training
-    layer._parameters.update(weight=nn.Parameter(packed.dequantize(), requires_grad=False), bias=packed.bias)
-    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-        layer.__dict__[hooks] = packed.__dict__[hooks]
+    layer._parameters.update(weight=nn.Parameter(packed.dequantize()), bias=packed.bias)
     set_layer_(parent, name, layer)
     return layer
 

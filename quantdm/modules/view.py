@@ -70,6 +70,11 @@ class WeightView:
         """The number of weights (not of bytes)."""
         return self.shape.numel()
 
+    @property
+    def data(self) -> "WeightView":
+        """The view itself, so that writing through `.data` is refused too."""
+        return self
+
     def dense(self) -> torch.Tensor:
         """Decode the weight."""
         return self._layer.dequantize()
@@ -77,29 +82,41 @@ class WeightView:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        target = (kwargs or {}).get("out", args[0] if args else None)
-        if isinstance(target, WeightView) and name.endswith("_") and not name.endswith("__"):
+        in_place = name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], WeightView)
+        if in_place or isinstance((kwargs or {}).get("out"), WeightView):
             raise QuantDMError(_REFUSED)
         return func(*_dense(args), **{key: _dense(value) for key, value in (kwargs or {}).items()})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("_"):  # libraries mark tensors with private attributes: a packed weight has none
             raise AttributeError(name)
-        if (name.endswith("_") and hasattr(torch.Tensor, name)) or name == "grad_fn":
+        if name.endswith("_") and hasattr(torch.Tensor, name):
             raise QuantDMError(_REFUSED)
         return getattr(self.dense(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise QuantDMError(_REFUSED)
 
-    def __iadd__(self, other: Any) -> "WeightView":
-        raise QuantDMError(_REFUSED)
-
-    def __add__(self, other: Any) -> torch.Tensor:
-        return self.dense() + other
-
-    def __mul__(self, other: Any) -> torch.Tensor:
-        return self.dense() * other
-
     def __repr__(self) -> str:
         return f"WeightView({self._layer.scheme}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+
+def _read(name: str) -> Any:
+    def operator(self: WeightView, *args: Any) -> Any:
+        return getattr(self.dense(), name)(*_dense(args))
+
+    return operator
+
+
+def _refuse(self: WeightView, *args: Any) -> Any:
+    raise QuantDMError(_REFUSED)
+
+
+# Python looks operators up on the class, past __getattr__.
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    setattr(WeightView, f"__{_name}__", _read(f"__{_name}__"))
+    setattr(WeightView, f"__r{_name}__", _read(f"__r{_name}__"))
+    setattr(WeightView, f"__i{_name}__", _refuse)
+for _name in ("neg", "getitem", "len", "iter"):
+    setattr(WeightView, f"__{_name}__", _read(f"__{_name}__"))
+WeightView.__setitem__ = _refuse  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
 """Pack codes of 2 to 8 bits into bit planes: exactly b bits per code, decoded with shifts and masks only.
 
-A code is split into planes of power-of-two width, the widest first: 2=[2] 3=[2,1] 4=[4] 5=[4,1] 6=[4,2] 7=[4,2,1] 8=[8].
+A code is split into planes of power-of-two width, widest first: 2=[2] 3=[2,1] 4=[4] 5=[4,1] 6=[4,2] 7=[4,2,1] 8=[8].
 The layout of a plane is planar: with w bits per field a byte holds 8/w codes that lie one slice apart, so that field s
-of all bytes is the contiguous slice s of the codes. The codes are first padded with zeros to a multiple of 8; that is the
-only waste, b·ceil(count/8) bytes in all.
+of all bytes is the contiguous slice s of the codes. The codes are first padded with zeros to a multiple of 8; that is
+the only waste, b·ceil(count/8) bytes in all.
 """
 
 import torch

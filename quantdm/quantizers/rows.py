@@ -1,8 +1,8 @@
 """Rows: how a weight matrix falls into the pieces that share one scale or codebook.
 
-A weight [C_out, C_in/groups, *kernel], or one half of it, is a matrix [C, n]: one line per output channel. A granularity
-turns it into rows: "tensor" one row of C·n, "channel" C rows of n, "group" rows of `group_size` consecutive weights of a
-channel. When the group size does not divide n, the last group of every channel is shorter.
+A weight [C_out, C_in/groups, *kernel], or one half of it, is a matrix [C, n]: one line per output channel. Its
+granularity turns it into rows: "tensor" one row of C·n, "channel" C rows of n, "group" rows of `group_size` consecutive
+weights of a channel. When the group size does not divide n, the last group of every channel is shorter.
 Parameters of rows have the shape [lines, groups, ...]: [1, 1], [C, 1] or [C, ceil(n / group_size)].
 """
 
@@ -28,7 +28,7 @@ def row_blocks(matrix: Tensor, scheme: Scheme) -> list[Tensor]:
 
     Blocks are views wherever the matrix allows it (a contiguous one always does).
     """
-    lines, groups, length = row_layout(*matrix.shape, scheme)
+    _, groups, length = row_layout(matrix.shape[0], matrix.shape[1], scheme)
     if scheme.granularity == "tensor":
         return [matrix.reshape(1, 1, -1)]
     full = matrix.shape[1] // length
@@ -46,6 +46,18 @@ def pieces(lines: int, length: int, budget: int) -> Iterator[tuple[slice, slice]
         step = budget // max(length, 1)
         for first in range(0, lines, step):
             yield slice(first, min(first + step, lines)), slice(0, length)
+
+
+def block_pieces(shape: torch.Size, budget: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield indices (lines, groups, columns) of pieces of a block [lines, groups, length]; groups are never parted."""
+    lines, groups, length = shape
+    if groups == 1:
+        for part, columns in pieces(lines, length, budget):
+            yield part, slice(0, 1), columns
+    else:
+        step = max(budget // (groups * length), 1)
+        for first in range(0, lines, step):
+            yield slice(first, min(first + step, lines)), slice(0, groups), slice(0, length)
 
 
 def piece_budget(device: torch.device, cpu: int = 2**15, cuda: int = 2**24) -> int:

@@ -9,7 +9,7 @@ fp16 before anything else is computed, so the error that is searched is the erro
 import torch
 from torch import Tensor
 
-from quantdm.quantizers.rows import piece_budget, pieces
+from quantdm.quantizers.rows import block_pieces, piece_budget, pieces
 
 ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 ERROR_POWER = 2.4
@@ -20,8 +20,8 @@ MIN_SCALE = 2.0**-24  # the least positive fp16
 def candidate_grids(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return the fp16-rounded steps Delta and zero points z of every alpha, as float32 [10, R].
 
-    `low` and `high` [R] are the extremes of the rows. Rows whose range is narrow beside their distance from zero get the
-    least step whose zero point still fits int16: (q - z)·Delta is then within max|row|/2^15 of every weight.
+    `low` and `high` [R] are the extremes of the rows. Rows whose range is narrow beside their distance from zero take
+    the least step whose zero point still fits int16: (q - z)·Delta is then within max|row|/2^15 of every weight.
     """
     alpha = torch.tensor(ALPHAS, device=low.device)[:, None]
     least = torch.maximum(high, -low) / MAX_ZERO
@@ -38,7 +38,7 @@ def search_range(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = rows.aminmax(dim=1)
     step, zero = candidate_grids(low, high, bits)
     error = torch.zeros(step.shape, dtype=torch.float64, device=rows.device)
-    for lines, columns in pieces(*rows.shape, piece_budget(rows.device)):
+    for lines, columns in pieces(rows.shape[0], rows.shape[1], piece_budget(rows.device)):
         piece = rows[lines, columns]
         scaled, grid = torch.empty_like(piece), torch.empty_like(piece)
         for a in range(len(ALPHAS)):
@@ -55,7 +55,7 @@ def encode(rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor
     """Return the uint8 codes [R, n] of rows [R, n] under the stored scale [R] and zero point [R]."""
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
     step, zero = scale.float(), zero_point.float()
-    for lines, columns in pieces(*rows.shape, piece_budget(rows.device)):
+    for lines, columns in pieces(rows.shape[0], rows.shape[1], piece_budget(rows.device)):
         grid = torch.div(rows[lines, columns], step[lines, None]).round_()
         codes[lines, columns] = grid.add_(zero[lines, None]).clamp_(0, 2**bits - 1)
     return codes
@@ -69,19 +69,17 @@ def decode_(out: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bits:
     zero = zero_point.float()
     reach = torch.maximum(zero.abs(), (2**bits - 1 - zero).abs()).mul_(scale)
     saturate = not bool((reach <= limit).all())  # only when a weight is at the edge of its dtype
-    lines, groups, length = codes.shape
     buffer = torch.empty(0, device=codes.device)
-    for part, columns in pieces(lines, groups * length, piece_budget(codes.device, cpu=2**16)):
-        index = (part, slice(None), slice(None)) if columns == slice(0, groups * length) else (part, slice(0, 1), columns)
-        source = codes[index]
+    for index in block_pieces(codes.shape, piece_budget(codes.device, cpu=2**16)):
+        source, params = codes[index], (*index[:2], None)
         buffer = buffer if buffer.shape == source.shape else torch.empty(source.shape, device=codes.device)
-        torch.sub(source, zero[part, :, None], out=buffer).mul_(scale[part, :, None])
+        torch.sub(source, zero[params], out=buffer).mul_(scale[params])
         out[index] = buffer.clamp_(-limit, limit) if saturate else buffer
 
 
-def power_sum(difference: Tensor) -> Tensor:
-    """Return sum |d|^2.4 over the last axis; overwrites its argument.
+def power_sum(difference: Tensor, p: float = ERROR_POWER) -> Tensor:
+    """Return sum |d|^p over the last axis; overwrites its argument.
 
-    exp(1.2·log(d^2)) is six times faster than `pow`, and zero stays zero: exp(-inf) = 0.
+    exp(p/2·log(d^2)) is six times faster than `pow`, and zero stays zero: exp(-inf) = 0.
     """
-    return difference.square_().log_().mul_(ERROR_POWER / 2).exp_().sum(dim=-1).double()
+    return difference.square_().log_().mul_(p / 2).exp_().sum(dim=-1).double()

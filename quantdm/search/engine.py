@@ -50,11 +50,11 @@ class Engine:
             self._local = Evaluator(self.run, self._pipe)
         return self._local
 
-    def map(self, method: str, arguments: Sequence[Any]) -> Iterator[tuple[int, Any, float]]:
-        """Yield (index, result, seconds) of `Evaluator.method(argument)` in the order in which they finish."""
+    def map(self, method: str, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Yield (index, result) of `Evaluator.method(argument)` in the order in which they finish."""
         if self.workers == 1 or len(arguments) <= 1:
             for index, argument in enumerate(arguments):
-                yield (index, *_timed(self.local, method, argument))
+                yield index, getattr(self.local, method)(argument)
             return
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
@@ -70,12 +70,7 @@ class Engine:
         while pending:
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in sorted(done, key=lambda f: futures[f]):
-                yield (futures[future], *future.result())
-
-
-def _timed(evaluator: Evaluator, method: str, argument: Any) -> tuple[Any, float]:
-    start = time.monotonic()
-    return getattr(evaluator, method)(argument), time.monotonic() - start
+                yield futures[future], future.result()
 
 
 def _start_worker(folder: str, parent: int) -> None:
@@ -93,6 +88,6 @@ def _die_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(method: str, argument: Any) -> tuple[Any, float]:
+def _work(method: str, argument: Any) -> Any:
     assert _EVALUATOR is not None
-    return _timed(_EVALUATOR, method, argument)
+    return getattr(_EVALUATOR, method)(argument)

@@ -40,26 +40,29 @@ class Samples:
 
     images: torch.Tensor
     features: torch.Tensor
+    seconds: float  # of generating
 
     def save(self, path: str | Path) -> None:
         """Write both tensors to one safetensors file."""
-        save_tensors(path, {"images": self.images, "features": self.features})
+        save_tensors(path, {"images": self.images, "features": self.features}, {"seconds": self.seconds})
 
     @classmethod
     def load(cls, path: str | Path) -> "Samples":
         """Read samples written by `save`."""
-        tensors, _ = load_tensors(path)
-        return cls(tensors["images"], tensors["features"])
+        tensors, metadata = load_tensors(path)
+        return cls(tensors["images"], tensors["features"], metadata["seconds"])
 
 
 def draw_samples(
     pipe: DiffusionPipeline, protocol: Protocol, extractor: Extractor, draw: Draw, *, batch_size: int = 250
 ) -> Samples:
     """Generate one image per seed of the draw and extract its features."""
+    start = time.monotonic()
     with memoized_text_encoders(pipe):
         images = generate(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size)
+    seconds = time.monotonic() - start
     rounded = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Samples(rounded, batched(extractor, rounded.float() / 255))
+    return Samples(rounded, batched(extractor, rounded.float() / 255), seconds)
 
 
 def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
@@ -90,7 +93,8 @@ def compare_real(samples: Samples, protocol: Protocol) -> dict[str, float]:
     if protocol.real is None:
         return {}
     asked = torch.arange(len(samples.images)) % len(protocol.values)
-    said = batched(lambda x: load_digit_classifier()(x).argmax(1), samples.images.float() / 255, 1000)
+    classifier = load_digit_classifier()
+    said = batched(lambda x: classifier(x).argmax(1), samples.images.float() / 255)
     return {
         "fid_real": frechet_distance(samples.features, _real_features(protocol.features)),
         "agreement": (said == asked).float().mean().item(),
@@ -136,9 +140,8 @@ def evaluate(
     rows = []
     for seed in seeds:
         draw = Draw(seed, num_images, steps or protocol.steps)
-        start = time.monotonic()
         samples = draw_samples(pipe, protocol, extractor, draw, batch_size=batch_size)
-        row: dict[str, float | None] = {"seconds": time.monotonic() - start}
+        row: dict[str, float | None] = {"seconds": samples.seconds}
         if reference is not None:
             row |= compare(samples, draw_samples(reference, protocol, extractor, draw, batch_size=batch_size))
         rows.append(row | compare_real(samples, protocol))

@@ -68,7 +68,8 @@ class Evaluator:
         """Return the figures of one job; full-precision samples of a draw are made once and kept on disk."""
         reference = self.reference(job.draw)
         samples = reference if job == Job(job.draw) else self.samples(job)
-        return {**compare(samples, reference), **compare_real(samples, self.protocol)}
+        figures = {**compare(samples, reference), **compare_real(samples, self.protocol)}
+        return {**figures, "seconds": round(samples.seconds, 3)}
 
     def reference(self, draw: Draw) -> Samples:
         """Return the full-precision samples of a draw."""
@@ -80,6 +81,10 @@ class Evaluator:
                 self._references[draw] = self.samples(Job(draw))
                 self._references[draw].save(path)
         return self._references[draw]
+
+    def prepare(self, draw: Draw) -> None:
+        """Make the full-precision samples of a draw, so that all workers find them on disk."""
+        self.reference(draw)
 
     def samples(self, job: Job) -> Samples:
         """Generate the samples of one job."""

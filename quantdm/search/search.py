@@ -1,6 +1,7 @@
 """The search: from a pipeline and a size to a recipe, through every stage, resumable at any moment."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,23 @@ from quantdm.surrogates import Attribution, SearchSpace, select
 MIN_TRIALS = 30
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured in a search.
+
+    `label_images` at `label_steps` per trial, `verify_images` per draw for each of the best candidates, `noise_images` for
+    the one-layer noise errors.
+    """
+
+    label_images: int = 400
+    label_steps: int = 10
+    verify_images: int = 1000
+    noise_images: int = 16
+
+
+FULL, QUICK = Effort(), Effort(100, 6, 100, 4)
+
+
 def search(
     pipe: DiffusionPipeline,
     *,
@@ -35,10 +53,7 @@ def search(
     seed: int = 0,
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
     protocol: Protocol | None = None,
-    label_images: int = 400,
-    label_steps: int = 10,
-    verify_images: int = 1000,
-    noise_images: int = 16,
+    effort: Effort = FULL,
     workers: int | None = None,
 ) -> Recipe:
     """Find the configuration of a pipeline's denoiser that keeps the images closest at a given size.
@@ -52,9 +67,7 @@ def search(
         seed: determines the sampled configurations, all noises and the surrogates.
         options: the schemes that every layer may take.
         protocol: what images are asked for (None: the shipped one of the model's name).
-        label_images: images per trial. label_steps: denoising steps per trial.
-        verify_images: images per draw, two draws, for each of the best candidates.
-        noise_images: images of the one-layer noise errors.
+        effort: images and steps per measurement.
         workers: processes (None: one per core where the pipeline can be loaded again from its source).
 
     Returns:
@@ -64,29 +77,51 @@ def search(
         QuantDMError: target out of reach (the range is stated), too few trials, no protocol, a run directory that
             belongs to another run.
     """
-    denoiser = get_denoiser(pipe)
-    layers = list_layers(denoiser)
-    if trials < max(MIN_TRIALS, 2 * len(options)):
-        raise QuantDMError(f"trials: got {trials}, expected at least {max(MIN_TRIALS, 2 * len(options))}")
-    mark = fingerprint(denoiser)
-    name = model_name(pipe)
-    settings = RunSettings(
-        model=name,
-        fingerprint=mark,
-        options=tuple(scheme.label for scheme in options),
-        target_bits=checked_target(layers, options, denoiser, target_bits=target_bits, target_bytes=target_bytes),
+    settings = make_settings(
+        pipe,
+        target_bits=target_bits,
+        target_bytes=target_bytes,
         trials=trials,
         seed=seed,
-        protocol=protocol or default_protocol(name),
-        label_images=label_images,
-        label_steps=label_steps,
-        verify_images=verify_images,
-        noise_images=noise_images,
-        dtype=fast_dtype(),
+        options=options,
+        protocol=protocol,
+        effort=effort,
     )
     run = Run.create(run_dir, settings)
     with open_engine(run, pipe, workers=workers) as engine:
         return find_recipe(run, engine, pipe)
+
+
+def make_settings(
+    pipe: DiffusionPipeline,
+    *,
+    target_bits: float | None,
+    target_bytes: int | None,
+    trials: int,
+    seed: int,
+    options: Sequence[Scheme] = DEFAULT_OPTIONS,
+    protocol: Protocol | None = None,
+    effort: Effort = FULL,
+) -> RunSettings:
+    """Return the checked settings of a search; see `search` for the arguments and errors."""
+    least = max(MIN_TRIALS, 2 * len(options))
+    if trials < least:
+        raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
+    denoiser = get_denoiser(pipe)
+    name = model_name(pipe)
+    return RunSettings(
+        model=name,
+        fingerprint=fingerprint(denoiser),
+        options=tuple(scheme.label for scheme in options),
+        target_bits=checked_target(
+            list_layers(denoiser), options, denoiser, target_bits=target_bits, target_bytes=target_bytes
+        ),
+        trials=trials,
+        seed=seed,
+        protocol=protocol or default_protocol(name),
+        dtype=fast_dtype(),
+        **asdict(effort),
+    )
 
 
 def find_recipe(run: Run, engine: Engine, pipe: DiffusionPipeline) -> Recipe:

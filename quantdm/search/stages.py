@@ -73,7 +73,7 @@ def measure_space(run: Run, engine: Engine, denoiser: nn.Module, bank: WeightBan
     todo = [layer.name for layer in layers if layer.name not in errors]
     with bar(len(layers), "sensitivity: one layer a time") as progress:
         progress.update(len(layers) - len(todo))
-        for index, result, _ in engine.map("sensitivity", todo):
+        for index, result in engine.map("sensitivity", todo):
             errors[todo[index]] = result
             progress.update()
             if len(errors) % 8 == 0 or len(errors) == len(layers):
@@ -89,6 +89,17 @@ def measure_space(run: Run, engine: Engine, denoiser: nn.Module, bank: WeightBan
     )
     space.save(path)
     return space
+
+
+def load_space(run: Run) -> SearchSpace:
+    """Read space.json.
+
+    Raises:
+        QuantDMError: the stage has not run yet.
+    """
+    if not run.path("space.json").is_file():
+        raise QuantDMError(f"no search space in {run.folder}; run `quantdm search --run-dir {run.folder}` first")
+    return SearchSpace.load(run.path("space.json"))
 
 
 # ----------------------------------------------------------------------------------------------------------- trials
@@ -153,13 +164,12 @@ def _label(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, pr
     todo = [index for index in range(len(jobs)) if index not in records]
     if todo:
         engine.local.reference(label_draw(run))  # once, before the workers want it
-    for position, result, seconds in engine.map("measure", [jobs[index] for index in todo]):
+    for position, result in engine.map("measure", [jobs[index] for index in todo]):
         index = todo[position]
         records[index] = {
             "config": configs[index],
             "avg_bits": float(space.avg_bits(choices[index])[0]),
             **result,
-            "seconds": round(seconds, 3),
         }
         store.put(jobs[index].key, records[index])
         progress.update()
@@ -227,11 +237,11 @@ def verify(
         found = {key: store.get(job.key) for key, job in jobs.items()}
         todo = [key for key, record in found.items() if record is None]
         progress.update(len(jobs) - len(todo))
-        for draw in draws if todo else ():
-            engine.local.reference(draw)
-        for index, result, seconds in engine.map("measure", [jobs[key] for key in todo]):
+        for _ in engine.map("prepare", list(draws) if todo else []):
+            pass
+        for index, result in engine.map("measure", [jobs[key] for key in todo]):
             key = todo[index]
-            found[key] = {**result, "seconds": round(seconds, 3)}
-            store.put(jobs[key].key, found[key])
+            found[key] = result
+            store.put(jobs[key].key, result)
             progress.update()
     return {name: [found[name, draw] for draw in draws] for name in configs}

@@ -1,6 +1,7 @@
 """The search space of one denoiser: layers x options with the exact bits and the cheap errors of every cell."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -201,10 +202,35 @@ def check_trials(
     return choices, labels, weights / weights.mean()
 
 
+def read_record(path: str | Path, space: SearchSpace, version: int) -> dict[str, Any]:
+    """Read a surrogate's record and check that it belongs to `space`.
+
+    Raises:
+        QuantDMError: missing, damaged, of another version or of another space.
+    """
+    record = read_json(path, version=version)
+    if record.get("space") != space.digest:
+        raise QuantDMError(
+            f"{path}: fitted on search space {record.get('space')}, given {space.digest}; "
+            "it belongs to another model or other options: fit again"
+        )
+    return record
+
+
 def split_folds(count: int, folds: int, random_state: int) -> list[NDArray[np.int64]]:
     """Return the held-out trials of every fold: a random partition of `count` trials."""
     order = np.random.default_rng([random_state, count, folds]).permutation(count)
     return [np.sort(order[fold::folds]) for fold in range(folds)]
+
+
+def single_thread() -> AbstractContextManager:
+    """Run small linear algebra on one thread: on busy cores, threads that wait for each other cost a hundred times more.
+
+    It also makes results independent of the number of cores.
+    """
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=1)
 
 
 def spearman(a: Sequence[float] | NDArray[np.float64], b: Sequence[float] | NDArray[np.float64]) -> float:

@@ -1,0 +1,64 @@
+"""Fit the sampler's correction for a run's recipe with quantized activations."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from quantdm.correction import fit_correction
+from quantdm.denoisers.pipeline import generate, memoized_text_encoders
+from quantdm.metrics import batched, frechet_distance
+from quantdm.recipe import ActivationSpec, Recipe
+from quantdm.search.engine import Engine
+from quantdm.search.evaluation import Draw
+from quantdm.search.evaluator import Job, configured
+from quantdm.search.run import Run
+
+FIT_DRAWS, TEST_DRAWS = 2, 4
+
+
+def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: ActivationSpec | None, *, images: int) -> Path:
+    """Write correction.safetensors: noise statistics along full-precision trajectories, and the variant that helps.
+
+    The variant is chosen by fid_fp on draws that neither the fit nor the final rows use.
+
+    Args:
+        images: trajectories for the statistics; the variants run freely on twice as many per test draw.
+    """
+    path = run.path("correction.safetensors")
+    if path.is_file():
+        return path
+    evaluator = engine.local
+    settings = run.settings
+    pipe = evaluator.pipe(settings.torch_dtype)
+    spec = None if activations is None else activations.model_dump(mode="json")
+
+    def draws(first: int, count: int, each: int) -> list[Draw]:
+        return [Draw(settings.seed * 1000 + first + i, each, settings.protocol.steps) for i in range(count)]
+
+    def runner(draw: Draw) -> Callable[[DiffusionPipeline], torch.Tensor]:
+        def run_once(pipe: DiffusionPipeline) -> torch.Tensor:
+            with memoized_text_encoders(pipe):
+                return generate(pipe, settings.protocol, draw.seeds, steps=draw.steps, batch_size=draw.images)
+
+        return run_once
+
+    def distance(images_a: torch.Tensor, images_b: torch.Tensor) -> float:
+        return frechet_distance(*(batched(evaluator.extractor, x) for x in (images_a, images_b)))
+
+    job = Job(Draw(0, 0, 0), recipe.layers, spec)
+    weights_only = Job(Draw(0, 0, 0), recipe.layers)
+    correction = fit_correction(
+        pipe,
+        lambda: configured(pipe, evaluator.bank, job),
+        fit_runs=[runner(draw) for draw in draws(50, FIT_DRAWS, images // FIT_DRAWS)],
+        test_runs=[runner(draw) for draw in draws(60, TEST_DRAWS, 2 * images)],
+        distance=distance,
+        # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation noise
+        # is explained (correction.md, When not to correct).
+        explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
+        model=settings.model,
+    )
+    correction.save(path)
+    return path

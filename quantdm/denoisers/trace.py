@@ -1,0 +1,338 @@
+"""Follow every tensor through one forward on the meta device: which weights made it, where a long skip joined it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WeightKind = Literal["linear", "conv1d", "conv2d", "conv3d"]
+WEIGHT_KINDS: tuple[tuple[type[nn.Module], WeightKind], ...] = (
+    (nn.Linear, "linear"),
+    (nn.Conv1d, "conv1d"),
+    (nn.Conv2d, "conv2d"),
+    (nn.Conv3d, "conv3d"),
+)
+# aten operations by what they do to the graph; operand positions of (x, weight) for the contractions.
+PRODUCTS = {
+    "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "linear": (0, 1), "dot": (0, 1), "mv": (0, 1),
+    "addmm": (1, 2), "baddbmm": (1, 2), "addbmm": (1, 2),
+    "convolution": (0, 1), "conv1d": (0, 1), "conv2d": (0, 1), "conv3d": (0, 1),
+}  # fmt: skip
+NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "_fused_rms_norm"}
+NORMS |= {"layer_norm", "group_norm", "batch_norm", "rms_norm", "_native_batch_norm_legit_no_training"}
+COMBINES = {
+    "add": "add",
+    "sub": "add",
+    "mul": "mul",
+    "div": "mul",
+    "cat": "concat",
+    "stack": "concat",
+    "addcmul": "mul",
+}
+# Resizing and padding keep the channels where they are; so do the copies and norms.
+KEEPS_DIMS = NORMS | {"clone", "_to_copy", "detach", "alias", "contiguous", "dropout", "native_dropout", "expand"}
+KEEPS_DIMS |= {"constant_pad_nd", "avg_pool1d", "avg_pool2d", "avg_pool3d", "slice", "_softmax", "lift_fresh"}
+KEEPS_DIMS |= {"upsample_nearest1d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d"}
+RESHAPES = {"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "_reshape_alias", "flatten"}
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """What the module tree says about one Linear or Conv: kind and shape [C_out, C_in/groups, *kernel]."""
+
+    name: str
+    kind: WeightKind
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Op:
+    """One node of the raw DAG: a weight layer, or a weightless operation that joins several weights' outputs."""
+
+    layer: str | None
+    path: str  # the module that was running
+    kinds: tuple[str, ...]  # "norm", "mul", "add", "concat", "product", "other", "border"; empty for a weight
+    inputs: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Raw DAG of one forward. `seams`: layer -> input channel where its concatenated long skip begins."""
+
+    specs: tuple[WeightSpec, ...]  # in named_modules() order
+    ops: tuple[Op, ...]
+    outputs: frozenset[int]
+    seams: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Value:
+    """What is known of a tensor: the node that made it (None: no weight upstream), or the parameter it is a view of."""
+
+    source: int | None = None
+    param: bool = False
+    weight: str | None = None
+    seam: tuple[int, int] | None = None  # (dimension, position) of a long-skip concatenation
+
+
+_UNKNOWN = _Value()
+
+
+def weight_specs(model: nn.Module) -> tuple[WeightSpec, ...]:
+    """Return every Linear and Conv1d/2d/3d of a module, in `named_modules()` order."""
+    found = []
+    for name, module in model.named_modules():
+        kind = next((k for cls, k in WEIGHT_KINDS if isinstance(module, cls)), None)
+        if kind is not None:
+            found.append(WeightSpec(name, kind, tuple(module.weight.shape)))
+    return tuple(found)
+
+
+def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
+    """Run `model(**inputs)` on the meta device and return its raw data-flow DAG.
+
+    Args:
+        model: a denoiser on the meta device, in eval mode; forward hooks are added for the time of the call.
+        inputs: keyword arguments; tensors on the meta device.
+    """
+    specs = weight_specs(model)
+    tracer = _Tracer(model, specs)
+    scope: list[str] = tracer.scope
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: scope.append(name)))
+        handles.append(module.register_forward_hook(lambda _m, _a, _o: (scope.pop(), None)[1], always_call=True))
+    try:
+        with torch.no_grad(), tracer:
+            result = model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sources = (tracer.values.get(id(t), _UNKNOWN).source for t in _tensors(_plain(result)))
+    return Trace(specs, tuple(tracer.ops), frozenset(s for s in sources if s is not None), tracer.seams)
+
+
+class _Tracer(TorchDispatchMode):
+    """Tags every tensor with the node that produced it; aten level, so it sees through any Python of the model."""
+
+    def __init__(self, model: nn.Module, specs: Iterable[WeightSpec]) -> None:
+        super().__init__()
+        self.ops: list[Op] = []
+        self.seams: dict[str, int] = {}
+        self.scope: list[str] = []
+        self.values: dict[int, _Value] = {id(p): _Value(param=True) for p in model.parameters()}
+        self.shapes = {s.name: s.shape for s in specs}
+        self._node_of: dict[str, int] = {}
+        self._called_again = False
+        self._aliases: dict[int, list[int]] = {}  # storage -> tensors, for in-place writes through a view
+        self._alive: list[Any] = list(model.parameters())  # ids stay unique while their tensors live
+        for spec in specs:
+            weight = model.get_submodule(spec.name).weight
+            self.values[id(weight)] = _Value(param=True, weight=spec.name)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if any(t.is_meta for t in _tensors((args, kwargs))):  # constants that the model made on the CPU join the rest
+            args, kwargs = _to_meta(args), _to_meta(kwargs)
+        out = func(*args, **kwargs)
+        name = func._schema.name.split("::")[-1]
+        outs = list(_tensors(out))
+        operands = list(_tensors((args, kwargs)))
+        if outs or func._schema.is_mutable:
+            self._record(name.removesuffix("_") if func._schema.is_mutable else name, func, args, operands, outs)
+        return out
+
+    def _record(self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], outs: list[Tensor]) -> None:
+        values = [self.values.get(id(t), _UNKNOWN) for t in operands]
+        layers = list(dict.fromkeys(v.weight for v in values if v.weight is not None))
+        only_params = bool(values) and all(v.param for v in values)
+        if only_params and not (layers and name in PRODUCTS):
+            result = _Value(param=True, weight=layers[0] if len(layers) == 1 else None)
+        elif layers:
+            self._find_seam(name, args)
+            nodes = [self._call_weight(layer, values) for layer in layers]
+            result = _Value(nodes[0] if len(nodes) == 1 else self._combine(("other",), nodes))
+        else:
+            result = _Value(self._data_op(name, values, args))
+        for out in outs:
+            seam = None if result.param or layers else self._seam_after(name, func, args, operands, values, out)
+            self._tag(out, replace(result, seam=seam))
+        if func._schema.is_mutable and not result.param:
+            self._write_through(func, args, result)
+
+    def _call_weight(self, layer: str, values: list[_Value]) -> int:
+        """Return the node of a weight layer (one per layer, however often it is called) with its inputs added."""
+        node = self._node_of.get(layer)
+        if node is None:
+            node = self._node_of[layer] = self._new(Op(layer, self._path(), ()))
+        else:
+            self._called_again = True
+        for source in _sources(values):
+            # A layer called again on its own output would close a circle: the graph keeps the first pass.
+            if source not in self.ops[node].inputs and not self._reaches(node, source):
+                self.ops[node].inputs.append(source)
+        return node
+
+    def _data_op(self, name: str, values: list[_Value], args: tuple[Any, ...]) -> int | None:
+        sources = _sources(values)
+        if "scaled_dot_product" in name and len(sources) > 1:
+            q, k, v = (self.values.get(id(t), _UNKNOWN).source for t in args[:3])
+            others = [s for s in sources if s not in (q, k, v)]
+            scores = self._combine(("product",), _unique([q, k, *others]))
+            return self._combine(("product",), _unique([scores, v]))
+        if name in NORMS and sources:
+            return self._new(Op(None, self._path(), ("norm",), sources))
+        kind = "product" if name in PRODUCTS else COMBINES.get(name, "other")
+        return self._combine((kind,), sources)
+
+    def _combine(self, kinds: tuple[str, ...], sources: list[int]) -> int | None:
+        if len(sources) < 2:  # a weightless operation on one node's output is part of the edge
+            return sources[0] if sources else None
+        return self._new(Op(None, self._path(), kinds, sources))
+
+    def _find_seam(self, name: str, args: tuple[Any, ...]) -> None:
+        if name not in PRODUCTS:
+            return
+        operands = [args[i] for i in PRODUCTS[name]]
+        for x, weight, from_end in ((operands[0], operands[1], 1), (operands[1], operands[0], 2)):
+            layer = self.values.get(id(weight), _UNKNOWN).weight
+            seam = self.values.get(id(x), _UNKNOWN).seam
+            if layer is None or seam is None:
+                continue
+            shape = self.shapes[layer]
+            dim = x.dim() - len(shape) + 1 if "conv" in name else x.dim() - from_end
+            if seam[0] == dim and x.shape[dim] == shape[1]:  # grouped convolutions read no channel range as a whole
+                self.seams[layer] = seam[1]
+
+    def _seam_after(
+        self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], values: list[_Value], out: Tensor
+    ) -> tuple[int, int] | None:
+        if name == "cat":
+            dim = (args[1] if len(args) > 1 else 0) % max(out.dim(), 1)
+            position = self._skip_position(args[0], dim)
+            if position is not None:
+                return dim, position
+            seams = {v.seam for v in values}  # parts that all have the same seam, joined along another dimension
+            seam = seams.pop() if len(seams) == 1 else None
+            return seam if seam is not None and seam[0] != dim else None
+        for tensor, value in zip(operands, values, strict=True):
+            if value.seam is None:
+                continue
+            dim = _carry(name, func, args, tensor, value.seam[0], out)
+            if dim is not None and out.shape[dim] == tensor.shape[value.seam[0]]:
+                return dim, value.seam[1]
+        return None
+
+    def _skip_position(self, parts: list[Tensor], dim: int) -> int | None:
+        """Return where a long skip meets the main path: one part is upstream of its neighbour, through weights.
+
+        That is what tells a skip from the other concatenations: tokens of two modalities, sine with cosine, text with
+        size embeddings or the two branches of a parallel block are siblings, none is made from the other.
+        """
+        sources = [self.values.get(id(t), _UNKNOWN).source for t in parts]
+        position = 0
+        for left, right, part in zip(sources, sources[1:], parts, strict=False):
+            position += part.shape[dim]
+            if left is None or right is None or left == right:
+                continue
+            if self._reaches(left, right, through_weight=True) or self._reaches(right, left, through_weight=True):
+                return position
+        return None
+
+    def _reaches(self, start: int, end: int, *, through_weight: bool = False) -> bool:
+        """Say whether `end` is downstream of (or is) `start`; with `through_weight`, past a weight other than start."""
+        todo, seen = [(end, False)], set()
+        while todo:
+            state = todo.pop()
+            if state in seen:
+                continue
+            seen.add(state)
+            node, passed = state
+            if node < start and not self._called_again:  # inputs are older than what they feed
+                continue
+            if node == start:
+                if passed or not through_weight:
+                    return True
+                continue
+            passed = passed or self.ops[node].layer is not None
+            todo.extend((i, passed) for i in self.ops[node].inputs)
+        return False
+
+    def _write_through(self, func: Any, args: tuple[Any, ...], result: _Value) -> None:
+        for argument, target in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(target, Tensor):
+                for other in self._aliases.get(target.untyped_storage()._cdata, []):
+                    known = self.values[other]
+                    self.values[other] = replace(result, seam=known.seam)
+
+    def _tag(self, tensor: Tensor, value: _Value) -> None:
+        if id(tensor) not in self.values:
+            self._alive.append(tensor)
+            self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
+        self.values[id(tensor)] = value
+
+    def _new(self, op: Op) -> int:
+        self.ops.append(op)
+        return len(self.ops) - 1
+
+    def _path(self) -> str:
+        return self.scope[-1] if self.scope else ""
+
+
+def _carry(name: str, func: Any, args: tuple[Any, ...], tensor: Tensor, dim: int, out: Tensor) -> int | None:
+    """Return the dimension of `out` that holds dimension `dim` of `tensor` unchanged, or None."""
+    if torch.Tag.pointwise in func.tags or name in KEEPS_DIMS:
+        return dim + out.dim() - tensor.dim()
+    if name in RESHAPES:  # the same number of elements before it and the same size: the same dimension
+        before = _numel(tensor.shape[:dim])
+        fits = (d for d in range(out.dim()) if _numel(out.shape[:d]) == before and out.shape[d] == tensor.shape[dim])
+        return next(fits, None)
+    if name == "permute":
+        return [d % tensor.dim() for d in args[1]].index(dim)
+    if name in ("transpose", "t"):
+        a, b = (d % tensor.dim() for d in (args[1:3] if name == "transpose" else (0, -1)))
+        return {a: b, b: a}.get(dim, dim)
+    return None
+
+
+def _numel(shape: Iterable[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _sources(values: Iterable[_Value]) -> list[int]:
+    return _unique(v.source for v in values)
+
+
+def _unique(nodes: Iterable[int | None]) -> list[int]:
+    return list(dict.fromkeys(n for n in nodes if n is not None))
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _plain(result: Any) -> Any:
+    return list(result.values()) if hasattr(result, "values") and not isinstance(result, Tensor) else result
+
+
+def _to_meta(tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return tree if tree.is_meta else tree.to("meta")
+    if isinstance(tree, dict):
+        return {key: _to_meta(value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_to_meta(value) for value in tree)
+    return tree

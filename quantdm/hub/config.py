@@ -1,0 +1,90 @@
+"""`QuantDMConfig`: what stands under `quantization_config` in config.json, for diffusers and transformers alike."""
+
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
+from pydantic import ValidationError
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
+
+from quantdm.errors import QuantDMError
+from quantdm.recipe import ActivationSpec, Recipe, load_recipe
+from quantdm.schemes import QuantConfig
+
+EXPORT_VERSION = 1
+
+
+class QuantizationMethod(str, Enum):
+    """The name under which diffusers and transformers know quantdm."""
+
+    QUANTDM = "quantdm"
+
+
+class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
+    """Ask `from_pretrained` to quantize with a recipe, or say what a saved model was quantized with.
+
+    `QuantDMConfig(recipe=...)` quantizes on the fly. The copy in config.json is compact: the scheme of every layer stands in
+    the header of the safetensors files.
+
+    Args:
+        recipe: a recipe, its file, or a config layer -> scheme; None in the config of a saved model.
+        activations: dynamic activation quantization, re-applied after loading (default: the recipe's).
+        model: the model that the recipe is for (default: the recipe's).
+        avg_bits: average bits per weight, for people who read config.json.
+        version: of the export format.
+        future: keys that a later quantdm may write; ignored, as the version decides what can be read.
+
+    Raises:
+        QuantDMError: another version, or malformed activations.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe | QuantConfig | str | Path | None = None,
+        activations: ActivationSpec | Mapping[str, Any] | None = None,
+        model: str | None = None,
+        avg_bits: float | None = None,
+        version: int = EXPORT_VERSION,
+        **future: object,
+    ) -> None:
+        if version != EXPORT_VERSION:
+            raise QuantDMError(
+                f"quantization_config: got version {version!r}, expected {EXPORT_VERSION}; it was written by another quantdm"
+            )
+        if isinstance(recipe, (str, Path)):
+            recipe = load_recipe(recipe)
+        if isinstance(activations, Mapping):
+            try:
+                activations = ActivationSpec.model_validate(activations)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = ".".join(map(str, problem["loc"]))
+                raise QuantDMError(f"quantization_config: activations.{where}: {problem['msg']}") from None
+        if isinstance(recipe, Recipe):
+            activations = activations or recipe.activations
+            model, avg_bits = model or recipe.model, avg_bits or recipe.avg_bits
+        self.quant_method = QuantizationMethod.QUANTDM
+        self.recipe = recipe
+        self.activations = activations
+        self.model = model
+        self.avg_bits = avg_bits
+        self.version = version
+
+    @property
+    def schemes(self) -> QuantConfig | None:
+        """What an on-the-fly quantization is asked to do: layer name -> Scheme."""
+        return self.recipe.config if isinstance(self.recipe, Recipe) else self.recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what is written into config.json: compact, without the layers."""
+        record: dict[str, Any] = {"quant_method": self.quant_method.value, "version": self.version}
+        if self.activations is not None:
+            record["activations"] = self.activations.model_dump(mode="json")
+        optional = {"model": self.model, "avg_bits": self.avg_bits}
+        return record | {key: value for key, value in optional.items() if value is not None}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return `to_dict()`: transformers prints the difference to the defaults, which is all there is."""
+        return self.to_dict()

@@ -1,0 +1,242 @@
+"""One-dimensional k-means, one codebook per row, close to the exact optimum and vectorised over rows.
+
+A clustering of a sorted row is a set of k - 1 cuts. With prefix sums S of the row, the squared error of the cuts p is
+sum w^2 - sum_j (S[p_j+1] - S[p_j])^2 / (p_j+1 - p_j), so every step below costs O(k) or O(k·W^2) per row, not O(n):
+
+1. Start: the optimal density of levels is proportional to f^(1/3) (Panter and Dite, 1951). 513 quantiles; the gap
+   between two of them has f = 1/gap, hence weighs gap^(2/3); cut at equal cumulative weight.
+2. Lloyd: means, middles, cuts by binary search in the sorted row.
+3. Window dynamic program: every cut may move to one of W places between its neighbours; the best combination is found
+   exactly (Viterbi over the cuts), then the window is narrowed. This leaves the local optima in which Lloyd stops,
+   where a level is missing on one side and spare on the other: on Gaussian rows of 1152 with 16 levels, 1.001 times
+   the exact optimum instead of 1.025.
+4. Guard: a row whose result is above the error of a grid of the uniform quantizer starts again from that grid. So
+   k-means is never worse than uniform, up to the fp16 rounding of the codebook (2^-12 of a weight's size).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantdm.quantizers.tables import nearest_codes
+from quantdm.quantizers.uniform import candidate_grids
+
+QUANTILES = 513
+SPANS = (1.0, 0.5, 0.25)  # of the windows, as a share of the way to the neighbouring cut
+HALF_WIDTH = 5  # a window has at most 2·5 + 1 places; 4 and 8 give 1.002 and 1.0005 times the optimum, 5 gives 1.001
+WINDOW_BUDGET = 2**16  # elements of one window table [W, W, rows]
+LLOYD_STEPS, MAX_LLOYD_STEPS = 3, 200
+LONG_ROW = 2**14  # rows this long are few: they afford wide windows, repeated until the error stands still
+LONG_HALF_WIDTH = 10
+GAIN, LONG_GAIN, MAX_ROUNDS = 0.02, 1e-6, 40  # a row whose error fell by more than this share takes another round
+
+
+@dataclass(frozen=True, eq=False)
+class SortedRows:
+    """Rows of n weights in ascending order, as m distinct or single `values` [R, m].
+
+    `prefix` [R, m + 1] are float64 sums of the distances to `center` [R, 1], `square` [R] is the sum of their squares.
+    `counts` [m + 1] says how many weights lie left of a place; None: as many as values (m = n).
+    """
+
+    n: int
+    values: Tensor
+    center: Tensor
+    prefix: Tensor
+    square: Tensor
+    counts: Tensor | None = None
+
+    def __getitem__(self, index: slice | Tensor) -> "SortedRows":
+        rows = (self.values[index], self.center[index], self.prefix[index], self.square[index])
+        return SortedRows(self.n, *rows, self.counts)
+
+    def left_of(self, places: Tensor) -> Tensor:
+        """Return how many weights lie left of each place."""
+        return places if self.counts is None else self.counts[places]
+
+    @property
+    def is_long(self) -> bool:
+        """Whether rows are so long that the search can take its time."""
+        return self.n >= LONG_ROW
+
+
+def sort_rows(rows: Tensor) -> SortedRows:
+    """Sort rows [R, n]; all bit-widths share the result. One long row of few distinct values is kept as those."""
+    if rows.device.type == "cpu":  # noqa: SIM108
+        values = torch.from_numpy(np.sort(rows.numpy(), axis=-1))  # vectorised: 2.5 ns per weight, torch.sort takes 44
+    else:
+        values = rows.sort(dim=-1).values
+    n, counts = values.shape[1], None
+    center = values[:, n // 2, None].double()  # keeps the sums small, so that no digits are lost
+    if len(values) == 1 and n >= LONG_ROW:
+        distinct, repeats = torch.unique_consecutive(values[0], return_counts=True)
+        if len(distinct) <= n // 2:
+            values, counts = distinct[None], torch.nn.functional.pad(repeats.cumsum(0), (1, 0))
+    distance = values.double().sub_(center)
+    sums = distance if counts is None else distance * counts.diff()
+    prefix = torch.zeros(len(values), values.shape[1] + 1, dtype=torch.float64, device=rows.device)
+    torch.cumsum(sums, dim=-1, out=prefix[:, 1:])
+    return SortedRows(n, values, center, prefix, sums.mul_(distance).sum(dim=1), counts)
+
+
+def fit_codebook(rows: SortedRows, bits: int) -> Tensor:
+    """Return the ascending codebook of every row, fp16 [R, k] with k = min(2^bits, n)."""
+    R, m = rows.values.shape
+    k = min(2**bits, rows.n)
+    if m <= k:
+        return torch.nn.functional.pad(rows.values, (0, k - m), mode="replicate").half()
+    width = 2 * _half_width(rows, k) + 1
+    step = max(WINDOW_BUDGET // width**2, 1) if rows.values.device.type == "cpu" else R
+    return torch.cat([_fit(rows[first : first + step], k, bits) for first in range(0, R, step)])
+
+
+def encode(rows: Tensor, codebook: Tensor) -> Tensor:
+    """Return the uint8 codes [R, n] of the nearest entries of the stored codebook [R, k]."""
+    return nearest_codes(rows, codebook.float())
+
+
+def _fit(rows: SortedRows, k: int, bits: int) -> Tensor:
+    cuts = _refine(rows, _search(rows, _density_start(rows, k)))
+    grid_cuts, grid_score = _best_uniform(rows, bits)
+    worse = (grid_score > _score(rows, cuts)).nonzero()[:, 0]
+    if len(worse):
+        cuts[worse] = _refine(rows[worse], grid_cuts[worse])
+    return (_means(rows, cuts) + rows.center).half()
+
+
+def _half_width(rows: SortedRows, k: int) -> int:
+    return LONG_HALF_WIDTH if rows.is_long else min(HALF_WIDTH, max(2, rows.n // k))
+
+
+def _refine(rows: SortedRows, cuts: Tensor) -> Tensor:
+    """Improve cuts by Lloyd steps and window programs in turn; the error never grows."""
+    half_width, gain = _half_width(rows, cuts.shape[1] - 1), LONG_GAIN if rows.is_long else GAIN
+    cuts = _lloyd(rows, cuts, LLOYD_STEPS)
+    result, active, part = cuts.clone(), torch.arange(len(cuts), device=cuts.device), rows
+    error = rows.square - _score(rows, cuts)
+    for _ in range(MAX_ROUNDS):
+        for span in SPANS:
+            cuts = _lloyd(part, _window_program(part, cuts, half_width, span), LLOYD_STEPS)
+        result[active] = cuts
+        before, error = error, part.square - _score(part, cuts)
+        again = before - error > gain * error.clamp_min(0)
+        if not bool(again.any()):
+            break
+        active, part, cuts, error = active[again], part[again], cuts[again], error[again]
+    return _lloyd(rows, result, MAX_LLOYD_STEPS)
+
+
+def _density_start(rows: SortedRows, k: int) -> Tensor:
+    """Return boundaries [R, k - 1] at equal shares of the cube root of the density."""
+    m = min(QUANTILES, rows.n)
+    places = torch.linspace(0, rows.n - 1, m, dtype=torch.float64, device=rows.values.device).round().long()
+    if rows.counts is not None:
+        places = torch.searchsorted(rows.counts, places, right=True) - 1
+    quantiles = rows.values[:, places].double()
+    weight = torch.nn.functional.pad(quantiles.diff(dim=1).pow_(2 / 3).cumsum(dim=1), (1, 0))
+    share = weight[:, -1:] * (torch.arange(1, k, dtype=torch.float64, device=weight.device) / k)
+    upper = torch.searchsorted(weight, share).clamp_(1, m - 1)
+    low, high = weight.gather(1, upper - 1), weight.gather(1, upper)
+    fraction = ((share - low) / (high - low).clamp_min(1e-300)).clamp_(0, 1)
+    return torch.lerp(quantiles.gather(1, upper - 1), quantiles.gather(1, upper), fraction)
+
+
+def _search(rows: SortedRows, boundaries: Tensor) -> Tensor:
+    """Return the cuts [R, k + 1], from 0 to n, of the boundaries [R, k - 1]: boundary j lies at place cuts[j + 1]."""
+    inner = torch.searchsorted(rows.values, boundaries.to(rows.values.dtype))
+    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=rows.values.shape[1])
+
+
+def _score(rows: SortedRows, cuts: Tensor) -> Tensor:
+    """Return sum_j S_j^2 / n_j [R]: what the clustering takes off the sum of squares. Larger is better."""
+    counts = rows.left_of(cuts).diff(dim=1).clamp_min(1)
+    return (rows.prefix.gather(1, cuts).diff(dim=1).square_() / counts).sum(dim=1)
+
+
+def _means(rows: SortedRows, cuts: Tensor) -> Tensor:
+    """Return the mean of every cluster about the center, float64 [R, k]; an empty one takes the weight at its cut."""
+    counts = rows.left_of(cuts).diff(dim=1)
+    means = rows.prefix.gather(1, cuts).diff(dim=1) / counts
+    empty = counts == 0
+    if bool(empty.any()):
+        at_cut = rows.values.gather(1, cuts[:, :-1].clamp_max(rows.values.shape[1] - 1))
+        means = torch.where(empty, at_cut - rows.center, means)
+    return means
+
+
+def _lloyd(rows: SortedRows, cuts: Tensor, steps: int) -> Tensor:
+    """Repeat means and middles until no cut moves, at most `steps` times; rows that have converged are left out."""
+    result = cuts.clone()
+    active = torch.arange(len(cuts), device=cuts.device)
+    for _ in range(steps):
+        means = _means(rows, cuts)
+        moved_cuts = _search(rows, (means[:, 1:] + means[:, :-1]).div_(2).add_(rows.center))
+        result[active] = moved_cuts
+        moved = (moved_cuts != cuts).any(dim=1)
+        remaining = int(moved.sum())
+        if remaining == 0:
+            break
+        cuts = moved_cuts
+        if remaining < len(cuts) / 2:
+            active, rows, cuts = active[moved], rows[moved], cuts[moved]
+    return result
+
+
+def _window_program(rows: SortedRows, cuts: Tensor, half_width: int, span: float) -> Tensor:
+    """Return the best cuts among W places for each, `half_width` over `span` of the way to either neighbour.
+
+    Rows are the last axis here, so that every step runs over contiguous memory.
+    """
+    R, inner = len(cuts), cuts.shape[1] - 2
+    share = torch.linspace(0, span, half_width + 1, dtype=torch.float64, device=cuts.device)[1:]
+    gap = cuts.diff(dim=1)[:, :, None]
+    left = (gap[:, :-1] * share.flip(0)).ceil_().long()
+    right = (gap[:, 1:] * share).ceil_().long()
+    offsets = [-left, left.new_zeros(R, inner, 1), right]
+    if span == 1:  # beside the neighbours too: a lone outlier deserves a level
+        offsets += [(1 - gap[:, :-1]).clamp_max(0), (gap[:, 1:] - 1).clamp_min(0)]
+    places = cuts[:, 1:-1, None] + torch.cat(offsets, dim=2)  # [R, k - 1, W]
+    sums = rows.prefix.gather(1, places.view(R, -1)).view(places.shape).permute(1, 2, 0).contiguous()
+    places = places.permute(1, 2, 0).contiguous()  # [k - 1, W, R]
+    at = rows.left_of(places).double()
+
+    values = [sums[0].square() / at[0].clamp_min(1)]  # best score of everything left of a cut, per place: [W, R]
+    for j in range(1, inner):
+        values.append(
+            _join(values[-1][:, None], sums[j] - sums[j - 1][:, None], at[j] - at[j - 1][:, None]).amax(dim=0)
+        )
+    choice = _join(values[-1], rows.prefix[:, -1] - sums[-1], rows.n - at[-1]).argmax(dim=0, keepdim=True)  # [1, R]
+    moved = cuts.clone()
+    for j in reversed(range(inner)):
+        moved[:, j + 1] = places[j].gather(0, choice)[0]
+        if j:  # the place from which the chosen one was reached
+            sum_j, at_j = sums[j].gather(0, choice), at[j].gather(0, choice)
+            choice = _join(values[j - 1], sum_j - sums[j - 1], at_j - at[j - 1]).argmax(dim=0, keepdim=True)
+    return moved
+
+
+def _join(value: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """Return value + total^2/count, -inf where the count is negative: cuts must not pass one another."""
+    passed = count < 0
+    return total.square_().div_(count.clamp_min_(0.5)).add_(value).masked_fill_(passed, -torch.inf)
+
+
+def _best_uniform(rows: SortedRows, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the best cuts [R, 2^bits + 1] that a grid of the uniform quantizer makes, and their score."""
+    step, zero = candidate_grids(rows.values[:, 0], rows.values[:, -1], bits)
+    middle = torch.arange(2**bits - 1, dtype=torch.float64, device=step.device) + 0.5
+    best_cuts = best_score = None
+    for a in range(len(step)):
+        cuts = _search(rows, (middle - zero[a, :, None]) * step[a, :, None].double())
+        score = _score(rows, cuts)
+        if best_cuts is None or best_score is None:
+            best_cuts, best_score = cuts, score
+        else:
+            better = score > best_score
+            best_cuts = torch.where(better[:, None], cuts, best_cuts)
+            best_score = torch.where(better, score, best_score)
+    assert best_cuts is not None
+    assert best_score is not None
+    return best_cuts, best_score

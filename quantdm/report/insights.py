@@ -1,0 +1,275 @@
+"""What the numbers say, as plain data and plain sentences: aggregation of the records, no new measurement."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdm.report.figures import describe
+from quantdm.surrogates import SearchSpace
+
+Floats = NDArray[np.float64]
+AFFORDABLE = 0.05  # share of the weights' size within which the best widenings are summed up
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of one operation type or block: `members` are positions on the layer axis."""
+
+    name: str
+    members: NDArray[np.int64]
+    weight_share: float
+    avg_bits: float | None
+    bit_share: float | None
+
+
+@dataclass(frozen=True)
+class Raise:
+    """The best way to give one layer of a recipe more bits: `per_bit` is the value gained per bit spent."""
+
+    layer: str
+    op_type: str
+    now: str
+    then: str
+    extra_bits: int
+    gain: float
+    per_bit: float
+
+
+# ------------------------------------------------------------------------------------------------------- aggregation
+
+
+def group_layers(space: SearchSpace, by: str, choice: NDArray[np.int64] | None = None) -> list[Group]:
+    """Return the groups of layers by `op_type` or `block`, in data-flow order of their first layer."""
+    order = np.argsort([layer.index for layer in space.layers], kind="stable")
+    members: dict[str, list[int]] = {}
+    for position in order:
+        members.setdefault(getattr(space.layers[position], by), []).append(int(position))
+    weights = space.num_weights
+    bits = None if choice is None else space.gather(space.bits, choice)[0]
+    groups = []
+    for name, positions in members.items():
+        index = np.array(positions)
+        groups.append(
+            Group(
+                name=name,
+                members=index,
+                weight_share=float(weights[index].sum() / weights.sum()),
+                avg_bits=None if bits is None else float(bits[index].sum() / weights[index].sum()),
+                bit_share=None if bits is None else float(bits[index].sum() / bits.sum()),
+            )
+        )
+    return groups
+
+
+def widths(space: SearchSpace) -> list[int]:
+    """Return the bit-widths among the options, ascending."""
+    return sorted({option.bits for option in space.options})
+
+
+def least_error(space: SearchSpace, width: int) -> Floats:
+    """Return per layer the least one-layer noise error that any option of a bit-width reaches, [L]."""
+    return space.noise_error[:, [i for i, o in enumerate(space.options) if o.bits == width]].min(axis=1)
+
+
+def width_value(space: SearchSpace, values: Floats) -> Floats:
+    """Return per layer what an explanation gains from the narrowest to the widest bit-width (best options), [L]."""
+    best = [
+        values[:, [i for i, o in enumerate(space.options) if o.bits == width]].max(axis=1)
+        for width in (widths(space)[0], widths(space)[-1])
+    ]
+    return best[1] - best[0]
+
+
+def one_more_bit(space: SearchSpace, values: Floats, choice: NDArray[np.int64], *, top: int = 10) -> list[Raise]:
+    """Return where wider codes buy most: per layer the wider option of most value per bit spent, best layers first.
+
+    Args:
+        values: [L, O] of an explanation, larger is better, additive over layers.
+        choice: the recipe [L].
+        top: at most that many layers; those that gain nothing are left out.
+    """
+    found = []
+    width = np.array([option.bits for option in space.options])
+    for position, (layer, now) in enumerate(zip(space.layers, choice, strict=True)):
+        extra, gain = space.bits[position] - space.bits[position, now], values[position] - values[position, now]
+        larger = np.flatnonzero((width > width[now]) & (extra > 0) & (gain > 0))
+        if not len(larger):
+            continue
+        best = int(larger[np.argmax(gain[larger] / extra[larger])])
+        found.append(
+            Raise(
+                layer=layer.name,
+                op_type=layer.op_type,
+                now=space.labels[now],
+                then=space.labels[best],
+                extra_bits=int(extra[best]),
+                gain=float(gain[best]),
+                per_bit=float(gain[best] / extra[best]),
+            )
+        )
+    return sorted(found, key=lambda item: -item.per_bit)[:top]
+
+
+# --------------------------------------------------------------------------------------------------------- sentences
+
+
+def verdict(row: dict[str, Any], other: dict[str, Any], *, figure: str = "fid_fp") -> str:
+    """Return "better", "worse" or "tie": a difference counts beyond two standard deviations (of both, combined)."""
+    margin = 2 * math.hypot(row.get(f"{figure}_sd") or 0.0, other.get(f"{figure}_sd") or 0.0)
+    difference = row[figure] - other[figure]
+    if abs(difference) <= margin:
+        return "tie"
+    return "better" if difference < 0 else "worse"
+
+
+def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Return what came out of a run in plain sentences, derived from the result rows and their spread."""
+    before, recipe, uniform = rows["fp"], rows["recipe"], rows["uniform-same-size"]
+    shrunk = (
+        f"The denoiser of {model} shrinks from {megabytes(before['denoiser_bytes'])} to "
+        f"{megabytes(recipe['denoiser_bytes'])} ({recipe['avg_bits']:.2f} bits per weight, everything counted)"
+    )
+    ours, theirs = plus_minus(recipe), plus_minus(uniform)
+    against = verdict(recipe, uniform)
+    if against == "better":
+        times = uniform["fid_fp"] / max(recipe["fid_fp"], 1e-12)
+        first = (
+            f"{shrunk}. The distance of its images to full precision, fid_fp, is {ours}, where the best uniform "
+            f"quantization of at least the same size has {theirs}: {times:.1f} times lower."
+        )
+    elif against == "worse":
+        first = (
+            f"{shrunk}. But the recipe does not win: the distance of its images to full precision, fid_fp, is {ours}, "
+            f"above the {theirs} of the best uniform quantization of at least the same size."
+        )
+    else:
+        first = (
+            f"{shrunk}. But it is not measurably better than the best uniform quantization of at least the same size: the "
+            f"distances to full precision, fid_fp {ours} and {theirs}, differ by less than two standard deviations."
+        )
+    sentences = [first]
+    if "sensitivity-same-size" in rows:
+        other = rows["sensitivity-same-size"]
+        word = {"better": "better than", "worse": "worse than", "tie": "within noise of"}[verdict(recipe, other)]
+        sentences.append(
+            f"It is {word} the strong baseline, a knapsack on one-layer noise errors (fid_fp {plus_minus(other)})."
+        )
+    if "recipe+a6" in rows and "recipe+a6+correction" in rows:
+        a6, corrected = rows["recipe+a6"], rows["recipe+a6+correction"]
+        word = {"better": "repairs some of that", "worse": "makes it worse", "tie": "changes nothing measurable"}
+        sentences.append(
+            f"With 6-bit activations on top fid_fp is {plus_minus(a6)}; the sampler's correction "
+            f"{word[verdict(corrected, a6)]} ({plus_minus(corrected)})."
+        )
+    return sentences
+
+
+def insights(space: SearchSpace, choice: NDArray[np.int64], values: Floats) -> list[str]:
+    """Return three sentences to act on: what to protect, where size is saved, where the next bits belong.
+
+    Args:
+        space: sizes and one-layer noise errors.
+        choice: the recipe [L].
+        values: the explanation it was chosen by [L, O].
+    """
+    return [_protect(space, choice), _save(space, choice), _spend(space, choice, values)]
+
+
+def _protect(space: SearchSpace, choice: NDArray[np.int64]) -> str:
+    width = widths(space)[0]
+    error = least_error(space, width)
+    groups = group_layers(space, "op_type", choice)
+    worst = max(groups, key=lambda g: float(np.median(error[g.members])))
+    typical = float(np.median(error))
+    here = float(np.median(error[worst.members]))
+    ratio = here / typical if typical > 0 else math.inf
+    count = len(worst.members)
+    one, median = ("this one layer", "") if count == 1 else ("a single such layer", f" (median of {count})")
+    share, bits = percent(worst.weight_share), f"{worst.avg_bits:.1f} bits per weight"
+    return (
+        f"Protect {worst.name}: taking {one} to {width} bits changes the denoiser's output by {percent(here)} of its "
+        f"energy{median}, {ratio:.2g} times what the median layer costs. "
+        + (
+            f"It is only {share} of the weights, so pin it high: the {bits} that the recipe gives it cost little."
+            if worst.weight_share < 0.1
+            else f"It is {share} of the weights and gets {bits}: raise it first if you change the recipe by hand."
+        )
+    )
+
+
+def _save(space: SearchSpace, choice: NDArray[np.int64]) -> str:
+    width = widths(space)[0]
+    narrow = np.array([space.options[o].bits == width for o in choice])
+    chosen = space.gather(space.noise_error, choice)[0]
+    groups = group_layers(space, "op_type", choice)
+    if not narrow.any():
+        least = min(groups, key=lambda g: (g.avg_bits or 0.0, -g.weight_share))
+        return (
+            f"Save in {least.name}: the recipe takes no layer to {width} bits, and with {least.avg_bits:.1f} bits per weight "
+            "this operation type is its cheapest. Go lower there first when the model must shrink further."
+        )
+    share = float(space.num_weights[narrow].sum() / space.num_weights.sum())
+    cost = float(chosen[narrow].sum() / max(chosen.sum(), 1e-300))
+    by_type = sorted(groups, key=lambda g: -float(space.num_weights[g.members][narrow[g.members]].sum()))
+    names = [g.name for g in by_type if narrow[g.members].any()][:2]
+    return (
+        f"Save in {' and '.join(names)}: most {width}-bit weights are there. The {int(narrow.sum())} of {len(narrow)} layers "
+        f"that the recipe takes to {width} bits hold {percent(share)} of the weights and make {percent(cost)} of the summed "
+        "one-layer error: take them down first in a recipe written by hand."
+    )
+
+
+def _spend(space: SearchSpace, choice: NDArray[np.int64], values: Floats) -> str:
+    steps = one_more_bit(space, values, choice, top=len(space.layers))
+    if not steps:
+        return "Spend nothing more: by this explanation no layer gains from a wider option."
+    best, total = steps[0], int(space.gather(space.bits, choice).sum())
+    affordable, spent, gain = 0, 0, 0.0
+    for step in steps:
+        if spent + step.extra_bits > AFFORDABLE * total:
+            break
+        affordable, spent, gain = affordable + 1, spent + step.extra_bits, gain + step.gain
+    whole = sum(step.gain for step in steps)
+    text = (
+        f"Spend the next bits on {best.layer}: going from {describe(best.now)} to {describe(best.then)} costs "
+        f"{megabytes(best.extra_bits / 8)} and buys more per bit than widening any other layer."
+    )
+    if affordable > 1 and whole > 0:
+        text += (
+            f" Widening the {affordable} layers that pay best makes the weights {percent(spent / total)} larger and "
+            f"collects {percent(gain / whole)} of what is left to gain, as the explanation sees it: a target to try."
+        )
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+def plus_minus(row: dict[str, Any], figure: str = "fid_fp", digits: int | None = None) -> str:
+    """Return "0.0453 ± 0.0031" (it does not break over lines): as many decimals as the spread deserves."""
+    mean, sd = row[figure], row.get(f"{figure}_sd") or 0.0
+    if digits is None:
+        digits = decimals(sd if sd > 0 else abs(mean) / 100)
+    return f"{mean:.{digits}f}\u00a0±\u00a0{sd:.{digits}f}" if sd > 0 else f"{mean:.{digits}f}"
+
+
+def decimals(spread: float) -> int:
+    """Return the decimals that show two digits of a spread (at most 5)."""
+    return 4 if spread <= 0 else min(5, max(0, 1 - math.floor(math.log10(spread))))
+
+
+def percent(share: float) -> str:
+    """Return a share as per cent: two digits, none pretended."""
+    value = 100 * share
+    return f"{value:.0f}\u00a0%" if value >= 10 else f"{value:.1f}\u00a0%" if value >= 0.1 else f"{value:.2g}\u00a0%"
+
+
+def megabytes(count: float) -> str:
+    """Return bytes in the unit that fits (1 MB = 10^6 bytes)."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f}\u00a0{unit}" if count < 100 * size else f"{count / size:.0f}\u00a0{unit}"
+    return f"{count:.0f}\u00a0bytes"

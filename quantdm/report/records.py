@@ -1,0 +1,121 @@
+"""What a run directory holds, read for the report. Only run.json is required: a section names the record it lacks."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantdm.correction.record import Correction, load_correction
+from quantdm.errors import QuantDMError
+from quantdm.files import load_tensors, read_json
+from quantdm.recipe import Recipe, check_layers, load_recipe
+from quantdm.search.run import Run, RunSettings
+from quantdm.search.store import TrialStore
+from quantdm.surrogates import Attribution, SearchSpace
+
+# Record -> the command that makes it (RUN_DIR stands for the run directory: a report carries no machine's paths).
+MADE_BY = {
+    "space.json": "quantdm search --run-dir RUN_DIR",
+    "trials": "quantdm search --run-dir RUN_DIR",
+    "surrogate.json": "quantdm fit --run-dir RUN_DIR",
+    "attribution.json": "quantdm explain --run-dir RUN_DIR",
+    "selection.json": "quantdm select --run-dir RUN_DIR",
+    "recipe.yaml": "quantdm select --run-dir RUN_DIR",
+    "correction.safetensors": "quantdm correct --run-dir RUN_DIR",
+    "summary.json": "quantdm demo --run-dir RUN_DIR",
+    "samples.safetensors": "quantdm demo --run-dir RUN_DIR",
+}
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of one run; None where the stage has not run yet."""
+
+    settings: RunSettings
+    space: SearchSpace | None
+    trials: tuple[dict[str, Any], ...]
+    surrogate: dict[str, Any] | None
+    attributions: dict[str, Attribution] | None
+    selection: dict[str, Any] | None
+    recipe: Recipe | None
+    correction: Correction | None
+    steps: tuple[dict[str, float], ...]
+    summary: dict[str, Any] | None
+    samples: dict[str, torch.Tensor]
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The result rows by name."""
+        return {row["name"]: row for row in (self.summary or {}).get("rows", [])}
+
+    @cached_property
+    def choice(self) -> np.ndarray | None:
+        """The recipe as positions on the option axis, in the order of the space's layers."""
+        if self.space is None or self.recipe is None:
+            return None
+        return self.space.choice_of(self.recipe.config)
+
+    @cached_property
+    def explanation(self) -> tuple[str, Attribution] | None:
+        """The attribution that the recipe was chosen by, else that of the best surrogate, with its name."""
+        if not self.attributions:
+            return None
+        chosen = (self.selection or {}).get("chosen")
+        if chosen in self.attributions:
+            return chosen, self.attributions[chosen]
+        folds = (self.surrogate or {}).get("held_out_spearman", {})
+        best = max(self.attributions, key=lambda name: float(np.mean(folds.get(name, [-1.0]))))
+        return best, self.attributions[best]
+
+
+def read_records(run_dir: str | Path) -> Records:
+    """Read every record that a run directory holds.
+
+    Raises:
+        QuantDMError: no run there; a record that is damaged, of another version, or of another model than the rest.
+    """
+    run = Run.open(run_dir)
+
+    def optional(name: str, read: Any) -> Any:
+        return read(run.path(name)) if run.path(name).exists() else None
+
+    space = optional("space.json", SearchSpace.load)
+    recipe = optional("recipe.yaml", load_recipe)
+    if space is not None and recipe is not None:
+        check_layers(recipe.config, space.layer_names, what=f"{run.path('recipe.yaml')}")
+    attributions = optional("attribution.json", _read_attributions)
+    for name, attribution in (attributions or {}).items():
+        if space is not None and (attribution.layers, attribution.options) != (space.layer_names, space.labels):
+            raise QuantDMError(
+                f"{run.path('attribution.json')}: {name} explains other layers or options than space.json holds; "
+                "run `quantdm explain` again"
+            )
+    samples = optional("samples.safetensors", lambda path: load_tensors(path)[0]) or {}
+    for name, images in samples.items():
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise QuantDMError(
+                f"{run.path('samples.safetensors')}: {name} is {images.dtype} {tuple(images.shape)}, "
+                "expected uint8 [N, 3, H, W]; delete the file and run the last stage again"
+            )
+    return Records(
+        settings=run.settings,
+        space=space,
+        trials=tuple(TrialStore(run.path("trials"))),
+        surrogate=optional("surrogate.json", lambda path: read_json(path, version=1)),
+        attributions=attributions,
+        selection=optional("selection.json", lambda path: read_json(path, version=1)),
+        recipe=recipe,
+        correction=optional("correction.safetensors", load_correction),
+        steps=tuple(
+            (optional("correction_steps.json", lambda path: read_json(path, version=1)) or {}).get("steps", ())
+        ),
+        summary=optional("summary.json", lambda path: read_json(path, version=1)),
+        samples=samples,
+    )
+
+
+def _read_attributions(path: Path) -> dict[str, Attribution]:
+    return {name: Attribution.from_dict(a) for name, a in read_json(path, version=1)["attributions"].items()}

@@ -1,0 +1,165 @@
+"""The final measurement of a run: the result rows on noises that the search never saw, and the summary."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from quantdm.files import read_json, save_tensors, write_json
+from quantdm.metrics import frechet_distance
+from quantdm.progress import bar
+from quantdm.recipe import ActivationSpec, Recipe
+from quantdm.schemes import ORIGINAL_BITS, Scheme
+from quantdm.search import stages
+from quantdm.search.engine import Engine
+from quantdm.search.evaluation import Draw, mean_and_sd, real_floor
+from quantdm.search.evaluator import Job
+from quantdm.search.run import Run
+from quantdm.search.search import summary_of
+from quantdm.surrogates import SearchSpace
+
+GRID_IMAGES = 40
+FIGURES = ("fid_real", "fid_fp", "psnr_fp", "agreement")
+GRID_ROWS = ("fp", "uniform-same-size", "recipe", "recipe+a6+correction")
+
+
+def final_draws(run: Run, *, images: int, count: int = 3) -> list[Draw]:
+    """Return draws whose noises differ from all of the search's."""
+    return [Draw(run.settings.seed * 1000 + 101 + i, images, run.settings.protocol.steps) for i in range(count)]
+
+
+def final_jobs(
+    run: Run, space: SearchSpace, recipe: Recipe, activations: ActivationSpec, correction: str | None
+) -> dict[str, tuple[Job, str]]:
+    """Return row name -> (job without its draw, note) of the result table."""
+    selection = read_json(run.path("selection.json"), version=1)
+    figures, configs = selection["candidates"], selection["configs"]
+    baselines = [name for name in configs if name.startswith("baseline: ")]
+    best_baseline = min(baselines, key=lambda name: figures[name]["fid_fp_mean"])
+    w4 = dict.fromkeys(space.layer_names, Scheme(method="uniform", bits=4, granularity="channel").label)
+    draw = Draw(0, 0, 0)  # replaced by every final draw
+    spec = activations.model_dump(mode="json")
+    return {
+        "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
+        "uniform-w4": (Job(draw, w4), "uniform-channel-4 everywhere"),
+        "uniform-same-size": (Job(draw, configs[best_baseline]), best_baseline.removeprefix("baseline: ")),
+        "sensitivity-same-size": (Job(draw, configs["sensitivity"]), "knapsack on one-layer noise errors"),
+        "recipe": (Job(draw, recipe.layers), selection["chosen"]),
+        "recipe+a6": (Job(draw, recipe.layers, spec), "6-bit activations"),
+        "recipe+a6+correction": (Job(draw, recipe.layers, spec, correction), "6-bit activations, corrected sampler"),
+    }
+
+
+def measure_rows(
+    run: Run,
+    engine: Engine,
+    space: SearchSpace,
+    jobs: dict[str, tuple[Job, str]],
+    draws: Sequence[Draw],
+    unquantized: int,
+) -> list[dict[str, Any]]:
+    """Measure every row on every draw and return one record per row: means, standard deviations, size."""
+    store = stages.TrialStore(run.path("final"))
+    work = {
+        (name, draw): Job(draw, job.labels, job.activations, job.correction)
+        for name, (job, _) in jobs.items()
+        for draw in draws
+    }
+    with bar(len(work), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
+        found = {key: store.get(run_key(run, job)) for key, job in work.items()}
+        todo = [key for key, record in found.items() if record is None]
+        progress.update(len(work) - len(todo))
+        for _ in engine.map("prepare", draws if todo else []):
+            pass
+        for index, result in engine.map("measure", [work[key] for key in todo]):
+            found[todo[index]] = result
+            store.put(run_key(run, work[todo[index]]), result)
+            progress.update()
+    rows = []
+    for name, (job, note) in jobs.items():
+        figures = mean_and_sd([found[name, draw] for draw in draws])
+        bits = row_bits(space, job)
+        rows.append(
+            {
+                "name": name,
+                "note": note,
+                "avg_bits": bits / int(space.num_weights.sum()),
+                "denoiser_bytes": -(-bits // 8) + unquantized,
+                **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
+                **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
+                "seconds": round(figures["mean"]["seconds"] or 0.0, 3),
+            }
+        )
+    return rows
+
+
+def run_key(run: Run, job: Job) -> str:
+    """Return the key of a final measurement; a refitted correction makes a new one."""
+    if job.correction is None:
+        return job.key
+    return stages.digest(job.key, read_bytes_digest(job.correction))
+
+
+def read_bytes_digest(path: str) -> str:
+    """Return the hash of a file's tensors."""
+    from quantdm.files import load_tensors
+
+    tensors, metadata = load_tensors(path)
+    return stages.digest(metadata, *[tensors[key] for key in sorted(tensors)])
+
+
+def row_bits(space: SearchSpace, job: Job) -> int:
+    """Return the exact bits of a job's quantizable weights (16 each when nothing is quantized)."""
+    if job.labels is None:
+        return int(space.num_weights.sum()) * ORIGINAL_BITS
+    if set(job.labels.values()) <= set(space.labels):
+        choice = [space.labels.index(str(job.labels[name])) for name in space.layer_names]
+        return int(space.total_bits(choice)[0])
+    from quantdm.quantizers import count_bits
+
+    schemes = {layer.name: Scheme.parse(str(job.labels[layer.name])) for layer in space.layers}
+    return sum(count_bits(layer.shape, schemes[layer.name], layer.split) for layer in space.layers)
+
+
+def sampling_noise(engine: Engine, draws: Sequence[Draw]) -> dict[str, float]:
+    """Return the Frechet distance between full-precision draws of different noises: the floor of what fid_fp can tell."""
+    features = [engine.local.reference(draw).features for draw in draws]
+    distances = [frechet_distance(a, b) for a, b in combinations(features, 2)]
+    column = torch.tensor(distances, dtype=torch.float64)
+    return {"mean": column.mean().item(), "sd": column.std().item() if len(distances) > 1 else 0.0}
+
+
+def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw: Draw) -> None:
+    """Write samples.safetensors: the first images of a final draw, equal seeds in every row."""
+    few = Draw(draw.base_seed, GRID_IMAGES, draw.steps)
+    tensors = {}
+    for name in GRID_ROWS:
+        job = jobs[name][0]
+        tensors[name] = engine.local.samples(Job(few, job.labels, job.activations, job.correction)).images
+    save_tensors(run.path("samples.safetensors"), tensors)
+
+
+def write_summary(run: Run, rows: list[dict[str, Any]], draws: Sequence[Draw], noise: dict[str, float]) -> dict[str, Any]:
+    """Write summary.json and return it."""
+    protocol = run.settings.protocol
+    summary = {
+        "version": stages.RECORD_VERSION,
+        **summary_of(run),
+        "target_bits": run.settings.target_bits,
+        "protocol": {
+            "images": draws[0].images,
+            "draws": [draw.base_seed for draw in draws],
+            "steps": draws[0].steps,
+            "guidance_scale": protocol.guidance_scale,
+            "scheduler": "the pipeline's own",
+            "features": protocol.features,
+            "fid": "Frechet distance of classifier features, float64, no resize",
+            "dtype": run.settings.dtype,
+        },
+        "fid_floor": real_floor(protocol) if protocol.real else None,
+        "fp_noise": noise,
+        "rows": rows,
+    }
+    write_json(run.path("summary.json"), summary)
+    return summary

@@ -1,0 +1,105 @@
+"""The graph surrogate's score of every assignment of every block, and its projection onto single layers.
+
+The hop score of a configuration is a sum over roots (and, at hop 0, over layers), each of which depends on the layers
+in its in-neighbourhood only. So the score of (block, assignment) is found by enumeration; method.md section 5.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from quantdm.surrogates.graph_surrogate import GraphSurrogate
+from quantdm.surrogates.plan import layers_below, make_plan
+from quantdm.surrogates.space import SearchSpace, single_thread
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+MAX_ASSIGNMENTS = 20_000
+COMPLETIONS = 128  # per (layer, option), where a block has too many assignments
+CHUNK = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScores:
+    """Scores [K, N] of N assignments [N, layers] of one block, per fold; `layers` are positions on the layer axis."""
+
+    name: str
+    layers: tuple[int, ...]
+    assignments: Ints
+    scores: Floats
+
+
+def score_blocks(surrogate: GraphSurrogate) -> tuple[Floats, list[BlockScores]]:
+    """Return the values of single layers at hop 0 [K, L, O], and every block's scores in units of y.
+
+    Their sum over layers and blocks plus a constant is the prediction of each fold's network, exactly. Blocks with more
+    than 20,000 assignments get a sample of them: for every layer and option the same random completions.
+    """
+    space = surrogate.space
+    with torch.no_grad(), single_thread():
+        encoded = [network.encode() for network in surrogate.networks_]
+    zero = np.stack([_hop_zero(surrogate, fold, cells) for fold, cells in enumerate(encoded)])
+    found = []
+    for block in space.graph.blocks:
+        if block.hops == 0:
+            continue  # its root is a weight, read out at hop 0
+        layers = tuple(space.layer_index[name] for name in layers_below(space.graph, block))
+        assignments = _assignments(space, layers, seed=block.index)
+        plan = make_plan(space.graph, [block], all_weights=False)
+        scores = np.empty((len(surrogate.networks_), len(assignments)))
+        for start in range(0, len(assignments), CHUNK):
+            part = assignments[start : start + CHUNK]
+            choices = np.zeros((len(part), len(space.layers)), dtype=np.int64)
+            choices[:, layers] = part
+            cells, edges = surrogate.cells(choices, plan.levels[0]), plan.batched_edges(len(part))
+            with torch.no_grad(), single_thread():
+                for fold, network in enumerate(surrogate.networks_):
+                    norm = network(cells, plan, edges, encoded[fold])[block.hops][0].abs().sum(dim=1)
+                    scores[fold, start : start + CHUNK] = norm.double().numpy() * _unit(surrogate, fold, block.hops)
+        found.append(BlockScores(block.name, layers, assignments, scores))
+    return zero, found
+
+
+def layer_values(surrogate: GraphSurrogate) -> Floats:
+    """Project the scores of blocks onto single layers: the mean over the other layers of the block, [K, L, O]."""
+    surrogate.fitted()
+    values, blocks = score_blocks(surrogate)
+    for block in blocks:
+        centre = block.scores.mean(axis=1)
+        for column, layer in enumerate(block.layers):
+            for option in range(values.shape[2]):
+                mask = block.assignments[:, column] == option
+                values[:, layer, option] += block.scores[:, mask].mean(axis=1) - centre
+    return values
+
+
+def _hop_zero(surrogate: GraphSurrogate, fold: int, encoded: torch.Tensor) -> Floats:
+    """Return what every cell adds to the prediction at hop 0: [L, O]."""
+    shape = surrogate.space.bits.shape
+    norm = encoded[: shape[0] * shape[1]].abs().sum(dim=1)
+    return norm.double().numpy().reshape(shape) * _unit(surrogate, fold, 0)
+
+
+def _unit(surrogate: GraphSurrogate, fold: int, hop: int) -> float:
+    """Return w_m / (σ_m · number of roots): what one unit of a root's norm adds to the prediction."""
+    stats, weights = surrogate.fitted()
+    present = [m for m, roots in enumerate(surrogate.plan.roots) if roots]
+    column = present.index(hop)
+    return float(weights[column] / (stats[fold, 1, column] * len(surrogate.plan.roots[hop])))
+
+
+def _assignments(space: SearchSpace, layers: tuple[int, ...], seed: int) -> Ints:
+    """Return all assignments of the layers [N, layers], or a balanced sample when they are too many."""
+    O = len(space.options)
+    if O ** len(layers) <= MAX_ASSIGNMENTS:
+        return np.stack([axis.ravel() for axis in np.meshgrid(*[np.arange(O)] * len(layers), indexing="ij")], axis=1)
+    completions = np.random.default_rng(seed).integers(0, O, size=(COMPLETIONS, len(layers)))
+    found = []
+    for column in range(len(layers)):
+        for option in range(O):
+            part = completions.copy()
+            part[:, column] = option
+            found.append(part)
+    return np.concatenate(found)

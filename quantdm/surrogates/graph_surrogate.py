@@ -1,0 +1,280 @@
+"""The graph surrogate: a five-fold ensemble of GraphNets whose hop scores rank configurations and split over blocks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+from torch import Tensor, nn
+
+from quantdm.errors import QuantDMError
+from quantdm.files import load_tensors, save_tensors
+from quantdm.surrogates.graph_net import CellTable, GraphNet, hop_scores
+from quantdm.surrogates.losses import RankLoss, rank_loss
+from quantdm.surrogates.plan import make_plan
+from quantdm.surrogates.space import SearchSpace, check_trials, single_thread, spearman, split_folds
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Progress = Callable[[int, int], object]
+GRAPH_VERSION = 1
+FOLDS, MIN_TRIALS = 5, 20
+WHY = "five folds rank at least four held-out trials each, and a fifth of the rest decides when to stop"
+LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-6
+CHECK_EVERY = 5  # epochs between two looks at the validation loss
+
+
+class GraphSurrogate:
+    """Rank configurations with GATv2 layers on the traced graph (method.md section 5).
+
+    The prediction is intercept + mean over folds of sum_m w_m · (‖h_G^m‖₁ - μ_m) / σ_m: hop scores, exactly additive over
+    the roots of blocks, so what predicts is what is explained. w_m >= 0 weighs the hops by how they explain held-out
+    trials together (non-negative least squares). The regressor shapes the embeddings only.
+
+    Args:
+        space: layers, options, graph and cheap errors.
+        epochs: upper limit; training stops after `patience` epochs without a better validation loss.
+        ranking: "srcc", "ndcg" or "hybrid".
+        progress: called as progress(done, total) in units of epochs.
+    """
+
+    name = "graph"
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        *,
+        random_state: int = 0,
+        epochs: int = 200,
+        batch_size: int = 128,
+        patience: int = 50,
+        ranking: RankLoss = "srcc",
+        progress: Progress | None = None,
+    ) -> None:
+        self.space = space
+        self.random_state = random_state
+        self.epochs, self.batch_size, self.patience = epochs, batch_size, patience
+        self.ranking: RankLoss = ranking
+        self.progress = progress
+        self.plan = make_plan(space.graph, space.graph.blocks, all_weights=True)
+        self.cv_scores_: list[float] = []
+        self.cv_hop_scores_: Floats | None = None  # [K, M] held-out Spearman of every hop alone
+        self.networks_: list[GraphNet] = []
+        self.hop_stats_: Floats | None = None  # [K, 2, M] mean and standard deviation of hop scores on training trials
+        self.hop_weights_: Floats | None = None  # [M] w_m >= 0
+        self.intercept_: float = 0.0
+
+    def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "GraphSurrogate":
+        """Fit five networks, each without one fold, and weigh the hops by the held-out trials.
+
+        Raises:
+            QuantDMError: fewer than 20 trials, or trials that do not fit the space.
+        """
+        choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
+        folds = split_folds(len(labels), FOLDS, self.random_state)
+        self.networks_, stats, held_out = [], [], None
+        for index, fold in enumerate(folds):
+            train = np.setdiff1d(np.arange(len(labels)), fold)
+            network = self._train(index, choices[train], labels[train], weights[train])
+            scores = self._hop_scores(network, choices)
+            mean, spread = scores[train].mean(axis=0), np.maximum(scores[train].std(axis=0), 1e-6)
+            stats.append(np.stack([mean, spread]))
+            held_out = np.empty_like(scores) if held_out is None else held_out
+            held_out[fold] = ((scores - mean) / spread)[fold]
+            self.networks_.append(network)
+        assert held_out is not None
+        self.hop_stats_ = np.stack(stats)
+        self.intercept_ = float(np.average(labels, weights=weights))
+        target = labels - self.intercept_
+        self.hop_weights_ = _hop_weights(held_out, target, weights)
+        self.cv_scores_ = []
+        for fold in folds:  # the weights of the hops must not have seen the fold they are judged on
+            rest = np.setdiff1d(np.arange(len(labels)), fold)
+            own = _hop_weights(held_out[rest], target[rest], weights[rest])
+            self.cv_scores_.append(spearman(held_out[fold] @ own, labels[fold]))
+        self.cv_hop_scores_ = np.array([[spearman(z, labels[fold]) for z in held_out[fold].T] for fold in folds])
+        return self
+
+    def predict(self, choices: ArrayLike) -> Floats:
+        """Predict y: [T, L] -> [T]."""
+        choices = self.space.check(choices)
+        stats, weights = self.fitted()
+        predictions = [
+            ((self._hop_scores(network, choices) - mean) / spread) @ weights
+            for network, (mean, spread) in zip(self.networks_, stats, strict=True)
+        ]
+        return self.intercept_ + np.mean(predictions, axis=0)
+
+    def score(self, choices: ArrayLike, y: ArrayLike) -> float:
+        """Return Spearman's rank correlation of the prediction with y."""
+        return spearman(self.predict(choices), np.asarray(y, dtype=np.float64))
+
+    def fitted(self) -> tuple[Floats, Floats]:
+        """Return the statistics [K, 2, M] and the weights [M] of the hop scores.
+
+        Raises:
+            QuantDMError: not fitted.
+        """
+        if self.hop_stats_ is None or self.hop_weights_ is None:
+            raise QuantDMError("GraphSurrogate is not fitted; call fit(choices, y) first")
+        return self.hop_stats_, self.hop_weights_
+
+    def fold_values(self) -> Floats:
+        """Return the layer values of every fold: [K, L, O] (see `quantdm.surrogates.block_scores`)."""
+        from quantdm.surrogates.block_scores import layer_values
+
+        return layer_values(self)
+
+    def cells(self, choices: Ints, nodes: tuple[int, ...]) -> Tensor:
+        """Return the cell of every node in every configuration: [nodes, T] (see `CellTable`)."""
+        O, rows, combine = len(self.space.options), [], 0
+        combine_cell = {}
+        for node in self.space.graph.nodes:
+            if node.layer is None:
+                combine_cell[node.id] = self.space.bits.size + combine
+                combine += 1
+        for node in nodes:
+            layer = self.space.graph.nodes[node].layer
+            if layer is None:
+                rows.append(np.full(len(choices), combine_cell[node]))
+            else:
+                index = self.space.layer_index[layer]
+                rows.append(index * O + choices[:, index])
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted surrogate as safetensors with its settings as JSON in the header."""
+        stats, weights = self.fitted()
+        assert self.cv_hop_scores_ is not None
+        tensors = {
+            f"{fold}.{name}": tensor
+            for fold, network in enumerate(self.networks_)
+            for name, tensor in network.state_dict().items()
+        }
+        metadata = {
+            "version": GRAPH_VERSION,
+            "space": self.space.digest,
+            "settings": {
+                "random_state": self.random_state,
+                "epochs": self.epochs,
+                "batch_size": self.batch_size,
+                "patience": self.patience,
+                "ranking": self.ranking,
+            },
+            "hop_stats": stats.tolist(),
+            "hop_weights": weights.tolist(),
+            "intercept": self.intercept_,
+            "cv_scores": self.cv_scores_,
+            "cv_hop_scores": self.cv_hop_scores_.tolist(),
+        }
+        save_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, space: SearchSpace) -> "GraphSurrogate":
+        """Read a surrogate of the same space.
+
+        Raises:
+            QuantDMError: damaged, of another version, or fitted on another space.
+        """
+        tensors, metadata = load_tensors(path)
+        if metadata.get("version") != GRAPH_VERSION or metadata.get("space") != space.digest:
+            raise QuantDMError(
+                f"{path}: version {metadata.get('version')} for search space {metadata.get('space')}, expected version "
+                f"{GRAPH_VERSION} for {space.digest}; it belongs to another model or other options: fit again"
+            )
+        self = cls(space, **_settings(metadata["settings"]))
+        for fold in range(len(metadata["hop_stats"])):
+            network = self._network(fold)
+            prefix = f"{fold}."
+            network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            self.networks_.append(network.eval())
+        self.hop_stats_, self.hop_weights_ = np.array(metadata["hop_stats"]), np.array(metadata["hop_weights"])
+        self.cv_scores_, self.cv_hop_scores_ = metadata["cv_scores"], np.array(metadata["cv_hop_scores"])
+        self.intercept_ = metadata["intercept"]
+        return self
+
+    def _network(self, fold: int) -> GraphNet:
+        with torch.random.fork_rng(devices=[]):  # the layers draw from the global generator only
+            torch.manual_seed(self.random_state * FOLDS + fold)
+            return GraphNet(CellTable(self.space), self.plan.hops)
+
+    def _train(self, fold: int, choices: Ints, labels: Floats, weights: Floats) -> GraphNet:
+        """Train one network; a sixth of its trials decides when to stop and which state is kept."""
+        network = self._network(fold)
+        generator = torch.Generator().manual_seed(self.random_state * FOLDS + fold)
+        low, high = np.quantile(labels, 0.2), labels.max()
+        r = torch.from_numpy(50 * np.clip((labels - low) / (high - low), 0, 1)).float()  # method.md section 5
+        scale = float(r.std(correction=0))
+        w = torch.from_numpy(weights).float()
+        cells = self.cells(choices, self.plan.levels[0])
+        order = torch.randperm(len(r), generator=generator)
+        held = max(4, len(r) // 6)
+        watched, learned = order[:held], order[held:]
+        nn.init.constant_(network.regressor[-1].bias, float(r.mean()) / scale)  # type: ignore[arg-type]
+        steps = -(-len(learned) // self.batch_size)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * steps)
+        ranking = rank_loss(self.ranking)
+
+        def loss(rows: Tensor) -> Tensor:
+            roots = network(cells[:, rows], self.plan, self.plan.batched_edges(len(rows)))
+            # both in units of the spread of r, so that no term of the loss drowns the others
+            predicted = scale * network.regressor(roots[-1].mean(dim=0))[:, 0]
+            squared = (w[rows] * ((predicted - r[rows]) / scale).square()).mean()
+            ranked = torch.stack([ranking(r[rows], score) for score in hop_scores(roots).T])
+            return squared + ranked.mean()
+
+        best, best_epoch, best_state = np.inf, 0, None
+        with single_thread():
+            for epoch in range(self.epochs):
+                network.train()
+                shuffled = learned[torch.randperm(len(learned), generator=generator)]
+                for rows in torch.tensor_split(shuffled, steps):
+                    optimizer.zero_grad()
+                    loss(rows).backward()
+                    optimizer.step()
+                    schedule.step()
+                if self.progress is not None:
+                    self.progress(fold * self.epochs + epoch + 1, FOLDS * self.epochs)
+                if (epoch + 1) % CHECK_EVERY == 0 or epoch + 1 == self.epochs:
+                    network.eval()
+                    with torch.no_grad():
+                        value = float(loss(watched))
+                    if value < best:
+                        best, best_epoch = value, epoch
+                        best_state = {k: v.clone() for k, v in network.state_dict().items()}
+                    elif epoch - best_epoch >= self.patience:
+                        break
+        if best_state is not None:
+            network.load_state_dict(best_state)
+        if self.progress is not None:
+            self.progress((fold + 1) * self.epochs, FOLDS * self.epochs)
+        return network.eval()
+
+    @torch.no_grad()
+    def _hop_scores(self, network: GraphNet, choices: Ints) -> Floats:
+        """Return the hop scores [T, M] of one network."""
+        found = []
+        with single_thread():
+            encoded = network.encode()
+            for rows in np.array_split(choices, -(-len(choices) // self.batch_size)):
+                edges = self.plan.batched_edges(len(rows))
+                found.append(hop_scores(network(self.cells(rows, self.plan.levels[0]), self.plan, edges, encoded)))
+        return torch.cat(found).double().numpy()
+
+
+def _hop_weights(z: Floats, target: Floats, weights: Floats) -> Floats:
+    """Return w_m >= 0 that minimise sum_t weight · (z[t] · w - target)^2; least squares, so the score has y's unit."""
+    root = np.sqrt(weights)
+    found, _ = nnls(root[:, None] * z, root * target)
+    return found
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    known = {"random_state", "epochs", "batch_size", "patience", "ranking"}
+    if set(record) != known:
+        raise QuantDMError(f"graph surrogate: settings {sorted(record)}, expected {sorted(known)}; fit again")
+    return record

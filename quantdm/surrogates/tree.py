@@ -1,0 +1,140 @@
+"""The tree surrogate: gradient-boosted trees on pooled features, explained by exact TreeSHAP."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from quantdm.errors import QuantDMError
+from quantdm.files import write_json
+from quantdm.surrogates.features import pool
+from quantdm.surrogates.space import SearchSpace, check_trials, read_record, spearman, split_folds
+
+Floats = NDArray[np.float64]
+FOLDS, MIN_TRIALS = 5, 10
+WHY = "five folds need at least two held-out trials each"
+TREE_VERSION = 1
+ROUNDS = 300
+PARAMETERS: dict[str, Any] = {
+    "objective": "reg:squarederror",
+    "eta": 0.05,
+    "max_depth": 3,
+    "min_child_weight": 3,
+    "subsample": 0.8,
+    "colsample_bytree": 0.3,
+    "lambda": 1.0,
+    "tree_method": "exact",
+    "nthread": 1,  # sums in a fixed order: the same trees every time
+}
+
+
+class TreeSurrogate:
+    """Predict y with XGBoost from pooled features (`features.pool`), one model on all trials and one per fold."""
+
+    name = "tree"
+
+    def __init__(self, space: SearchSpace, *, random_state: int = 0, rounds: int = ROUNDS) -> None:
+        self.space = space
+        self.random_state = random_state
+        self.rounds = rounds
+        self.features = pool(space, logarithms=True)
+        self.cv_scores_: list[float] = []
+        self._boosters: list[Any] = []  # all trials, then one per fold
+        self._background: NDArray[np.int64] | None = None  # the training choices: where the explanation looks
+
+    def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "TreeSurrogate":
+        """Fit to choices [T, L] and labels y [T].
+
+        Raises:
+            QuantDMError: fewer than 10 trials, or trials that do not fit the space.
+        """
+        choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
+        x = self.features.transform(choices)
+        self._boosters, self.cv_scores_ = [self._boost(x, labels, weights)], []
+        for fold in split_folds(len(labels), FOLDS, self.random_state):
+            train = np.setdiff1d(np.arange(len(labels)), fold)
+            booster = self._boost(x[train], labels[train], weights[train])
+            self._boosters.append(booster)
+            self.cv_scores_.append(spearman(booster.inplace_predict(x[fold]), labels[fold]))
+        self._background = choices
+        return self
+
+    def predict(self, choices: ArrayLike) -> Floats:
+        """Predict y: [T, L] -> [T]."""
+        return self._fitted()[0].inplace_predict(self.features.transform(choices)).astype(np.float64)
+
+    def score(self, choices: ArrayLike, y: ArrayLike) -> float:
+        """Return Spearman's rank correlation of the prediction with y."""
+        return spearman(self.predict(choices), np.asarray(y, dtype=np.float64))
+
+    def contributions(self, choices: ArrayLike) -> Floats:
+        """Return the exact TreeSHAP values of every feature, the bias last: [T, F + 1]; rows sum to the prediction."""
+        return self._contributions(self._fitted()[0], self.features.transform(choices))
+
+    def fold_values(self) -> Floats:
+        """Return the values of layers and options, for the final model and each fold: [1+K, L, O].
+
+        A pooled feature s_f is a sum over layers, so its TreeSHAP value, seen as a function of s_f over the training
+        choices, splits over layers once it is a line: φ_f ≈ α_f + β_f·s_f (least squares), and layer l with option o owns
+        β_f·c_f[l, o]. For logarithmic features the line is in log s_f and is linearised at the mean of s_f. Single swaps
+        of one layer are no alternative: trees are piecewise constant and most swaps cross no threshold.
+        """
+        assert self._background is not None
+        x, sums = self.features.transform(self._background), self.features.sums(self._background)
+        centred = x - x.mean(axis=0)
+        variance = (centred**2).mean(axis=0)
+        usable = variance > 1e-12 * np.maximum(1.0, (x**2).mean(axis=0))
+        per_sum = np.where(self.features.is_log, 1 / np.maximum(sums.mean(axis=0), 1e-30), 1.0)
+        found = []
+        for booster in self._fitted():
+            phi = self._contributions(booster, x)[:, :-1]
+            slopes = np.where(usable, (centred * phi).mean(axis=0) / np.where(usable, variance, 1.0), 0.0)
+            found.append(self.features.project(slopes * per_sum))
+        return np.stack(found)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted surrogate as JSON (XGBoost's own JSON model inside)."""
+        boosters = self._fitted()
+        assert self._background is not None
+        record = {
+            "version": TREE_VERSION,
+            "space": self.space.digest,
+            "random_state": self.random_state,
+            "rounds": self.rounds,
+            "cv_scores": self.cv_scores_,
+            "background": self._background.tolist(),
+            "boosters": [booster.save_raw("json").decode() for booster in boosters],
+        }
+        write_json(path, record)
+
+    @classmethod
+    def load(cls, path: str | Path, space: SearchSpace) -> "TreeSurrogate":
+        """Read a surrogate of the same space.
+
+        Raises:
+            QuantDMError: damaged, or fitted on another space.
+        """
+        import xgboost
+
+        record = read_record(path, space, TREE_VERSION)
+        self = cls(space, random_state=record["random_state"], rounds=record["rounds"])
+        self.cv_scores_, self._background = record["cv_scores"], np.array(record["background"])
+        self._boosters = [xgboost.Booster({"nthread": 1}, model_file=bytearray(b.encode())) for b in record["boosters"]]
+        return self
+
+    def _boost(self, x: Floats, y: Floats, weights: Floats) -> Any:
+        import xgboost
+
+        data = xgboost.DMatrix(x, label=y, weight=weights, nthread=1)
+        return xgboost.train({**PARAMETERS, "seed": self.random_state}, data, num_boost_round=self.rounds)
+
+    def _contributions(self, booster: Any, x: Floats) -> Floats:
+        import xgboost
+
+        return booster.predict(xgboost.DMatrix(x, nthread=1), pred_contribs=True).astype(np.float64)
+
+    def _fitted(self) -> list[Any]:
+        if not self._boosters:
+            raise QuantDMError("TreeSurrogate is not fitted; call fit(choices, y) first")
+        return self._boosters

@@ -1,0 +1,480 @@
+"""Quantizers: optimality, exact cases, orderings, honest counting, round trips."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from quantdm.errors import QuantDMError
+from quantdm.files import load_tensors, save_tensors
+from quantdm.quantizers import QuantizedWeight, count_bits, quantize_options, quantize_weight, weight_error
+from quantdm.quantizers.kmeans import fit_codebook, sort_rows
+from quantdm.quantizers.packing import unpack_codes
+from quantdm.quantizers.uniform import ALPHAS
+from quantdm.schemes import Scheme
+
+METHODS = ("uniform", "kmeans", "log2")
+KINDS = ("tensor", "channel", "group24")
+SHAPES = {"linear": (12, 50), "conv2d": (6, 10, 3, 3), "depthwise": (9, 1, 5), "conv3d": (4, 3, 2, 2, 2)}
+
+
+def gaussian(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def student(*shape: int, df: float, seed: int = 0) -> Tensor:
+    uniform = torch.from_numpy(np.random.default_rng(seed).standard_t(df, shape))
+    return uniform.float()
+
+
+def decode(weight: Tensor, label: str, split: int | None = None) -> Tensor:
+    return quantize_weight(weight, Scheme.parse(label), split=split).dequantize()
+
+
+def mse(weight: Tensor, label: str) -> float:
+    return float((weight.double() - decode(weight, label).double()).square().mean())
+
+
+def optimal_error(row: Tensor, k: int) -> float:
+    """Return the squared error of the optimal k-means of one row: the exact dynamic program over all cuts, O(k·n^2)."""
+    values, counts = np.unique(row.double().numpy(), return_counts=True)
+    n = np.concatenate([[0], counts.cumsum()])
+    s = np.concatenate([[0.0], (counts * values).cumsum()])
+    size = n[None, :] - n[:, None]
+    gain = np.where(size > 0, (s[None, :] - s[:, None]) ** 2 / np.maximum(size, 1), np.where(size == 0, 0.0, -np.inf))
+    best = gain[0]
+    for _ in range(k - 1):
+        best = (best[:, None] + gain).max(axis=0)
+    return float((counts * values**2).sum() - best[-1])
+
+
+# --- k-means against the optimum -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [gaussian(12, 640), student(12, 640, df=4)], ids=["gaussian", "student-t(4)"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_kmeans_per_channel_is_within_1_percent_of_the_optimum(rows: Tensor, bits: int) -> None:
+    error = (rows - decode(rows, f"kmeans-channel-{bits}")).double().square().sum(dim=1)
+    ratio = error / torch.tensor([optimal_error(row, 2**bits) for row in rows])
+    assert ratio.mean() <= 1.01
+    assert ratio.max() <= 1.05
+    assert ratio.min() >= 1 - 1e-5  # or the reference is wrong
+
+
+@pytest.mark.parametrize("df", [1, 4, 100])
+def test_kmeans_per_tensor_is_the_optimum_on_16_bit_weights(df: float) -> None:
+    weight = student(50, 400, df=df).div(64).bfloat16().float()
+    weight = weight.clamp(-1.0, 1.0).mul(512).round().div(512)  # few distinct values: the exact program is quick
+    assert mse(weight, "kmeans-tensor-4") * weight.numel() <= 1.001 * optimal_error(weight.flatten(), 16)
+
+
+@pytest.mark.parametrize("df", [1, 2])
+def test_kmeans_finds_the_outliers_of_very_heavy_tails(df: float) -> None:
+    rows = student(16, 200, df=df)
+    for bits in (2, 4):
+        error = (rows - decode(rows, f"kmeans-channel-{bits}")).double().square().sum(dim=1)
+        ratio = error / torch.tensor([optimal_error(row, 2**bits) for row in rows])
+        assert ratio.median() <= 1.01
+        assert ratio.max() <= 1.5
+
+
+def test_kmeans_of_many_gaussian_weights_has_the_error_of_the_lloyd_max_quantizer() -> None:
+    # The 16 optimal levels for the normal distribution itself have an error of 0.009497 (Max, 1960).
+    assert mse(gaussian(100, 2000), "kmeans-tensor-4") == pytest.approx(0.009497, rel=0.01)
+
+
+def test_kmeans_codes_are_the_nearest_entries_of_the_stored_codebook() -> None:
+    weight = gaussian(7, 90)
+    for bits in (2, 4, 6):
+        stored = quantize_weight(weight, Scheme(method="kmeans", bits=bits)).tensors
+        codebook = stored["codebook"].float() * stored["factor"]
+        codes = unpack_codes(stored["codes"], bits, weight.numel()).view(7, 1, 90).long()
+        distance = (weight[:, :, None] - codebook).abs()
+        chosen = distance.gather(2, codes[:, 0, :, None])[:, :, 0]
+        assert torch.equal(chosen, distance.amin(dim=2))
+
+
+heavy_tails = st.builds(
+    lambda seed, df, scale, shift, sparse, n: (
+        (student(4, n, df=df, seed=seed) * scale + shift) * (student(4, n, df=9, seed=seed + 1).abs() > sparse)
+    ),
+    seed=st.integers(0, 2**20),
+    df=st.sampled_from([1.0, 1.5, 3.0, 30.0]),
+    scale=st.sampled_from([1e-4, 0.02, 1.0, 300.0]),
+    shift=st.sampled_from([0.0, 0.0, 0.5]),
+    sparse=st.sampled_from([0.0, 0.0, 1.0]),
+    n=st.sampled_from([3, 17, 100, 600]),
+)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(weight=heavy_tails, bits=st.integers(2, 8), kind=st.sampled_from(["tensor", "channel", "group32"]))
+def test_kmeans_is_never_worse_than_uniform(weight: Tensor, bits: int, kind: str) -> None:
+    rounding = (weight.abs().max().item() * 2**-12) ** 2  # of the codebook to fp16
+    assert mse(weight, f"kmeans-{kind}-{bits}") <= mse(weight, f"uniform-{kind}-{bits}") * (1 + 1e-5) + rounding
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kmeans_keeps_rows_of_few_distinct_values(kind: str) -> None:
+    weight = torch.tensor([-3.0, 0.25, 0.5, 7.0])[torch.arange(12 * 48).mul(7).remainder(4).view(12, 48)]
+    weight[3] = 0.25
+    for bits in (2, 3, 5):
+        assert torch.equal(decode(weight, f"kmeans-{kind}-{bits}"), weight)
+
+
+# --- uniform and log2 against their definitions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_uniform_keeps_the_best_of_the_ten_ranges(bits: int) -> None:
+    rows = student(20, 300, df=3)
+    kept = (rows.double() - decode(rows, f"uniform-channel-{bits}")).abs().pow(2.4).mean(dim=1)
+    errors = []
+    for alpha in ALPHAS:
+        low, high = rows.amin(dim=1, keepdim=True), rows.amax(dim=1, keepdim=True)
+        step = (alpha * (high - low) / (2**bits - 1)).half().double()
+        zero = torch.round(-alpha * low / step)
+        q = (torch.round(rows / step) + zero).clamp(0, 2**bits - 1)
+        errors.append((rows - (q - zero) * step).abs().pow(2.4).mean(dim=1))
+    best = torch.stack(errors).amin(dim=0)
+    assert torch.allclose(kept, best, rtol=1e-3)
+    assert bits == 8 or (best < errors[0]).any()  # so that the search matters; 8 bits reach everywhere
+
+
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_uniform_keeps_weights_that_lie_on_a_grid(bits: int) -> None:
+    q = torch.arange(2**bits).repeat(5, 3).float()
+    weight = (q - torch.tensor([0.0, 1.0, 3.0, -40.0, 2.0**bits - 1])[:, None]) * 0.0625
+    assert torch.equal(decode(weight, f"uniform-channel-{bits}"), weight)
+
+
+def test_log2_values_are_zero_or_powers_of_two_times_the_scale() -> None:
+    weight = gaussian(9, 70)
+    for bits in (2, 3, 4):
+        q = quantize_weight(weight, Scheme(method="log2", bits=bits))
+        scale = q.tensors["scale"].float() * q.tensors["factor"]
+        ratio = q.dequantize().double() / scale
+        exponent = torch.log2(ratio[ratio != 0].abs())
+        assert torch.equal(exponent, exponent.round())
+        assert exponent.max() <= 0
+        assert exponent.min() >= 1 - 2 ** (bits - 1)
+
+
+def test_log2_keeps_powers_of_two_and_rounds_to_the_nearest() -> None:
+    weight = torch.tensor([[1.0, 0.5, -0.25, 0.125, -1.0, 0.0, -0.5, 0.0078125]])
+    assert torch.equal(decode(weight, "log2-channel-4"), weight)
+    between = torch.tensor([[1.0] * 60 + [0.74, 0.76, -0.37, -0.38, 0.003]])
+    rounded = torch.tensor([[1.0] * 60 + [0.5, 1.0, -0.25, -0.5, 0.0]])
+    assert torch.equal(decode(between, "log2-channel-4"), rounded)
+
+
+# --- orderings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_error_falls_with_bits(method: str, kind: str) -> None:
+    weight = student(16, 96, df=5)
+    errors = [weight_error(weight, decode(weight, f"{method}-{kind}-{bits}")) for bits in range(2, 9)]
+    floor = 1.0 if method == "log2" else 0.6  # log2: steps stay a factor of two, more bits only reach further down
+    assert all(finer <= max(floor * coarser, 1e-8) for coarser, finer in pairwise(errors))
+    assert errors[2] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_error_falls_with_finer_granularity(method: str) -> None:
+    weight = gaussian(24, 128) * torch.logspace(-2, 0, 24)[:, None] * torch.logspace(-1, 0, 128)
+    errors = [weight_error(weight, decode(weight, f"{method}-{kind}-3")) for kind in ("tensor", "channel", "group16")]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_channels_do_not_depend_on_one_another() -> None:
+    weight = student(300, 40, df=3)
+    for label in ("uniform-channel-3", "kmeans-channel-3", "log2-channel-3", "kmeans-group16-2"):
+        alone = torch.cat([decode(weight[i : i + 1], label) for i in (0, 150, 299)])
+        assert torch.equal(decode(weight, label)[[0, 150, 299]], alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("exponent", [-100, -30, 40, 110])
+def test_any_power_of_two_scales_through(method: str, exponent: int) -> None:
+    weight, factor = gaussian(8, 33), 2.0**exponent
+    for kind in KINDS:
+        assert torch.equal(decode(weight * factor, f"{method}-{kind}-4"), decode(weight, f"{method}-{kind}-4") * factor)
+
+
+# --- degenerate weights ----------------------------------------------------------------------------------------------
+
+DEGENERATE: dict[str, Callable[[], Tensor]] = {
+    "zeros": lambda: torch.zeros(3, 20),
+    "constant rows": lambda: torch.tensor([[1.7], [-0.3], [1e-3]]).expand(3, 20).clone(),
+    "one weight per row": lambda: torch.tensor([[0.3], [-2.0], [0.0], [1e-4]]),
+    "one weight": lambda: torch.tensor([[-0.7]]),
+    "one outlier among zeros": lambda: torch.nn.functional.pad(torch.tensor([[5.0], [-3.0]]), (9, 30)),
+    "subnormal": lambda: torch.tensor([[1e-40, -1e-40, 0.0, 1.4e-45]] * 2),
+    "huge float32": lambda: torch.tensor([[3.4e38, -3.4e38, 0.0, 3.4e38]]),
+    "huge float16": lambda: torch.tensor([[65504.0, -65504.0, 0.0, 65504.0]]).half(),
+    "huge bfloat16": lambda: torch.tensor([[3.3e38, -3.3e38, 0.0, 3.3e38]]).bfloat16(),
+    "rows of very different size": lambda: torch.tensor([[1e4, -1e4, 0.0], [1e-4, -1e-4, 0.0], [1e-9, 0.0, 0.0]]),
+}
+
+
+@pytest.mark.parametrize("make", DEGENERATE.values(), ids=DEGENERATE.keys())
+@pytest.mark.parametrize("kind", ["channel", "group8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_degenerate_rows_stay_near_exact(make: Callable[[], Tensor], kind: str, method: str) -> None:
+    weight = make()
+    for bits in (2, 3, 4, 8):
+        decoded = decode(weight, f"{method}-{kind}-{bits}")
+        assert decoded.isfinite().all()
+        assert decoded.dtype == weight.dtype
+        w, w_hat = weight.double(), decoded.double()
+        # Both ends of a symmetric row and zero do not fit on one uniform grid.
+        step = 2 * w.abs().amax(dim=1, keepdim=True) / (2**bits - 1) if method == "uniform" else 0.0
+        spread = (w.amax(dim=1, keepdim=True) - w.amin(dim=1, keepdim=True)) > 0
+        tolerance = 2.0**-11 * w.abs() + step * spread + 2.0**-38 * w.abs().max() + 2.0**-148
+        if method == "log2" and bits == 2:  # there is no negative entry but -1
+            tolerance = tolerance + w.abs().amax(dim=1, keepdim=True) * 0.5 * spread
+        assert ((w - w_hat).abs() <= tolerance).all()
+
+
+@pytest.mark.parametrize("method", ["uniform", "kmeans"])
+def test_rows_far_from_zero_stay_near(method: str) -> None:
+    weight = 100 + 0.01 * gaussian(5, 60)
+    decoded = decode(weight, f"{method}-channel-4")
+    assert ((decoded - weight).abs() / weight).max() < 2**-11
+    if method == "uniform":
+        assert (decoded - weight).square().mean() < 0.1 * weight.var()
+
+
+def test_uniform_keeps_constant_16_bit_rows_exactly() -> None:
+    weight = torch.tensor([[1.0], [-0.37], [0.0], [0.993]]).bfloat16().expand(4, 30)
+    for bits in (2, 4, 8):
+        for method in METHODS:
+            assert torch.equal(decode(weight, f"{method}-channel-{bits}"), weight)
+
+
+# --- storage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", [None, 1])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_stored_bytes_are_the_counted_bits(method: str, kind: str, shape: tuple[int, ...], split: int | None) -> None:
+    split = None if shape[1] == 1 else split
+    for bits in (2, 3, 4, 8):
+        q = quantize_weight(gaussian(*shape), Scheme.parse(f"{method}-{kind}-{bits}"), split=split)
+        assert q.num_bits == count_bits(shape, q.scheme, split)
+        assert 0 <= 8 * q.nbytes - q.num_bits < 64 * (1 if split is None else 2)
+        assert q.dequantize().shape == shape
+
+
+def test_overhead_is_that_of_the_paper_plus_one_factor() -> None:
+    C, n = 30, 64
+    overhead = {
+        "uniform-channel-4": 2 * 16 * C,
+        "kmeans-channel-4": 2**4 * 16 * C,
+        "kmeans-tensor-4": 2**4 * 16,
+        "log2-channel-4": 16 * C,
+        "uniform-group24-4": 2 * 16 * C * 3,
+        "kmeans-channel-7": 64 * 16 * C,  # k = min(2^b, n)
+    }
+    for label, bits in overhead.items():
+        scheme = Scheme.parse(label)
+        assert count_bits((C, n), scheme) == C * n * scheme.bits + bits + 32
+
+
+def test_average_bits_of_pixart_are_those_of_the_paper() -> None:
+    from diffusers import PixArtTransformer2DModel
+
+    with torch.device("meta"):
+        denoiser = PixArtTransformer2DModel(
+            sample_size=64,
+            num_layers=28,
+            attention_head_dim=72,
+            in_channels=4,
+            out_channels=8,
+            patch_size=2,
+            num_attention_heads=16,
+            cross_attention_dim=1152,
+            norm_type="ada_norm_single",
+            caption_channels=4096,
+        )
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    shapes = [tuple(m.weight.shape) for m in denoiser.modules() if isinstance(m, kinds)]
+    weights = sum(map(math.prod, shapes))
+    assert (len(shapes), weights) == (287, 610_228_224)
+    expected = {
+        "uniform-channel-4": 4.023,
+        "kmeans-channel-4": 4.181,
+        "kmeans-channel-3": 3.091,
+        "kmeans-tensor-4": 4.0,
+    }
+    for label, avg_bits in expected.items():
+        scheme = Scheme.parse(label)
+        assert round(sum(count_bits(shape, scheme) for shape in shapes) / weights, 3) == avg_bits
+
+
+@pytest.mark.parametrize("label", ["uniform-channel-3", "kmeans-tensor-3", "kmeans-group24-5", "log2-channel-4"])
+@pytest.mark.parametrize("split", [None, 4])
+def test_a_weight_survives_a_file(label: str, split: int | None, tmp_path: Path) -> None:
+    q = quantize_weight(gaussian(6, 10, 3, 3), Scheme.parse(label), split=split)
+    save_tensors(tmp_path / "q.safetensors", q.tensors)
+    tensors, _ = load_tensors(tmp_path / "q.safetensors")
+    again = QuantizedWeight.from_tensors(q.scheme, q.shape, q.split, q.dtype, tensors)
+    assert torch.equal(again.dequantize(), q.dequantize())
+
+
+def test_from_tensors_refuses_what_does_not_fit() -> None:
+    q = quantize_weight(gaussian(6, 10), Scheme.parse("uniform-channel-3"))
+    rest = {k: v for k, v in q.tensors.items() if k != "scale"}
+    for tensors, message in (
+        (
+            rest,
+            r"got tensors \['codes', 'factor', 'zero_point'\], expected \['codes', 'factor', 'scale', 'zero_point'\]",
+        ),
+        (
+            rest | {"scale": q.tensors["scale"].float()},
+            r"scale is torch.float32 \(6, 1\), expected torch.float16 \(6, 1\)",
+        ),
+        (rest | {"scale": q.tensors["scale"][:5]}, r"scale is torch.float16 \(5, 1\)"),
+    ):
+        with pytest.raises(QuantDMError, match=message):
+            QuantizedWeight.from_tensors(q.scheme, q.shape, None, q.dtype, tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_decoding_into_a_buffer_gives_the_same_values(method: str, kind: str) -> None:
+    for shape, split in (((12, 50), None), ((6, 10, 3, 3), 4)):
+        q = quantize_weight(gaussian(*shape), Scheme.parse(f"{method}-{kind}-3"), split=split)
+        expected = q.dequantize()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            out = torch.empty(shape, dtype=dtype)
+            assert q.dequantize(out=out) is out
+            assert torch.equal(out, expected.to(dtype))
+            assert torch.equal(q.dequantize(dtype=dtype), out)
+        strided = torch.zeros(*shape, 2)[..., 0]
+        assert torch.equal(q.dequantize(out=strided), expected)
+        with pytest.raises(QuantDMError, match="out: got"):
+            q.dequantize(out=torch.empty(3, 3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_large_weights_decode_piece_by_piece(method: str) -> None:
+    weight = gaussian(3, 70_000)  # more than one piece per line
+    for kind in ("tensor", "channel", "group100"):
+        q = quantize_weight(weight, Scheme.parse(f"{method}-{kind}-2"))
+        assert weight_error(weight, q.dequantize()) < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_any_float_dtype_comes_back_in_its_dtype(dtype: torch.dtype) -> None:
+    weight = gaussian(8, 40).to(dtype)
+    for method in METHODS:
+        decoded = decode(weight, f"{method}-channel-4")
+        assert decoded.dtype == dtype
+        assert torch.equal(decoded, decode(weight.float(), f"{method}-channel-4").to(dtype))
+
+
+# --- halves, groups, shared work -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_split_weight_is_two_weights(method: str, kind: str) -> None:
+    weight = torch.cat([gaussian(8, 6, 3, 3), 50 * gaussian(8, 4, 3, 3, seed=1)], dim=1)
+    label = f"{method}-{kind}-3"
+    halves = torch.cat([decode(weight[:, :6], label), decode(weight[:, 6:], label)], dim=1)
+    assert torch.equal(decode(weight, label, split=6), halves)
+    assert weight_error(weight[:, :6], decode(weight, label, split=6)[:, :6]) < 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_last_group_of_a_channel_may_be_shorter(method: str) -> None:
+    weight = gaussian(5, 53) * torch.logspace(-2, 0, 53)
+    parts = [decode(part.contiguous(), f"{method}-channel-4") for part in weight.split(20, dim=1)]
+    assert torch.equal(decode(weight, f"{method}-group20-4"), torch.cat(parts, dim=1))
+    assert torch.equal(decode(weight, f"{method}-group64-4"), decode(weight, f"{method}-channel-4"))
+
+
+def test_options_equal_single_quantizations() -> None:
+    weight = student(10, 8, 3, 3, df=4)
+    schemes = [Scheme.parse(f"{m}-{kind}-{b}") for b in (2, 4) for kind in KINDS for m in METHODS]
+    for split in (None, 3):
+        for scheme, q in zip(schemes, quantize_options(weight, schemes, split=split), strict=True):
+            single = quantize_weight(weight, scheme, split=split)
+            assert q.scheme == scheme
+            assert q.tensors.keys() == single.tensors.keys()
+            assert all(torch.equal(q.tensors[key], single.tensors[key]) for key in q.tensors)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    weight, threads = student(64, 2000, df=4), torch.get_num_threads()
+    schemes = [Scheme.parse(f"{m}-{kind}-3") for m in METHODS for kind in ("tensor", "channel", "group64")]
+    results = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append([q.dequantize() for q in quantize_options(weight, schemes)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_weights_are_not_changed() -> None:
+    weight = gaussian(6, 20)
+    before = weight.clone()
+    quantize_options(weight, [Scheme.parse(f"{m}-{kind}-3") for m in METHODS for kind in KINDS])
+    assert torch.equal(weight, before)
+
+
+def test_sorted_rows_are_shared_between_bit_widths() -> None:
+    rows = sort_rows(gaussian(4, 50))
+    first = fit_codebook(rows, 3)
+    fit_codebook(rows, 4)
+    assert torch.equal(fit_codebook(rows, 3), first)
+
+
+# --- the error and bad input -----------------------------------------------------------------------------------------
+
+
+def test_weight_error_is_relative_and_of_power_2_4() -> None:
+    weight = gaussian(30, 40)
+    assert weight_error(weight, weight) == 0
+    assert weight_error(weight, torch.zeros_like(weight)) == pytest.approx(1)
+    assert weight_error(weight, 0.9 * weight) == pytest.approx(0.1**2.4, rel=1e-3)
+    assert weight_error(weight, 0.9 * weight, p=2) == pytest.approx(0.01, rel=1e-3)
+    assert weight_error(weight * 1e-30, 0.9e-30 * weight) == pytest.approx(0.1**2.4, rel=1e-3)
+    assert weight_error(torch.zeros(2, 2), torch.zeros(2, 2)) == 0
+    assert weight_error(torch.zeros(2, 2), torch.ones(2, 2)) == math.inf
+    with pytest.raises(QuantDMError, match="shapes"):
+        weight_error(weight, weight[:3])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_bad_weights_name_the_layer(value: float) -> None:
+    weight = gaussian(4, 4)
+    weight[2, 1] = value
+    with pytest.raises(QuantDMError, match=r"blocks\.3\.ff: got 1 NaN or infinite weights of 16"):
+        quantize_weight(weight, Scheme.parse("kmeans-channel-4"), name="blocks.3.ff")
+
+
+def test_other_bad_input_is_refused() -> None:
+    scheme = Scheme.parse("uniform-channel-4")
+    for weight in (torch.zeros(4), torch.zeros(4, 0), torch.zeros(4, 4, dtype=torch.int8)):
+        with pytest.raises(QuantDMError, match="expected a float tensor"):
+            quantize_weight(weight, scheme)
+    with pytest.raises(QuantDMError, match="meta device"):
+        quantize_weight(torch.zeros(4, 4, device="meta"), scheme)
+    for split in (0, 4, -1):
+        with pytest.raises(QuantDMError, match=f"split={split}, expected an input channel between 1 and 3"):
+            quantize_weight(torch.zeros(4, 4), scheme, split=split)
