@@ -268,7 +268,7 @@ def _schedule_sigma(scheduler, t, eta):
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_deterministic_step_ends_with_the_total_variance_of_the_next_level(prediction):
-    q, k, gap = 0.02, 0.1, 1e-3
+    q, k, gap = 0.1, 0.1, 1e-3
     correction = make_correction(range(980, -1, -20), k=k, q=q, prediction_type=prediction)
     ours = make_scheduler(DDIMScheduler, correction, steps=50, prediction_type=prediction)
     mean_only = make_scheduler(DDIMScheduler, correction.with_variant("both"), steps=50, prediction_type=prediction)
@@ -290,7 +290,11 @@ def test_a_deterministic_step_ends_with_the_total_variance_of_the_next_level(pre
     assert acted >= 20
 
 
-@pytest.mark.parametrize(("sigma", "sigma_next", "q"), [(1.0, 0.0, 0.1), (1.0, 0.05, 0.3), (np.inf, 50.0, 0.1)])
+@pytest.mark.parametrize(
+    ("sigma", "sigma_next", "q"),
+    [(1.0, 0.0, 0.1), (1.0, 0.69, 1.0), (1.0, 0.12, 0.1), (np.inf, 50.0, 0.1)],
+    ids=["the last step", "no real solution", "no small change", "pure noise"],
+)
 def test_where_the_deterministic_step_is_infeasible_the_own_step_is_taken(sigma, sigma_next, q):
     assert deterministic_target(sigma, sigma_next, q) == sigma_next
 

@@ -94,7 +94,7 @@ def weights_within(graph: Graph, root: int, hops: int) -> set[str]:
     sources, reached = upstream(graph), {root}
     for _ in range(hops):
         reached |= {s for i in reached for s in sources[i]}
-    return {graph.nodes[i].layer for i in reached if graph.nodes[i].layer is not None}
+    return {layer for i in reached if (layer := graph.nodes[i].layer) is not None}
 
 
 class Odd(ModelMixin, ConfigMixin):
@@ -126,7 +126,7 @@ def test_blocks_are_the_in_neighbourhoods_of_their_roots(name: str) -> None:
         assert 0 <= block.hops <= 4
         if block.hops:
             assert weights_within(graph, block.root, block.hops - 1) < set(block.layers)
-    layers = [n.layer for n in graph.nodes if n.kind == "weight"]
+    layers = [n.layer or "" for n in graph.nodes if n.kind == "weight"]
     assert sorted(layer for b in graph.blocks for layer in b.layers) == sorted(layers)
     assert len(set(layers)) == len(layers)
     assert len({b.name for b in graph.blocks}) == len(graph.blocks)

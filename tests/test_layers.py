@@ -86,7 +86,7 @@ class Joined(ModelMixin, ConfigMixin):
         self.reader = nn.Linear(3 * width, width)
         self.grouped = nn.Conv2d(3 * width, 3 * width, 1, groups=groups)
 
-    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
         first = self.first(sample)
         deep, sibling = self.second(first), self.sibling(first)
         parts = {"skip": (deep, first), "reversed": (first, deep), "siblings": (deep, sibling)}[self.config.join]

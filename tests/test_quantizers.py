@@ -239,7 +239,8 @@ def test_degenerate_rows_stay_near_exact(make: Callable[[], Tensor], kind: str, 
         # Both ends of a symmetric row and zero do not fit on one uniform grid.
         step = 2 * w.abs().amax(dim=1, keepdim=True) / (2**bits - 1) if method == "uniform" else 0.0
         spread = (w.amax(dim=1, keepdim=True) - w.amin(dim=1, keepdim=True)) > 0
-        tolerance = 2.0**-11 * w.abs() + step * spread + 2.0**-38 * w.abs().max() + 2.0**-148
+        # Far below the largest weight scales are subnormal fp16: an error, but only beside the weight's own tiny row.
+        tolerance = 2.0**-11 * w.abs() + step * spread + 2.0**-31 * w.abs().max() + 2.0**-148
         if method == "log2" and bits == 2:  # there is no negative entry but -1
             tolerance = tolerance + w.abs().amax(dim=1, keepdim=True) * 0.5 * spread
         assert ((w - w_hat).abs() <= tolerance).all()

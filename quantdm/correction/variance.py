@@ -7,7 +7,7 @@ the injected noise, q the standard deviation of the noise that remains on the no
 import math
 
 # The deterministic step is first order: it is taken only while the excess it compensates is small against sigma_next^2.
-EXCESS_LIMIT = 0.5
+EXCESS_LIMIT = 0.25
 
 
 def log_snr(alpha_bar: float) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import nn
 
 from quantdm.denoisers.protocol import Protocol
@@ -60,7 +61,8 @@ def load_pipeline(
     """
     path = pipeline_path(name_or_path)
     try:
-        pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=torch_dtype or torch.float32)
+        with _no_loading_bars():
+            pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=torch_dtype or torch.float32)
     except QuantDMError:
         raise
     except Exception as error:  # diffusers raises whatever its readers raise: OSError, SafetensorError, ValueError, ...
@@ -71,6 +73,18 @@ def load_pipeline(
         ) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Hide diffusers' bars over components: they flash by in a second and break ours."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def get_denoiser(pipe: DiffusionPipeline | nn.Module) -> nn.Module:

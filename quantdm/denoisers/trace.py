@@ -211,8 +211,9 @@ class _Tracer(TorchDispatchMode):
         self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], values: list[_Value], out: Tensor
     ) -> tuple[int, int] | None:
         if name == "cat":
-            dim = (args[1] if len(args) > 1 else 0) % max(out.dim(), 1)
-            position = self._skip_position(args[0], dim)
+            parts, *rest = args
+            dim = (rest[0] if rest else 0) % max(out.dim(), 1)
+            position = self._skip_position(parts, dim)
             if position is not None:
                 return dim, position
             seams = {v.seam for v in values}  # parts that all have the same seam, joined along another dimension

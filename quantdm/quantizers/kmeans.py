@@ -113,18 +113,19 @@ def _half_width(rows: SortedRows, k: int) -> int:
 def _refine(rows: SortedRows, cuts: Tensor) -> Tensor:
     """Improve cuts by Lloyd steps and window programs in turn; the error never grows."""
     half_width, gain = _half_width(rows, cuts.shape[1] - 1), LONG_GAIN if rows.is_long else GAIN
-    cuts = _lloyd(rows, cuts, LLOYD_STEPS)
-    result, active, part = cuts.clone(), torch.arange(len(cuts), device=cuts.device), rows
-    error = rows.square - _score(rows, cuts)
+    result, active = _lloyd(rows, cuts, LLOYD_STEPS), torch.arange(len(cuts), device=cuts.device)
+    part, error = rows, rows.square - _score(rows, result)
     for _ in range(MAX_ROUNDS):
+        cuts = result[active]
         for span in SPANS:
             cuts = _lloyd(part, _window_program(part, cuts, half_width, span), LLOYD_STEPS)
-        result[active] = cuts
         before, error = error, part.square - _score(part, cuts)
+        better = error < before
+        result[active[better]] = cuts[better]
         again = before - error > gain * error.clamp_min(0)
         if not bool(again.any()):
             break
-        active, part, cuts, error = active[again], part[again], cuts[again], error[again]
+        active, part, error = active[again], part[again], error[again]
     return _lloyd(rows, result, MAX_LLOYD_STEPS)
 
 
@@ -187,8 +188,10 @@ def _lloyd(rows: SortedRows, cuts: Tensor, steps: int) -> Tensor:
 def _window_program(rows: SortedRows, cuts: Tensor, half_width: int, span: float) -> Tensor:
     """Return the best cuts among W places for each, `half_width` over `span` of the way to either neighbour.
 
-    Rows are the last axis here, so that every step runs over contiguous memory.
+    Rows are the last axis here, so that every step runs over contiguous memory. Single precision is enough for short
+    rows, to choose between places; the caller compares the outcome in double precision.
     """
+    dtype = torch.float64 if rows.is_long else torch.float32
     R, inner = len(cuts), cuts.shape[1] - 2
     share = torch.linspace(0, span, half_width + 1, dtype=torch.float64, device=cuts.device)[1:]
     gap = cuts.diff(dim=1)[:, :, None]
@@ -198,16 +201,18 @@ def _window_program(rows: SortedRows, cuts: Tensor, half_width: int, span: float
     if span == 1:  # beside the neighbours too: a lone outlier deserves a level
         offsets += [(1 - gap[:, :-1]).clamp_max(0), (gap[:, 1:] - 1).clamp_min(0)]
     places = cuts[:, 1:-1, None] + torch.cat(offsets, dim=2)  # [R, k - 1, W]
-    sums = rows.prefix.gather(1, places.view(R, -1)).view(places.shape).permute(1, 2, 0).contiguous()
+    sums = rows.prefix.gather(1, places.view(R, -1)).view(places.shape).to(dtype).permute(1, 2, 0).contiguous()
     places = places.permute(1, 2, 0).contiguous()  # [k - 1, W, R]
-    at = rows.left_of(places).double()
+    at = rows.left_of(places).to(dtype)
 
     values = [sums[0].square() / at[0].clamp_min(1)]  # best score of everything left of a cut, per place: [W, R]
     for j in range(1, inner):
         values.append(
             _join(values[-1][:, None], sums[j] - sums[j - 1][:, None], at[j] - at[j - 1][:, None]).amax(dim=0)
         )
-    choice = _join(values[-1], rows.prefix[:, -1] - sums[-1], rows.n - at[-1]).argmax(dim=0, keepdim=True)  # [1, R]
+    choice = _join(values[-1], rows.prefix[:, -1].to(dtype) - sums[-1], rows.n - at[-1]).argmax(
+        dim=0, keepdim=True
+    )  # [1, R]
     moved = cuts.clone()
     for j in reversed(range(inner)):
         moved[:, j + 1] = places[j].gather(0, choice)[0]

@@ -185,7 +185,7 @@ def _box(axes: Any, values: NDArray[np.float64], y: float, height: float, hue: s
 
 
 def methods(space: SearchSpace, values: NDArray[np.float64] | None) -> str:
-    """Draw per method the median one-layer error, and the mean value under an explanation, against the bits it costs."""
+    """Draw per method the median one-layer error, and the mean learned value, against the bits that it costs."""
     families = list(dict.fromkeys(family(option) for option in space.options))
     cost = space.bits.sum(axis=0) / space.num_weights.sum()
     tables = [("Measured: median one-layer error (log scale)", np.median(space.noise_error, axis=0))]

@@ -189,8 +189,8 @@ def noise(records: Records) -> str:
     ]
     svg = charts.noise_per_step(timesteps, [(title, text, found[key]) for title, key, text in panels if key in found])
     caption = (
-        "Error of the quantized network's output on the same inputs, after guidance, fitted per timestep as k · output + "
-        "bias + rest. Where lag-1 is near 1 the rest repeats from step to step, and no variance correction absorbs it."
+        "Error of the quantized network's output on the same inputs, after guidance, fitted per timestep as k · output "
+        "+ bias + rest. Where lag-1 is near 1 the rest repeats from step to step, no variance correction absorbs it."
     )
     html = figure(svg, "Quantization noise per sampling step.", caption)
     if not c.measured:

@@ -30,7 +30,7 @@ HUES = {
 NAMES = {"uniform": "uniform", "kmeans": "k-means", "log2": "log2"}
 WIDTH = 10.0  # inches; a chart is scaled to the page, so this sets the size of its text
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 8.5,
     "text.color": INK,

@@ -147,8 +147,8 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         )
     else:
         first = (
-            f"{shrunk}. But it is not measurably better than the best uniform quantization of at least the same size: the "
-            f"distances to full precision, fid_fp {ours} and {theirs}, differ by less than two standard deviations."
+            f"{shrunk}. But it is not measurably better than the best uniform quantization of at least the same size: "
+            f"the distances to full precision, fid_fp {ours} and {theirs}, differ by less than two standard deviations."
         )
     sentences = [first]
     if "sensitivity-same-size" in rows:
@@ -208,17 +208,17 @@ def _save(space: SearchSpace, choice: NDArray[np.int64]) -> str:
     if not narrow.any():
         least = min(groups, key=lambda g: (g.avg_bits or 0.0, -g.weight_share))
         return (
-            f"Save in {least.name}: the recipe takes no layer to {width} bits, and with {least.avg_bits:.1f} bits per weight "
-            "this operation type is its cheapest. Go lower there first when the model must shrink further."
+            f"Save in {least.name}: the recipe takes no layer to {width} bits, and with {least.avg_bits:.1f} bits per "
+            "weight this operation type is its cheapest. Go lower there first when the model must shrink further."
         )
     share = float(space.num_weights[narrow].sum() / space.num_weights.sum())
     cost = float(chosen[narrow].sum() / max(chosen.sum(), 1e-300))
     by_type = sorted(groups, key=lambda g: -float(space.num_weights[g.members][narrow[g.members]].sum()))
     names = [g.name for g in by_type if narrow[g.members].any()][:2]
     return (
-        f"Save in {' and '.join(names)}: most {width}-bit weights are there. The {int(narrow.sum())} of {len(narrow)} layers "
-        f"that the recipe takes to {width} bits hold {percent(share)} of the weights and make {percent(cost)} of the summed "
-        "one-layer error: take them down first in a recipe written by hand."
+        f"Save in {' and '.join(names)}: most {width}-bit weights are there. The {int(narrow.sum())} of {len(narrow)} "
+        f"layers that the recipe takes to {width} bits hold {percent(share)} of the weights and make {percent(cost)} "
+        "of the summed one-layer error: take them down first in a recipe written by hand."
     )
 
 

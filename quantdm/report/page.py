@@ -1,12 +1,12 @@
 """The page: one self-contained HTML file per run directory, readable from disk without a network."""
 
-from importlib import resources
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 from quantdm.files import write_text
-from quantdm.report.markup import esc
 from quantdm.report.explanations import allocation, next_bits, noise, sensitivities, surrogates
+from quantdm.report.markup import esc
 from quantdm.report.records import Records, read_records
 from quantdm.report.sections import actions, frontier, masthead, model_label, protocol, results, samples
 

@@ -98,8 +98,8 @@ def _final_protocol(summary: dict[str, Any]) -> str:
     text = (
         f"Mean ± standard deviation over {len(draws)} draws of {protocol.get('images', 0):,} images (base seeds "
         f"{', '.join(map(str, draws))}; the search never saw these noises), {protocol.get('steps')} steps, guidance "
-        f"{protocol.get('guidance_scale')}. FID: {protocol.get('fid')}; features: {protocol.get('features')}. Every row "
-        "gets the same initial noises, so full precision has distance 0 to itself."
+        f"{protocol.get('guidance_scale')}. FID: {protocol.get('fid')}; features: {protocol.get('features')}. Every "
+        "row gets the same initial noises, so full precision has distance 0 to itself."
     )
     if noise:
         apart = plus_minus({"noise": noise["mean"], "noise_sd": noise["sd"]}, "noise")
@@ -179,9 +179,9 @@ def frontier(records: Records) -> str:
     draws = len(protocol.get("draws", []))
     caption = (
         f"Left: all {len(records.trials)} measured configurations; squares have one scheme everywhere, the number is "
-        f"its bit-width. Right: the recipe (large dot) and the baselines with one standard deviation over {draws} draws; "
-        f"circles are the other candidates, verified on two draws of {settings.verify_images:,} images. The dotted line "
-        "is the target. Both panels share their axes but not their number of images and steps: compare within a panel. "
+        f"its bit-width. Right: the recipe (large dot) and the baselines with one standard deviation over {draws} "
+        f"draws; circles are the other candidates, verified on two draws of {settings.verify_images:,} images. The "
+        "dotted line is the target. The panels share their axes but not their number of images and steps. "
         f"Fréchet distance of {settings.protocol.features} features to full-precision samples of the same noises."
     )
     html = figure(svg, "Quality against size.", caption)

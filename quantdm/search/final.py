@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from quantdm.files import read_json, save_tensors, write_json
+from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
 from quantdm.metrics import frechet_distance
 from quantdm.progress import bar
+from quantdm.quantizers import count_bits
 from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.schemes import ORIGINAL_BITS, Scheme
 from quantdm.search import stages
@@ -17,6 +18,7 @@ from quantdm.search.evaluation import Draw, mean_and_sd, real_floor
 from quantdm.search.evaluator import Job
 from quantdm.search.run import Run
 from quantdm.search.search import summary_of
+from quantdm.search.store import TrialStore
 from quantdm.surrogates import SearchSpace
 
 GRID_IMAGES = 40
@@ -60,7 +62,7 @@ def measure_rows(
     unquantized: int,
 ) -> list[dict[str, Any]]:
     """Measure every row on every draw and return one record per row: means, standard deviations, size."""
-    store = stages.TrialStore(run.path("final"))
+    store = TrialStore(run.path("final"))
     work = {
         (name, draw): Job(draw, job.labels, job.activations, job.correction)
         for name, (job, _) in jobs.items()
@@ -98,15 +100,13 @@ def run_key(run: Run, job: Job) -> str:
     """Return the key of a final measurement; a refitted correction makes a new one."""
     if job.correction is None:
         return job.key
-    return stages.digest(job.key, read_bytes_digest(job.correction))
+    return digest(job.key, read_bytes_digest(job.correction))
 
 
 def read_bytes_digest(path: str) -> str:
     """Return the hash of a file's tensors."""
-    from quantdm.files import load_tensors
-
     tensors, metadata = load_tensors(path)
-    return stages.digest(metadata, *[tensors[key] for key in sorted(tensors)])
+    return digest(metadata, *[tensors[key] for key in sorted(tensors)])
 
 
 def row_bits(space: SearchSpace, job: Job) -> int:
@@ -116,8 +116,6 @@ def row_bits(space: SearchSpace, job: Job) -> int:
     if set(job.labels.values()) <= set(space.labels):
         choice = [space.labels.index(str(job.labels[name])) for name in space.layer_names]
         return int(space.total_bits(choice)[0])
-    from quantdm.quantizers import count_bits
-
     schemes = {layer.name: Scheme.parse(str(job.labels[layer.name])) for layer in space.layers}
     return sum(count_bits(layer.shape, schemes[layer.name], layer.split) for layer in space.layers)
 

@@ -13,7 +13,7 @@ from quantdm.denoisers.layers import LayerRecord, list_layers
 from quantdm.denoisers.pipeline import REFERENCE, get_denoiser, known_pipelines, load_pipeline
 from quantdm.denoisers.protocol import Protocol, known_protocols, load_protocol
 from quantdm.errors import QuantDMError
-from quantdm.files import write_json
+from quantdm.files import read_json, write_json
 from quantdm.quantizers import count_bits
 from quantdm.recipe import Provenance, Recipe
 from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL_BITS, Scheme
@@ -288,7 +288,7 @@ def checked_target(
 
 def summary_of(run: Run) -> dict[str, Any]:
     """Return what every summary says about a run."""
-    scores = stages.read_json(run.path("surrogate.json"), version=1)
+    scores = read_json(run.path("surrogate.json"), version=1)
     return {
         "model": run.settings.model,
         "seed": run.settings.seed,

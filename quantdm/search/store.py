@@ -21,14 +21,14 @@ class TrialStore:
         return self.folder / f"{key}.json"
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """Return a finished trial, or None."""
+        """Return what was put, or None."""
         path = self.path(key)
         if not path.is_file():
             return None
         record = read_json(path, version=TRIAL_VERSION)
         if record.get("key") != key:
             raise QuantDMError(f"{path}: holds trial {record.get('key')}, expected {key}; delete the file")
-        return record
+        return {name: value for name, value in record.items() if name not in ("version", "key")}
 
     def put(self, key: str, record: dict[str, Any]) -> None:
         """Keep a finished trial."""
