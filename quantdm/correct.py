@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from quantdm.denoisers.pipeline import DiffusionPipeline
 
 from quantdm.correction import fit_correction
 from quantdm.denoisers.pipeline import generate, memoized_text_encoders
@@ -24,7 +24,7 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
     The variant is chosen by fid_fp on draws that neither the fit nor the final rows use.
 
     Args:
-        images: trajectories for the statistics; the variants run freely on twice as many per test draw.
+        images: trajectories for the statistics, and again for each draw on which the variants run freely.
     """
     path = run.path("correction.safetensors")
     if path.is_file():
@@ -53,7 +53,7 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
         pipe,
         lambda: configured(pipe, evaluator.bank, job),
         fit_runs=[runner(draw) for draw in draws(50, FIT_DRAWS, images // FIT_DRAWS)],
-        test_runs=[runner(draw) for draw in draws(60, TEST_DRAWS, 2 * images)],
+        test_runs=[runner(draw) for draw in draws(60, TEST_DRAWS, images)],
         distance=distance,
         # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation noise
         # is explained (correction.md, When not to correct).

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers import DiffusionPipeline
+from quantdm.denoisers.pipeline import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
 from torch import nn

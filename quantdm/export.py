@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from quantdm.denoisers.pipeline import DiffusionPipeline
 from torch import nn
 
 from quantdm.denoisers.pipeline import get_denoiser, load_pipeline

@@ -98,7 +98,7 @@ def weights_within(graph: Graph, root: int, hops: int) -> set[str]:
 
 
 class Odd(ModelMixin, ConfigMixin):
-    """A layer applied twice in a row, a layer that is never called, a sum written through a view."""
+    """A layer applied twice in a row, one that is never called, a sum written through a view, an unread statistic."""
 
     @register_to_config
     def __init__(self, in_channels: int = 4) -> None:
@@ -114,7 +114,9 @@ class Odd(ModelMixin, ConfigMixin):
         x = self.again(nn.functional.relu(self.again(x)))
         canvas = torch.zeros_like(x)
         canvas[..., :4] = x[..., :4]
-        canvas[..., 4:] += self.side(x[..., 4:])
+        side = self.side(x[..., 4:])
+        canvas[..., 4:] += side
+        _ = x.mean() + side.mean()  # a statistic that nothing reads
         return self.proj_out(canvas)
 
 
@@ -220,6 +222,7 @@ def test_repeated_idle_and_written_through_layers() -> None:
     assert by_layer["proj_in"] < by_layer["again"] < by_layer["proj_out"]
     ends = {i for e in graph.edges for i in e}
     assert by_layer["idle"] not in ends
+    assert {n.id for n in graph.nodes if n.kind == "combine"} <= {a for a, _ in graph.edges}
     assert by_layer["side"] in ends
     sources, seen = upstream(graph), {by_layer["proj_out"]}
     for _ in range(len(graph.nodes)):

@@ -8,14 +8,19 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
+from packaging.version import Version
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from quantdm.denoisers.protocol import Protocol
 from quantdm.errors import QuantDMError, nearest
 
+# diffusers renamed the argument in 0.42 and warns about the old name
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 REFERENCE = Path(str(resources.files("quantdm.denoisers"))) / "reference"
 
 
@@ -62,7 +67,7 @@ def load_pipeline(
     path = pipeline_path(name_or_path)
     try:
         with _no_loading_bars():
-            pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=torch_dtype or torch.float32)
+            pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE_ARGUMENT: torch_dtype or torch.float32})
     except QuantDMError:
         raise
     except Exception as error:  # diffusers raises whatever its readers raise: OSError, SafetensorError, ValueError, ...
@@ -72,19 +77,21 @@ def load_pipeline(
             f"(embedded pipelines: {', '.join(known_pipelines())})"
         ) from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    # from_pretrained leaves it on the CPU; a needless move to it would warn about float16
+    return pipe if torch.device(device).type == "cpu" else pipe.to(device)
 
 
 @contextmanager
 def _no_loading_bars() -> Iterator[None]:
-    """Hide diffusers' bars over components: they flash by in a second and break ours."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """Hide the bars of diffusers and transformers over components: they flash by in a second and break ours."""
+    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for module in shown:
+            module.enable_progress_bar()
 
 
 def get_denoiser(pipe: DiffusionPipeline | nn.Module) -> nn.Module:

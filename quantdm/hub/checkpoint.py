@@ -37,12 +37,14 @@ Table = Mapping[str, LayerEntry]
 
 
 class _Record(BaseModel):
-    """The table as JSON: layer -> [scheme label, shape, seam of a concatenated input or null, original dtype]."""
+    """The table as JSON: layer -> [index into schemes, index into dtypes, shape, seams]; small beside a small model."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     version: int
-    layers: dict[str, tuple[str, list[int], int | None, str]]
+    schemes: list[str]
+    dtypes: list[str]
+    layers: dict[str, tuple[int, int, list[int], list[int]]]
 
 
 def layer_table(denoiser: nn.Module) -> dict[str, LayerEntry]:
@@ -55,11 +57,19 @@ def layer_table(denoiser: nn.Module) -> dict[str, LayerEntry]:
 
 def encode_table(table: Table) -> str:
     """Return the table as compact JSON."""
+    schemes = list(dict.fromkeys(entry.scheme.label for entry in table.values()))
+    dtypes = list(dict.fromkeys(str(entry.dtype).removeprefix("torch.") for entry in table.values()))
     layers = {
-        name: (entry.scheme.label, list(entry.shape), entry.split, str(entry.dtype).removeprefix("torch."))
+        name: (
+            schemes.index(entry.scheme.label),
+            dtypes.index(str(entry.dtype).removeprefix("torch.")),
+            list(entry.shape),
+            [] if entry.split is None else [entry.split],
+        )
         for name, entry in table.items()
     }
-    return json.dumps({"version": EXPORT_VERSION, "layers": layers}, separators=(",", ":"))
+    record = {"version": EXPORT_VERSION, "schemes": schemes, "dtypes": dtypes, "layers": layers}
+    return json.dumps(record, separators=(",", ":"))
 
 
 def decode_table(text: str, where: str) -> dict[str, LayerEntry]:
@@ -79,13 +89,18 @@ def decode_table(text: str, where: str) -> dict[str, LayerEntry]:
     except (ValidationError, json.JSONDecodeError, RecursionError) as error:
         reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         raise QuantDMError(f"{where}: the layer table in its header is damaged ({reason}); export it again") from None
+    unknown = [dtype for dtype in record.dtypes if dtype not in _DTYPES]
+    if unknown:
+        raise QuantDMError(f"{where}: layer table: got dtype {unknown[0]!r}, expected one of {', '.join(_DTYPES)}")
+    schemes = [Scheme.parse(label) for label in record.schemes]
     table = {}
-    for name, (label, shape, split, dtype) in record.layers.items():
-        if dtype not in _DTYPES:
-            raise QuantDMError(f"{where}: layer {name}: got dtype {dtype!r}, expected one of {', '.join(_DTYPES)}")
-        if split is not None and not (len(shape) > 1 and 0 < split < shape[1]):
-            raise QuantDMError(f"{where}: layer {name}: got a split at {split} of the weight {shape}, expected inside it")
-        table[name] = LayerEntry(Scheme.parse(label), tuple(shape), split, _DTYPES[dtype])
+    for name, (scheme, dtype, shape, seams) in record.layers.items():
+        if not (0 <= scheme < len(schemes) and 0 <= dtype < len(record.dtypes)):
+            raise QuantDMError(f"{where}: layer {name}: got scheme {scheme} and dtype {dtype}, which the table does not list")
+        if len(shape) < 2 or len(seams) > 1 or any(not 0 < seam < shape[1] for seam in seams):
+            raise QuantDMError(f"{where}: layer {name}: got seams {seams} in the weight {shape}, expected one inside or none")
+        split = seams[0] if seams else None
+        table[name] = LayerEntry(schemes[scheme], tuple(shape), split, _DTYPES[record.dtypes[dtype]])
     return table
 
 

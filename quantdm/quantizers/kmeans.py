@@ -188,10 +188,9 @@ def _lloyd(rows: SortedRows, cuts: Tensor, steps: int) -> Tensor:
 def _window_program(rows: SortedRows, cuts: Tensor, half_width: int, span: float) -> Tensor:
     """Return the best cuts among W places for each, `half_width` over `span` of the way to either neighbour.
 
-    Rows are the last axis here, so that every step runs over contiguous memory. Single precision is enough for short
-    rows, to choose between places; the caller compares the outcome in double precision.
+    Rows are the last axis here, so that every step runs over contiguous memory. Double precision: single
+    loses the bulk of a row beside an extreme outlier.
     """
-    dtype = torch.float64 if rows.is_long else torch.float32
     R, inner = len(cuts), cuts.shape[1] - 2
     share = torch.linspace(0, span, half_width + 1, dtype=torch.float64, device=cuts.device)[1:]
     gap = cuts.diff(dim=1)[:, :, None]
@@ -201,18 +200,16 @@ def _window_program(rows: SortedRows, cuts: Tensor, half_width: int, span: float
     if span == 1:  # beside the neighbours too: a lone outlier deserves a level
         offsets += [(1 - gap[:, :-1]).clamp_max(0), (gap[:, 1:] - 1).clamp_min(0)]
     places = cuts[:, 1:-1, None] + torch.cat(offsets, dim=2)  # [R, k - 1, W]
-    sums = rows.prefix.gather(1, places.view(R, -1)).view(places.shape).to(dtype).permute(1, 2, 0).contiguous()
+    sums = rows.prefix.gather(1, places.view(R, -1)).view(places.shape).permute(1, 2, 0).contiguous()
     places = places.permute(1, 2, 0).contiguous()  # [k - 1, W, R]
-    at = rows.left_of(places).to(dtype)
+    at = rows.left_of(places).double()
 
     values = [sums[0].square() / at[0].clamp_min(1)]  # best score of everything left of a cut, per place: [W, R]
     for j in range(1, inner):
         values.append(
             _join(values[-1][:, None], sums[j] - sums[j - 1][:, None], at[j] - at[j - 1][:, None]).amax(dim=0)
         )
-    choice = _join(values[-1], rows.prefix[:, -1].to(dtype) - sums[-1], rows.n - at[-1]).argmax(
-        dim=0, keepdim=True
-    )  # [1, R]
+    choice = _join(values[-1], rows.prefix[:, -1] - sums[-1], rows.n - at[-1]).argmax(dim=0, keepdim=True)  # [1, R]
     moved = cuts.clone()
     for j in reversed(range(inner)):
         moved[:, j + 1] = places[j].gather(0, choice)[0]

@@ -39,6 +39,9 @@ MARKS = {
 }
 
 
+FLOOR = 1e-6  # errors below this share of the largest are drawn at it
+
+
 def quality_against_bits(
     trials: Sequence[dict[str, Any]],
     candidates: dict[str, dict[str, Any]],
@@ -76,8 +79,8 @@ def quality_against_bits(
         _final_points(canvas, right, candidates, rows)
         if noise:
             right.axhline(noise, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=0)
-            right.annotate("two full-precision draws of different noise", (1, noise), (0, 3), fontsize=7, color=MUTED,
-                           xycoords=("axes fraction", "data"), textcoords="offset points", ha="right")  # fmt: skip
+            right.annotate("two full-precision draws of different noise", (0, noise), (4, 3), fontsize=7, color=MUTED,
+                           xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
         plain_log(left.yaxis)
     return canvas.svg
 
@@ -125,7 +128,7 @@ def surrogate_quality(folds: dict[str, list[float]], null: dict[str, float]) -> 
         low = min([*null.values(), *(s for scores in folds.values() for s in scores)], default=0.0)
         axes.set_xlim(min(low - 0.04, 0.8), 1.0)
         axes.grid(axis="x")
-        axes.set_xlabel("Spearman's rank correlation with -log FID (1: ranks every configuration right)")
+        axes.set_xlabel("Spearman's rank correlation with −log FID (1: ranks every configuration right)")
     return canvas.svg
 
 
@@ -141,10 +144,12 @@ def sensitivity(space: SearchSpace, groups: Sequence[Group], learned: NDArray[np
     with chart(0.95 + 0.33 * len(groups), f"Sensitivity per {title}") as canvas:
         found = canvas.axes(1, panels, squeeze=False, sharey=True, width_ratios=(1.7, 1)[:panels])[0]
         axes, sizes = found[0], widths(space)
+        top = float(least_error(space, sizes[0]).max())
+        floor = top * FLOOR
         step = 0.74 / len(sizes)
         for n, width in enumerate(sizes):
             hue = tint(INK, bits_strength(width))
-            error = np.maximum(least_error(space, width), 1e-12)
+            error = np.maximum(least_error(space, width), floor)
             for row, group in enumerate(groups):
                 y = row + (n - (len(sizes) - 1) / 2) * step
                 box = _box(axes, error[group.members], y, 0.7 * step, hue)
@@ -154,6 +159,8 @@ def sensitivity(space: SearchSpace, groups: Sequence[Group], learned: NDArray[np
                 )
             axes.plot([], [], "s", ms=6, color=hue, label=f"{width} bits")
         axes.set_xscale("log")
+        lowest = max(float(least_error(space, sizes[-1]).min()), floor)
+        axes.set_xlim(lowest / 1.6, top * 1.6)
         axes.grid(axis="x")
         axes.set_title("Measured: error of the output when one layer is quantized")
         axes.set_xlabel("share of the output's energy (log scale, best method at each bit-width)")
@@ -169,7 +176,7 @@ def sensitivity(space: SearchSpace, groups: Sequence[Group], learned: NDArray[np
             other.axvline(0, color=FAINT, lw=0.8, zorder=0)
             other.grid(axis="x")
             other.set_title(f"Learned: worth of {sizes[-1]} instead of {sizes[0]} bits", pad=22)
-            other.set_xlabel("gain in -log FID per layer, as explained")
+            other.set_xlabel("gain in −log FID per layer, as explained")
             other.tick_params(axis="y", length=0)
             other.spines["left"].set_visible(False)
     return canvas.svg
@@ -189,7 +196,7 @@ def methods(space: SearchSpace, values: NDArray[np.float64] | None) -> str:
     families = list(dict.fromkeys(family(option) for option in space.options))
     cost = space.bits.sum(axis=0) / space.num_weights.sum()
     tables = [("Measured: median one-layer error (log scale)", np.median(space.noise_error, axis=0))]
-    tables += [] if values is None else [("Learned: mean value in -log FID per layer", values.mean(axis=0))]
+    tables += [] if values is None else [("Learned: mean value in −log FID per layer", values.mean(axis=0))]
     with chart(2.7, "Methods against the bits they cost") as canvas:
         found = canvas.axes(1, 2, squeeze=False)[0]
         for axes, (title, heights) in zip(found, tables, strict=False):
@@ -214,13 +221,14 @@ def bits_per_layer(space: SearchSpace, choice: NDArray[np.int64]) -> str:
     """Draw the bits of every layer in data-flow order, coloured by scheme, above the noise error that it costs."""
     order = np.argsort([layer.index for layer in space.layers], kind="stable")
     schemes = [space.options[o] for o in choice]
-    error = np.maximum(space.gather(space.noise_error, choice)[0], 1e-12)
+    true = space.gather(space.noise_error, choice)[0]
+    error = np.maximum(true, FLOOR * true.max())
     with chart(4.2, "Bits per layer in data-flow order") as canvas:
         top, bottom = canvas.axes(2, 1, sharex=True, height_ratios=(1.5, 1))
         for x, position in enumerate(order):
             layer, scheme = space.layers[position], schemes[position]
             text = f"{layer.name}: {describe(scheme.label)}, {layer.num_weights:,} weights, "
-            text += f"one-layer error {percent(float(error[position]))}"
+            text += f"one-layer error {percent(float(true[position]))}"
             canvas.hover(top.bar(x, scheme.bits, width=0.82, color=color(scheme), lw=0)[0], text)
             canvas.hover(bottom.plot(x, error[position], "o", ms=4.2, color=color(scheme), mec=MUTED, mew=0.5)[0],
                          text)  # fmt: skip
@@ -330,6 +338,9 @@ def noise_per_step(timesteps: Sequence[float], panels: Sequence[tuple[str, str, 
             every = max(1, len(values) // 5)
             axes.set_xticks(list(x)[::every], [f"{t:.0f}" for t in timesteps][::every])
             axes.margins(x=0.02)
+            if not np.any(values):
+                axes.set_ylim(-1, 1)
+                axes.set_yticks([0])
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         canvas.figure.supxlabel("training timestep, from noise to image", fontsize=8, color=MUTED)

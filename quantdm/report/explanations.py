@@ -33,13 +33,15 @@ def sensitivities(records: Records) -> str:
         values = attribution.values
     learned = None if values is None else insights.width_value(space, values)
     right = "" if learned is None else f" Right: what the {source} surrogate learned from {len(records.trials)} trials."
+    clipped = space.noise_error.min() < charts.FLOOR * space.noise_error.max()
+    floor = " (errors below a millionth of the largest are drawn there)" if clipped else ""
     html = ""
     for by, title in (("op_type", "operation type"), ("block", "block")):
         groups, order = _ordered_groups(space, by)
         caption = (
             f"Boxes span the quartiles over the layers of one {title}, lines their range, the dark tick is the median; "
             f"{order}. Left: relative squared error of the denoiser's output when a single layer is quantized, on "
-            f"full-precision trajectories of {records.settings.noise_images} images at middle timesteps.{right}"
+            f"full-precision trajectories of {records.settings.noise_images} images at middle timesteps{floor}.{right}"
         )
         svg = charts.sensitivity(space, groups, learned, title)
         html += f"<h3>Per {title}</h3>" + figure(svg, "Where precision is worth its bits.", caption)
@@ -190,7 +192,7 @@ def noise(records: Records) -> str:
     svg = charts.noise_per_step(timesteps, [(title, text, found[key]) for title, key, text in panels if key in found])
     caption = (
         "Error of the quantized network's output on the same inputs, after guidance, fitted per timestep as k · output "
-        "+ bias + rest. Where lag-1 is near 1 the rest repeats from step to step, no variance correction absorbs it."
+        "+ bias + rest. Where lag-1 is near 1 the rest repeats from step to step: no variance correction absorbs it."
     )
     html = figure(svg, "Quantization noise per sampling step.", caption)
     if not c.measured:

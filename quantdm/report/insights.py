@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdm.errors import QuantDMError
 from quantdm.report.figures import describe
 from quantdm.surrogates import SearchSpace
 
@@ -134,21 +135,17 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     )
     ours, theirs = plus_minus(recipe), plus_minus(uniform)
     against = verdict(recipe, uniform)
+    other = f"the best uniform baseline of at least the same size ({baseline(uniform.get('note'))})"
+    distance = f"The distance of its images to full precision, fid_fp, is {ours}"
     if against == "better":
-        times = uniform["fid_fp"] / max(recipe["fid_fp"], 1e-12)
-        first = (
-            f"{shrunk}. The distance of its images to full precision, fid_fp, is {ours}, where the best uniform "
-            f"quantization of at least the same size has {theirs}: {times:.1f} times lower."
-        )
+        ratio = times(uniform["fid_fp"] / max(recipe["fid_fp"], 1e-12))
+        first = f"{shrunk}. {distance}, {ratio} lower than the {theirs} of {other}."
     elif against == "worse":
-        first = (
-            f"{shrunk}. But the recipe does not win: the distance of its images to full precision, fid_fp, is {ours}, "
-            f"above the {theirs} of the best uniform quantization of at least the same size."
-        )
+        first = f"{shrunk}. But the recipe does not win. {distance}, above the {theirs} of {other}."
     else:
         first = (
-            f"{shrunk}. But it is not measurably better than the best uniform quantization of at least the same size: "
-            f"the distances to full precision, fid_fp {ours} and {theirs}, differ by less than two standard deviations."
+            f"{shrunk}. But it is not measurably better than {other}: the distances of the images to full precision, "
+            f"fid_fp {ours} and {theirs}, differ by less than two standard deviations."
         )
     sentences = [first]
     if "sensitivity-same-size" in rows:
@@ -167,6 +164,14 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     return sentences
 
 
+def baseline(note: str | None) -> str:
+    """Say in words what a baseline is: "k-means per channel, 3 bits everywhere", "least weight error"."""
+    try:
+        return f"{describe(note)} everywhere" if note else "uniform"
+    except QuantDMError:  # not a scheme: a mix, named by how it was made
+        return str(note)
+
+
 def insights(space: SearchSpace, choice: NDArray[np.int64], values: Floats) -> list[str]:
     """Return three sentences to act on: what to protect, where size is saved, where the next bits belong.
 
@@ -183,15 +188,15 @@ def _protect(space: SearchSpace, choice: NDArray[np.int64]) -> str:
     error = least_error(space, width)
     groups = group_layers(space, "op_type", choice)
     worst = max(groups, key=lambda g: float(np.median(error[g.members])))
-    typical = float(np.median(error))
+    typical = max(float(np.median(error)), 1e-12)
     here = float(np.median(error[worst.members]))
-    ratio = here / typical if typical > 0 else math.inf
+    ratio = here / typical
     count = len(worst.members)
     one, median = ("this one layer", "") if count == 1 else ("a single such layer", f" (median of {count})")
     share, bits = percent(worst.weight_share), f"{worst.avg_bits:.1f} bits per weight"
     return (
         f"Protect {worst.name}: taking {one} to {width} bits changes the denoiser's output by {percent(here)} of its "
-        f"energy{median}, {ratio:.2g} times what the median layer costs. "
+        f"energy{median}, {times(ratio)} what the median layer costs. "
         + (
             f"It is only {share} of the weights, so pin it high: the {bits} that the recipe gives it cost little."
             if worst.weight_share < 0.1
@@ -215,10 +220,15 @@ def _save(space: SearchSpace, choice: NDArray[np.int64]) -> str:
     cost = float(chosen[narrow].sum() / max(chosen.sum(), 1e-300))
     by_type = sorted(groups, key=lambda g: -float(space.num_weights[g.members][narrow[g.members]].sum()))
     names = [g.name for g in by_type if narrow[g.members].any()][:2]
+    advice = (
+        "the first to take down in a recipe written by hand"
+        if cost < share
+        else "this is where the recipe loses quality, and what a larger target would raise"
+    )
     return (
         f"Save in {' and '.join(names)}: most {width}-bit weights are there. The {int(narrow.sum())} of {len(narrow)} "
         f"layers that the recipe takes to {width} bits hold {percent(share)} of the weights and make {percent(cost)} "
-        "of the summed one-layer error: take them down first in a recipe written by hand."
+        f"of the summed one-layer error: {advice}."
     )
 
 
@@ -254,6 +264,11 @@ def plus_minus(row: dict[str, Any], figure: str = "fid_fp", digits: int | None =
     if digits is None:
         digits = decimals(sd if sd > 0 else abs(mean) / 100)
     return f"{mean:.{digits}f}\u00a0±\u00a0{sd:.{digits}f}" if sd > 0 else f"{mean:.{digits}f}"
+
+
+def times(ratio: float) -> str:
+    """Return a ratio as "2.8 times"."""
+    return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
 
 
 def decimals(spread: float) -> int:

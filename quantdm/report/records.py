@@ -16,17 +16,17 @@ from quantdm.search.run import Run, RunSettings
 from quantdm.search.store import TrialStore
 from quantdm.surrogates import Attribution, SearchSpace
 
-# Record -> the command that makes it (RUN_DIR stands for the run directory: a report carries no machine's paths).
+# Record -> the command that makes it (MODEL and RUN_DIR as they were given: a report carries no machine's paths).
 MADE_BY = {
-    "space.json": "quantdm search --run-dir RUN_DIR",
-    "trials": "quantdm search --run-dir RUN_DIR",
+    "space.json": "quantdm search MODEL --run-dir RUN_DIR",
+    "trials": "quantdm search MODEL --run-dir RUN_DIR",
     "surrogate.json": "quantdm fit --run-dir RUN_DIR",
     "attribution.json": "quantdm explain --run-dir RUN_DIR",
-    "selection.json": "quantdm select --run-dir RUN_DIR",
-    "recipe.yaml": "quantdm select --run-dir RUN_DIR",
+    "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
+    "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
     "correction.safetensors": "quantdm correct --run-dir RUN_DIR",
-    "summary.json": "quantdm demo --run-dir RUN_DIR",
-    "samples.safetensors": "quantdm demo --run-dir RUN_DIR",
+    "summary.json": "quantdm demo MODEL --run-dir RUN_DIR",
+    "samples.safetensors": "quantdm demo MODEL --run-dir RUN_DIR",
 }
 
 

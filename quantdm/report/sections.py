@@ -11,6 +11,7 @@ from quantdm.report.figures import describe
 from quantdm.report.insights import decimals, megabytes, percent, plus_minus
 from quantdm.report.markup import esc, figure, missing, paragraph, strip_png, table
 from quantdm.report.records import Records
+from quantdm.schemes import ORIGINAL_BITS
 
 ROW_NAMES = {
     "fp": "Full precision",
@@ -23,7 +24,7 @@ ROW_NAMES = {
 }
 SHORT_NAMES = {
     "fp": "full precision",
-    "uniform-same-size": "uniform",
+    "uniform-same-size": "best uniform",
     "recipe": "recipe",
     "recipe+a6+correction": "A6, corrected",
 }
@@ -89,7 +90,11 @@ def results(records: Records) -> str:
         ]
 
     html = table(head, [("chosen" if row["name"] == "recipe" else "", cells(row)) for row in rows])
-    return html + f'<p class="caption">{esc(_final_protocol(records.summary))}</p>'
+    text = _final_protocol(records.summary)
+    if records.space is not None and "fp" in records.rows:
+        rest = records.rows["fp"]["denoiser_bytes"] - int(records.space.num_weights.sum()) * ORIGINAL_BITS // 8
+        text += f" Of every denoiser {megabytes(rest)} are not quantized: biases, norms and embeddings."
+    return html + paragraph(text, "caption")
 
 
 def _final_protocol(summary: dict[str, Any]) -> str:
@@ -126,6 +131,9 @@ def actions(records: Records) -> str:
         "Derived from one-layer noise errors (relative squared error of the denoiser's output at middle timesteps) and "
         f"the values of the {name} surrogate."
     )
+    chosen = (records.selection or {}).get("chosen", name)
+    if chosen != name:
+        note += f" The recipe itself is the candidate “{chosen}”, the best by measurement."
     return f'<ol class="insights">{"".join(lines)}</ol>' + paragraph(note, "caption")
 
 
@@ -149,9 +157,11 @@ def samples(records: Records) -> str:
         bands.append(f'<div class="band">{"".join(strips)}</div>')
     asked = ", ".join(map(str, settings.values[:10])) + (", …" if len(settings.values) > 10 else "")
     steps = (records.summary or {}).get("protocol", {}).get("steps", settings.steps)
+    uniform = records.rows.get("uniform-same-size", {}).get("note")
+    also = f" Best uniform of at least the same size: {insights.baseline(uniform)}." if uniform else ""
     caption = (
         f"Images above each other share initial noise and condition (asked for in turn: {asked}). The first {count} "
-        f"seeds of the first final draw, {steps} steps, guidance {settings.guidance_scale}; nothing was picked."
+        f"seeds of the first final draw, {steps} steps, guidance {settings.guidance_scale}; nothing was picked.{also}"
     )
     return figure("".join(bands), "Equal seeds, different weights.", caption, kind="bands")
 
@@ -173,16 +183,20 @@ def frontier(records: Records) -> str:
         target_bits=settings.target_bits,
         titles=(
             f"Search: {settings.label_images:,} images, {settings.label_steps} steps per trial",
-            f"Result: {images:,} images, {steps} steps per draw",
+            f"{'Result' if records.rows else 'Verification'}: {images:,} images, {steps} steps per draw",
         ),
     )
-    draws = len(protocol.get("draws", []))
+    right = f"candidates verified on two draws of {settings.verify_images:,} images are circles"
+    if records.rows:
+        draws = len(protocol.get("draws", []))
+        right = (
+            f"the recipe (large dot) and the baselines with one standard deviation over {draws} draws; other {right}"
+        )
     caption = (
         f"Left: all {len(records.trials)} measured configurations; squares have one scheme everywhere, the number is "
-        f"its bit-width. Right: the recipe (large dot) and the baselines with one standard deviation over {draws} "
-        f"draws; circles are the other candidates, verified on two draws of {settings.verify_images:,} images. The "
-        "dotted line is the target. The panels share their axes but not their number of images and steps. "
-        f"Fréchet distance of {settings.protocol.features} features to full-precision samples of the same noises."
+        f"its bit-width. Right: {right}. The dotted line is the target. The panels share their axes but not their "
+        f"number of images and steps. Fréchet distance of {settings.protocol.features} features to full-precision "
+        "samples of the same noises."
     )
     html = figure(svg, "Quality against size.", caption)
     if not candidates:
@@ -244,12 +258,14 @@ def spread_cell(row: dict[str, Any], key: str, digits: int) -> str:
     value, sd = row.get(key), row.get(f"{key}_sd") or 0.0
     if value is None:
         return "–"
+    if abs(value) < 1e-9:
+        return "0"
     if sd > 0:
         return f"{value:.{digits}f} <small>±\u00a0{sd:.{digits}f}</small>"
-    return f"{value:.{digits}f}" if value else "0"
+    return f"{value:.{digits}f}"
 
 
 def column_decimals(rows: Sequence[dict[str, Any]], key: str) -> int:
     """Return the decimals of a column: two digits of its median spread, at most 4."""
-    spreads = [row[f"{key}_sd"] for row in rows if row.get(f"{key}_sd")]
+    spreads = [row[f"{key}_sd"] for row in rows if (row.get(f"{key}_sd") or 0.0) > 1e-9]
     return min(4, decimals(float(np.median(spreads)))) if spreads else 4

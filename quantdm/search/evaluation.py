@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from quantdm.denoisers.pipeline import DiffusionPipeline
 
 from quantdm.denoisers.digits import load_digit_images
 from quantdm.denoisers.pipeline import generate, memoized_text_encoders

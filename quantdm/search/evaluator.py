@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from quantdm.denoisers.pipeline import DiffusionPipeline
 from torch import nn
 
 from quantdm.correction import apply_correction, load_correction

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from quantdm.denoisers.pipeline import DiffusionPipeline
 
 from quantdm.denoisers.layers import LayerRecord, list_layers
 from quantdm.denoisers.pipeline import REFERENCE, get_denoiser, known_pipelines, load_pipeline
@@ -34,13 +34,13 @@ class Effort:
     the one-layer noise errors.
     """
 
-    label_images: int = 400
-    label_steps: int = 10
-    verify_images: int = 1000
+    label_images: int = 300
+    label_steps: int = 8
+    verify_images: int = 500
     noise_images: int = 16
 
 
-FULL, QUICK = Effort(), Effort(100, 6, 100, 4)
+FULL, QUICK = Effort(), Effort(80, 5, 100, 4)
 
 
 def search(
