@@ -185,9 +185,7 @@ def encoded_digits(vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
 # --------------------------------------------------------------------------------------------------------- denoisers
 
 
-def noise_loss(
-    latents: torch.Tensor, scheduler: DDIMScheduler, predict: Callable, g: torch.Generator
-) -> torch.Tensor:
+def noise_loss(latents: torch.Tensor, scheduler: DDIMScheduler, predict: Callable, g: torch.Generator) -> torch.Tensor:
     """Mean squared error of the predicted noise, timesteps stratified over the batch."""
     n, steps = len(latents), scheduler.config.num_train_timesteps
     noise = torch.randn(latents.shape, generator=g)
@@ -232,12 +230,20 @@ def train_dit(steps: int = 4500, batch: int = 160) -> None:
         y = torch.where(torch.rand(batch, generator=g) < DROP_CONDITION, NULL_CLASS, y)
         return noise_loss(x, scheduler, lambda xt, t: model(xt, timestep=t, class_labels=y).sample, g)
 
-    fit("digits-dit", model.parameters(), loss_of, steps=steps, lr=1e-3, seed=3, after_step=lambda: ema.step(model.parameters()))
+    fit(
+        "digits-dit",
+        model.parameters(),
+        loss_of,
+        steps=steps,
+        lr=1e-3,
+        seed=3,
+        after_step=lambda: ema.step(model.parameters()),
+    )
     ema.copy_to(model.parameters())
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.weight.data[10:NULL_CLASS] = 0.0  # never trained: stock DiTPipeline needs 1,001 rows
-    pipe = DiTPipeline(model.eval(), vae, scheduler, id2label={i: w for i, w in enumerate(WORDS)})
+    pipe = DiTPipeline(model.eval(), vae, scheduler, id2label=dict(enumerate(WORDS)))
     finish(pipe, "digits-dit")
 
 
@@ -355,7 +361,8 @@ def main() -> None:
         return subprocess.Popen([sys.executable, __file__, "--stage", stage, "--threads", str(threads)])
 
     for group in (("classifier", "vae"), ("digits-dit", "digits-sd")):  # one core each, two at a time
-        if any([p.wait() for p in [start(stage, max(1, args.threads // 2)) for stage in group]]):
+        processes = [start(stage, max(1, args.threads // 2)) for stage in group]
+        if sum(process.wait() for process in processes):
             sys.exit(f"training failed in one of: {', '.join(group)}")
     draw_losses()
 

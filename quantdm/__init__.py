@@ -5,8 +5,8 @@ Importing it registers it with diffusers and transformers, so that `from_pretrai
 
 from importlib.metadata import PackageNotFoundError, version
 
-from quantdm.corridor import demo
 from quantdm.correction import Correction, apply_correction, fit_correction, load_correction, remove_correction
+from quantdm.corridor import demo
 from quantdm.denoisers.graph import Graph, trace_graph
 from quantdm.denoisers.layers import LayerRecord, list_layers
 from quantdm.denoisers.pipeline import generate, get_denoiser, load_pipeline
@@ -21,8 +21,8 @@ from quantdm.report import write_report
 from quantdm.schemes import QuantConfig, Scheme
 from quantdm.search.evaluation import evaluate
 
-# After this line `quantdm.search` is the function; the package of the same name stays importable as `quantdm.search.bank`
-# and so on, because it is loaded already.
+# After this line `quantdm.search` is the function; the package of the same name stays importable as
+# `quantdm.search.bank` and so on, because it is loaded already.
 from quantdm.search.search import search
 
 try:

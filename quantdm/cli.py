@@ -41,7 +41,9 @@ def demo(
     model: Annotated[str, typer.Option(help="Embedded pipeline: digits-dit or digits-sd.")] = "digits-dit",
     target_bits: Annotated[float, typer.Option(help="Average bits per weight, overhead included.")] = 3.0,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory (default: runs/MODEL-BITSbit).")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Every stage with fewer trials and images: two minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Every stage with fewer trials and images: two minutes.")
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Run everything on an embedded pipeline: search, recipe, export, report. Run it again to go on."""
@@ -127,7 +129,9 @@ def fit(run_dir: RunDir) -> None:
     stages.fit_surrogates(run, space, *stages.load_trials(run, space))
     scores = read_json(run.path("surrogate.json"))
     for name, folds in scores["held_out_spearman"].items():
-        typer.echo(f"{name:<22} held-out Spearman {sum(folds) / len(folds):.3f}  (folds {min(folds):.3f} to {max(folds):.3f})")
+        typer.echo(
+            f"{name:<22} held-out Spearman {sum(folds) / len(folds):.3f}  (folds {min(folds):.3f} to {max(folds):.3f})"
+        )
     for name, value in scores["without_learning"].items():
         typer.echo(f"{name:<22} Spearman {value:.3f}  (nothing learned)")
 
@@ -200,7 +204,8 @@ def generate(
     """Generate images as one PNG grid."""
     from quantdm.inspection import generate_grid
 
-    typer.echo(f"images: {generate_grid(model, out, images=images, seed=seed, steps=steps, protocol=protocol, columns=columns)}")
+    path = generate_grid(model, out, images=images, seed=seed, steps=steps, protocol=protocol, columns=columns)
+    typer.echo(f"images: {path}")
 
 
 @app.command(epilog="Example: quantdm evaluate runs/mine/export --reference digits-dit")
@@ -219,7 +224,9 @@ def evaluate(
     try:
         draws = tuple(int(seed) for seed in seeds.split(","))
     except ValueError:
-        raise QuantDMError(f"seeds: got {seeds!r}, expected whole numbers with commas between, e.g. 101,102,103") from None
+        raise QuantDMError(
+            f"seeds: got {seeds!r}, expected whole numbers with commas between, e.g. 101,102,103"
+        ) from None
     result = evaluate_model(model, reference=reference, images=images, seeds=draws, steps=steps, protocol=protocol)
     if as_json:
         typer.echo(json.dumps(result, indent=1))

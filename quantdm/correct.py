@@ -4,10 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from quantdm.denoisers.pipeline import DiffusionPipeline
 
 from quantdm.correction import fit_correction
-from quantdm.denoisers.pipeline import generate, memoized_text_encoders
+from quantdm.denoisers.pipeline import DiffusionPipeline, generate, memoized_text_encoders
 from quantdm.metrics import batched, frechet_distance
 from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.search.engine import Engine

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from quantdm.denoisers.pipeline import DiffusionPipeline
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -13,7 +12,7 @@ from torch import nn
 from quantdm.correct import correct_run
 from quantdm.correction import Correction, load_correction
 from quantdm.denoisers.layers import list_layers
-from quantdm.denoisers.pipeline import get_denoiser, load_pipeline
+from quantdm.denoisers.pipeline import DiffusionPipeline, get_denoiser, load_pipeline
 from quantdm.denoisers.protocol import load_protocol
 from quantdm.errors import QuantDMError
 from quantdm.export import denoiser_bytes, export_pipeline
@@ -147,7 +146,9 @@ def export_run(run: Run, folder: str | Path) -> Path:
 
 def show_table(summary: dict[str, Any], console: Console | None = None) -> None:
     """Print the result rows, at most 79 columns wide."""
-    table = Table(title=f"{summary['model']}: mean ± sd over {len(summary['protocol']['draws'])} draws", title_style="bold")
+    table = Table(
+        title=f"{summary['model']}: mean ± sd over {len(summary['protocol']['draws'])} draws", title_style="bold"
+    )
     for name in ("", "bits", "MB", "fid_fp", "psnr", "fid_real"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in summary["rows"]:
@@ -163,6 +164,6 @@ def show_table(summary: dict[str, Any], console: Console | None = None) -> None:
     console.print(table)
     protocol, noise = summary["protocol"], summary["fp_noise"]
     console.print(
-        f"{protocol['images']} images per draw, {protocol['steps']} steps. Two full-precision draws of different noises "
-        f"are {noise['mean']:.4f} apart."
+        f"{protocol['images']} images per draw, {protocol['steps']} steps. "
+        f"Two full-precision draws of different noises are {noise['mean']:.4f} apart."
     )

@@ -5,10 +5,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from quantdm.denoisers.pipeline import DiffusionPipeline
 from torch import nn
 
-from quantdm.denoisers.pipeline import get_denoiser, load_pipeline
+from quantdm.denoisers.pipeline import DiffusionPipeline, get_denoiser, load_pipeline
 from quantdm.errors import QuantDMError
 from quantdm.hub import apply_recipe
 from quantdm.recipe import Recipe

@@ -93,7 +93,9 @@ def show_layers(record: dict[str, Any]) -> None:
         if quantized:
             bits = row.get("num_bits", row["num_weights"] * ORIGINAL_BITS) / row["num_weights"]
             sqnr = row.get("sqnr_db")
-            table.add_row(row["name"], shape, row.get("scheme", "-"), f"{bits:.3f}", "-" if sqnr is None else f"{sqnr:.1f}")
+            table.add_row(
+                row["name"], shape, row.get("scheme", "-"), f"{bits:.3f}", "-" if sqnr is None else f"{sqnr:.1f}"
+            )
         else:
             table.add_row(row["name"], shape, f"{row['num_weights']:,}", row["op_type"])
     console = Console(width=79)

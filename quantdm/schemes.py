@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, field_validator, model_validator
 
 from quantdm.errors import QuantDMError, nearest
 
@@ -16,14 +16,12 @@ ORIGINAL_BITS = 16  # P of the papers: the precision of an unquantized weight wh
 _LABEL = re.compile(r"(?P<method>[a-z0-9]+)-(?P<granularity>tensor|channel|group)(?P<group>\d*)-(?P<bits>\d+)")
 
 
-class Scheme(BaseModel):
+class Scheme(BaseModel, frozen=True, extra="forbid"):
     """How one weight tensor is quantized: `Scheme(method="kmeans", bits=4, granularity="channel")`.
 
     `group_size` is the number of consecutive weights of one output channel that share a scale or codebook; it is
     required for granularity "group" and refused elsewhere. The last group of a channel may be shorter.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
     bits: int

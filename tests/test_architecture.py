@@ -67,7 +67,8 @@ def test_no_file_outgrows_a_reader():
 
 
 def test_importing_quantdm_loads_nothing_heavy():
-    code = "import sys, quantdm; print([m for m in ('xgboost', 'torch_geometric', 'matplotlib', 'sklearn') if m in sys.modules])"
+    heavy = ("xgboost", "torch_geometric", "matplotlib", "sklearn")
+    code = f"import sys, quantdm; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
@@ -75,7 +76,11 @@ def test_importing_quantdm_loads_nothing_heavy():
 def test_no_pickle_and_no_eval():
     for path in FILES:
         assert not {"pickle", "dill", "joblib"} & set(imports_of(path)), path
-        calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        calls = [
+            n.func.id
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        ]
         assert not {"eval", "exec"} & set(calls), path
 
 

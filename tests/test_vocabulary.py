@@ -26,7 +26,18 @@ def test_a_scheme_is_its_label(scheme):
     assert Scheme.parse(scheme.label) == scheme
 
 
-@pytest.mark.parametrize("label", ["kmeans-channel-1", "kmeans-channel-9", "kmean-channel-4", "uniform-4", "", "uniform-group-4", "uniform-channel32-4"])  # fmt: skip
+@pytest.mark.parametrize(
+    "label",
+    [
+        "kmeans-channel-1",
+        "kmeans-channel-9",
+        "kmean-channel-4",
+        "uniform-4",
+        "",
+        "uniform-group-4",
+        "uniform-channel32-4",
+    ],
+)
 def test_a_wrong_label_says_what_was_expected(label):
     with pytest.raises(QuantDMError, match="scheme"):
         Scheme.parse(label)
@@ -76,8 +87,7 @@ def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "record.json"
     write_json(path, {"version": 1})
     with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
+        temporary.write_text(str(1 / 0))
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"version": float("nan")})
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]

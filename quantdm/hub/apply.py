@@ -57,7 +57,9 @@ def apply_recipe(
     register()
     model: Any = get_denoiser(pipe_or_denoiser)  # type: ignore[arg-type]
     if isinstance(recipe_or_config, Mapping) and not isinstance(recipe_or_config, QuantConfig):
-        raise QuantDMError("recipe: got a dict, expected a Recipe or QuantConfig; wrap it: QuantConfig.from_labels(...)")
+        raise QuantDMError(
+            "recipe: got a dict, expected a Recipe or QuantConfig; wrap it: QuantConfig.from_labels(...)"
+        )
     recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
     config = QuantDMConfig(recipe=recipe)
     assert config.schemes is not None
@@ -65,12 +67,16 @@ def apply_recipe(
     if config.activations is None:
         config.activations = before
     if config.activations is not None and isinstance(model, PreTrainedModel):
-        raise QuantDMError(f"activations: are quantized in denoisers only, got a {type(model).__name__}; leave them out")
+        raise QuantDMError(
+            f"activations: are quantized in denoisers only, got a {type(model).__name__}; leave them out"
+        )
     if config.activations is not None:
         layer_bits(model, config.activations)  # a glob that matches nothing raises before anything is changed
     set_activation_bits_(model, None)
     try:
-        quantize_layers_(model, config.schemes, bank=bank, what=f"recipe for {config.model}" if config.model else "config")
+        quantize_layers_(
+            model, config.schemes, bank=bank, what=f"recipe for {config.model}" if config.model else "config"
+        )
     except BaseException:
         set_activation_bits_(model, before)
         raise

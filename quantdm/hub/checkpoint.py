@@ -20,7 +20,9 @@ from quantdm.schemes import Scheme
 HEADER_KEY = "quantdm"
 SUFFIX = ".packed"
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+}
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,13 @@ def decode_table(text: str, where: str) -> dict[str, LayerEntry]:
     table = {}
     for name, (scheme, dtype, shape, seams) in record.layers.items():
         if not (0 <= scheme < len(schemes) and 0 <= dtype < len(record.dtypes)):
-            raise QuantDMError(f"{where}: layer {name}: got scheme {scheme} and dtype {dtype}, which the table does not list")
+            raise QuantDMError(
+                f"{where}: layer {name}: got scheme {scheme} and dtype {dtype}, which the table does not list"
+            )
         if len(shape) < 2 or len(seams) > 1 or any(not 0 < seam < shape[1] for seam in seams):
-            raise QuantDMError(f"{where}: layer {name}: got seams {seams} in the weight {shape}, expected one inside or none")
+            raise QuantDMError(
+                f"{where}: layer {name}: got seams {seams} in the weight {shape}, expected one inside or none"
+            )
         split = seams[0] if seams else None
         table[name] = LayerEntry(schemes[scheme], tuple(shape), split, _DTYPES[record.dtypes[dtype]])
     return table
@@ -143,7 +149,9 @@ def prepare_layers_(denoiser: nn.Module, table: Table, *, keep_in_fp32: Iterable
         try:
             layer = denoiser.get_submodule(name)
         except AttributeError:
-            raise QuantDMError(f"checkpoint is for another model: {type(denoiser).__name__} has no layer {name}") from None
+            raise QuantDMError(
+                f"checkpoint is for another model: {type(denoiser).__name__} has no layer {name}"
+            ) from None
         weight = getattr(layer, "weight", None)
         if isinstance(layer, PackedLayer) or not isinstance(weight, torch.Tensor) or tuple(weight.shape) != entry.shape:
             got = tuple(getattr(weight, "shape", ())) or type(layer).__name__
@@ -190,4 +198,6 @@ def check_loaded(denoiser: nn.Module) -> None:
             raise QuantDMError(f"{name}: its packed weight was not in the checkpoint; export it again")
         for key, tensor in layer.quantized.tensors.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise QuantDMError(f"{name}: its {key} has NaN or infinite values; the file is damaged, export it again")
+                raise QuantDMError(
+                    f"{name}: its {key} has NaN or infinite values; the file is damaged, export it again"
+                )

@@ -30,7 +30,9 @@ from quantdm.modules.layers import PackedLayer, packed_layers
 
 def _quantize_loaded_(model: nn.Module, config: QuantDMConfig) -> None:
     if config.schemes is None:
-        raise QuantDMError("quantization_config: has no recipe; pass QuantDMConfig(recipe=...) to quantize while loading")
+        raise QuantDMError(
+            "quantization_config: has no recipe; pass QuantDMConfig(recipe=...) to quantize while loading"
+        )
     quantize_layers_(model, config.schemes, what=f"recipe for {config.model}" if config.model else "recipe")
 
 
@@ -57,7 +59,9 @@ class QuantDMQuantizer(DiffusersQuantizer):
         """Notice a dense single file, which diffusers announces as quantized: it is quantized on the fly."""
         if self._loaded_keys is None and self.pre_quantized:
             if any(key.endswith(SUFFIX) for key in state_dict):
-                raise QuantDMError("from_single_file: the file is a quantdm export; open its directory with from_pretrained")
+                raise QuantDMError(
+                    "from_single_file: the file is a quantdm export; open its directory with from_pretrained"
+                )
             self.pre_quantized = False
         return state_dict
 
@@ -121,7 +125,9 @@ class QuantDMQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Add the layer table to the header of every file."""
         if not safe_serialization:
-            raise QuantDMError("save_pretrained: quantdm models are saved as safetensors; leave safe_serialization=True")
+            raise QuantDMError(
+                "save_pretrained: quantdm models are saved as safetensors; leave safe_serialization=True"
+            )
         packed = {key.removesuffix(SUFFIX) for key in state_dict if key.endswith(SUFFIX)}
         if packed != set(self.table):
             different = sorted(packed ^ set(self.table))[:3]

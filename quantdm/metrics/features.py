@@ -40,9 +40,7 @@ def _clip_extractor(path: str) -> Extractor:
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
     def extract(images: torch.Tensor) -> torch.Tensor:
-        resized = torch.nn.functional.interpolate(
-            images.float(), size=(size, size), mode="bicubic", antialias=True
-        )
+        resized = torch.nn.functional.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
         return model((resized.clamp(0, 1) - mean) / std).image_embeds.float()
 
     return torch.no_grad()(extract)

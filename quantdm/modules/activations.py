@@ -36,7 +36,18 @@ KEEP_8BIT: tuple[str, ...] = (
 )
 
 # Projections whose outputs are the operands of an attention product (diffusers' and transformers' names).
-_ATTENTION_OPERANDS = ("*to_q", "*to_k", "*to_v", "*to_qkv", "*to_kv", "*add_[qkv]_proj", "*[qkv]_proj", "*query", "*key", "*value")
+_ATTENTION_OPERANDS = (
+    "*to_q",
+    "*to_k",
+    "*to_v",
+    "*to_qkv",
+    "*to_kv",
+    "*add_[qkv]_proj",
+    "*[qkv]_proj",
+    "*query",
+    "*key",
+    "*value",
+)
 
 MIN_SCALE = torch.finfo(torch.float32).tiny
 _STATE = "_quantdm_activations"
@@ -79,7 +90,9 @@ class _QuantizeInput:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not args:
-            raise QuantDMError(f"{self.name}: was called with keywords only, expected the input first; unset activations")
+            raise QuantDMError(
+                f"{self.name}: was called with keywords only, expected the input first; unset activations"
+            )
         x, *rest = args
         if self.split is None or self.dims != -1:
             return (fake_quantize(x, self.bits, self.dims), *rest)
@@ -118,7 +131,9 @@ def layer_bits(denoiser: nn.Module, spec: ActivationSpec) -> dict[str, int]:
     for pattern in spec.keep_8bit:
         if not any(_matches(record, pattern) for record in records):
             known = dict.fromkeys(record.op_type for record in records)
-            raise QuantDMError(f"keep_8bit: {pattern!r} matches no layer and no operation type; {nearest(pattern, known)}")
+            raise QuantDMError(
+                f"keep_8bit: {pattern!r} matches no layer and no operation type; {nearest(pattern, known)}"
+            )
     return {r.name: 8 if any(_matches(r, p) for p in spec.keep_8bit) else spec.bits for r in records}
 
 

@@ -9,7 +9,9 @@ from quantdm.errors import QuantDMError
 if TYPE_CHECKING:
     from quantdm.modules.layers import PackedLayer
 
-_REFUSED = "a packed weight cannot be changed in place (fusing a LoRA does): dequantize() the model first, or keep it un-fused"
+_REFUSED = (
+    "a packed weight cannot be changed in place (fusing a LoRA does): dequantize() the model first, or keep it un-fused"
+)
 
 
 def _dense(value: Any) -> Any:

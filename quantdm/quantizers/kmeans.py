@@ -24,8 +24,9 @@ from quantdm.quantizers.tables import nearest_codes
 from quantdm.quantizers.uniform import candidate_grids
 
 QUANTILES = 513
-SPANS = (1.0, 0.5, 0.25)  # of the windows, as a share of the way to the neighbouring cut
-HALF_WIDTH = 5  # a window has at most 2·5 + 1 places; 4 and 8 give 1.002 and 1.0005 times the optimum, 5 gives 1.001
+# (share of the way to the neighbouring cut, places on either side) of the windows, one after another. Five places for
+# all three give the same error, three for all 1.003 instead of 1.0015 times the optimum.
+WINDOWS = ((1.0, 5), (0.4, 3), (0.15, 3))
 WINDOW_BUDGET = 2**16  # elements of one window table [W, W, rows]
 LLOYD_STEPS, MAX_LLOYD_STEPS = 3, 200
 LONG_ROW = 2**14  # rows this long are few: they afford wide windows, repeated until the error stands still
@@ -87,8 +88,8 @@ def fit_codebook(rows: SortedRows, bits: int) -> Tensor:
     k = min(2**bits, rows.n)
     if m <= k:
         return torch.nn.functional.pad(rows.values, (0, k - m), mode="replicate").half()
-    width = 2 * _half_width(rows, k) + 1
-    step = max(WINDOW_BUDGET // width**2, 1) if rows.values.device.type == "cpu" else R
+    widest = 2 * max(half_width for _, half_width in _windows(rows, k)) + 3
+    step = max(WINDOW_BUDGET // widest**2, 1) if rows.values.device.type == "cpu" else R
     return torch.cat([_fit(rows[first : first + step], k, bits) for first in range(0, R, step)])
 
 
@@ -106,18 +107,19 @@ def _fit(rows: SortedRows, k: int, bits: int) -> Tensor:
     return (_means(rows, cuts) + rows.center).half()
 
 
-def _half_width(rows: SortedRows, k: int) -> int:
-    return LONG_HALF_WIDTH if rows.is_long else min(HALF_WIDTH, max(2, rows.n // k))
+def _windows(rows: SortedRows, k: int) -> list[tuple[float, int]]:
+    most = max(2, rows.n // k)
+    return [(span, LONG_HALF_WIDTH if rows.is_long else min(half_width, most)) for span, half_width in WINDOWS]
 
 
 def _refine(rows: SortedRows, cuts: Tensor) -> Tensor:
     """Improve cuts by Lloyd steps and window programs in turn; the error never grows."""
-    half_width, gain = _half_width(rows, cuts.shape[1] - 1), LONG_GAIN if rows.is_long else GAIN
+    windows, gain = _windows(rows, cuts.shape[1] - 1), LONG_GAIN if rows.is_long else GAIN
     result, active = _lloyd(rows, cuts, LLOYD_STEPS), torch.arange(len(cuts), device=cuts.device)
     part, error = rows, rows.square - _score(rows, result)
     for _ in range(MAX_ROUNDS):
         cuts = result[active]
-        for span in SPANS:
+        for span, half_width in windows:
             cuts = _lloyd(part, _window_program(part, cuts, half_width, span), LLOYD_STEPS)
         before, error = error, part.square - _score(part, cuts)
         better = error < before

@@ -43,7 +43,9 @@ class WeightBank:
             self._files[name] = path
             if progress is not None:
                 progress()
-        write_json(self.folder / INDEX, {"version": BANK_VERSION, "layers": {n: p.name for n, p in self._files.items()}})
+        write_json(
+            self.folder / INDEX, {"version": BANK_VERSION, "layers": {n: p.name for n, p in self._files.items()}}
+        )
         return self
 
     @classmethod

@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from typing import Any
 
 import torch
-from quantdm.denoisers.pipeline import DiffusionPipeline
 
+from quantdm.denoisers.pipeline import DiffusionPipeline
 from quantdm.search.evaluator import Evaluator
 from quantdm.search.run import Run
 

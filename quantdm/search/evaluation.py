@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantdm.denoisers.pipeline import DiffusionPipeline
 
 from quantdm.denoisers.digits import load_digit_images
-from quantdm.denoisers.pipeline import generate, memoized_text_encoders
+from quantdm.denoisers.pipeline import DiffusionPipeline, generate, memoized_text_encoders
 from quantdm.denoisers.protocol import Protocol
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors

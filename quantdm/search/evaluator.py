@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantdm.denoisers.pipeline import DiffusionPipeline
 from torch import nn
 
 from quantdm.correction import apply_correction, load_correction
 from quantdm.denoisers.layers import list_layers
-from quantdm.denoisers.pipeline import Call, generate, get_denoiser, load_pipeline, record_calls, replay
+from quantdm.denoisers.pipeline import (
+    Call,
+    DiffusionPipeline,
+    generate,
+    get_denoiser,
+    load_pipeline,
+    record_calls,
+    replay,
+)
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
 from quantdm.modules import set_activation_bits_

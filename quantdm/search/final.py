@@ -121,7 +121,7 @@ def row_bits(space: SearchSpace, job: Job) -> int:
 
 
 def sampling_noise(engine: Engine, draws: Sequence[Draw]) -> dict[str, float]:
-    """Return the Frechet distance between full-precision draws of different noises: the floor of what fid_fp can tell."""
+    """Return the Frechet distance between full-precision draws of different noises: sampling noise."""
     features = [engine.local.reference(draw).features for draw in draws]
     distances = [frechet_distance(a, b) for a, b in combinations(features, 2)]
     column = torch.tensor(distances, dtype=torch.float64)
@@ -138,7 +138,9 @@ def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw:
     save_tensors(run.path("samples.safetensors"), tensors)
 
 
-def write_summary(run: Run, rows: list[dict[str, Any]], draws: Sequence[Draw], noise: dict[str, float]) -> dict[str, Any]:
+def write_summary(
+    run: Run, rows: list[dict[str, Any]], draws: Sequence[Draw], noise: dict[str, float]
+) -> dict[str, Any]:
     """Write summary.json and return it."""
     protocol = run.settings.protocol
     summary = {

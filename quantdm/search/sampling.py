@@ -96,7 +96,7 @@ def _collect(space: SearchSpace, count: int, seed: int, draw: Callable[[int, np.
                 break
         else:
             raise QuantDMError(
-                f"got only {index} distinct configurations of {len(space.layers)} layers x {len(space.options)} options "
+                f"got only {index} distinct configurations ({len(space.layers)} layers x {len(space.options)} options) "
                 f"where {count} were asked for; ask for fewer, or raise noise or spread"
             )
     return np.stack(list(seen.values()))
@@ -106,7 +106,9 @@ def _check_reachable(space: SearchSpace, target_bits: float) -> None:
     total = int(space.num_weights.sum())
     low, high = (int(bits.sum()) / total for bits in (space.bits.min(axis=1), space.bits.max(axis=1)))
     if not low <= target_bits <= high:
-        raise QuantDMError(f"target_bits: got {target_bits}, but these options reach {low:.4f} to {high:.4f} bits per weight")
+        raise QuantDMError(
+            f"target_bits: got {target_bits}, expected {low:.4f} to {high:.4f}, what these options reach"
+        )
 
 
 def _van_der_corput(index: int) -> float:

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from quantdm.denoisers.pipeline import DiffusionPipeline
 
 from quantdm.denoisers.layers import LayerRecord, list_layers
-from quantdm.denoisers.pipeline import REFERENCE, get_denoiser, known_pipelines, load_pipeline
+from quantdm.denoisers.pipeline import REFERENCE, DiffusionPipeline, get_denoiser, known_pipelines, load_pipeline
 from quantdm.denoisers.protocol import Protocol, known_protocols, load_protocol
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
@@ -30,8 +29,8 @@ MIN_TRIALS = 30
 class Effort:
     """How much is measured in a search.
 
-    `label_images` at `label_steps` per trial, `verify_images` per draw for each of the best candidates, `noise_images` for
-    the one-layer noise errors.
+    `label_images` at `label_steps` per trial, `verify_images` per draw for each of the best candidates, `noise_images`
+    for the one-layer noise errors.
     """
 
     label_images: int = 300
@@ -152,9 +151,7 @@ def choose(run: Run, engine: Engine, space: SearchSpace, attributions: dict[str,
     }
     learned = [name for name in candidates if not name.startswith("baseline: ")]
     best = min(learned, key=lambda name: summary[name]["fid_fp_mean"])
-    write_json(
-        run.path("selection.json"), {"version": 1, "chosen": best, "candidates": summary, "configs": configs}
-    )
+    write_json(run.path("selection.json"), {"version": 1, "chosen": best, "candidates": summary, "configs": configs})
     recipe = Recipe(
         model=settings.model,
         layers=configs[best],
@@ -282,7 +279,9 @@ def checked_target(
             )
         return bits
     if not low <= target_bits <= high:
-        raise QuantDMError(f"target: got {target_bits} bits per weight, but these options reach {low:.4f} to {high:.4f}")
+        raise QuantDMError(
+            f"target: got {target_bits} bits per weight, but these options reach {low:.4f} to {high:.4f}"
+        )
     return float(target_bits)
 
 

@@ -244,4 +244,4 @@ def verify(
             found[key] = result
             store.put(jobs[key].key, result)
             progress.update()
-    return {name: [found[name, draw] for draw in draws] for name in configs}
+    return {name: [found[name, draw] or {} for draw in draws] for name in configs}

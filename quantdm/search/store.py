@@ -11,7 +11,7 @@ TRIAL_VERSION = 1
 
 
 class TrialStore:
-    """A folder of finished trials. A trial exists completely or not at all, so a killed run loses only those in flight."""
+    """A folder of finished trials: each exists completely or not at all, so a killed run loses only those in flight."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

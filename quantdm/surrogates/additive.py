@@ -225,7 +225,7 @@ class RidgeSurrogate:
 
 def _design(space: SearchSpace) -> _Design:
     """Build the columns, each scaled by the prior standard deviation of its effect."""
-    types, type_of = type_index(space)
+    _, type_of = type_index(space)
     band_of = band_index(space)
     cells = np.unique(type_of * (band_of.max() + 1) + band_of, return_inverse=True)[1]
     methods = [(option.method, option.granularity, option.group_size) for option in space.options]

@@ -87,7 +87,7 @@ class Attribution:
             raise QuantDMError(f"attribution: {error} is missing; run the explain stage again") from None
         shape = (len(found.layers), len(found.options))
         if found.values.shape != shape or found.spread.shape != shape:
-            raise QuantDMError(f"attribution: values {found.values.shape}, spread {found.spread.shape}, expected {shape}")
+            raise QuantDMError(f"attribution: values {found.values.shape}, spread {found.spread.shape}, not {shape}")
         return found
 
     def save(self, path: str | Path) -> None:

@@ -92,13 +92,15 @@ def _unit(surrogate: GraphSurrogate, fold: int, hop: int) -> float:
 
 def _assignments(space: SearchSpace, layers: tuple[int, ...], seed: int) -> Ints:
     """Return all assignments of the layers [N, layers], or a balanced sample when they are too many."""
-    O = len(space.options)
-    if O ** len(layers) <= MAX_ASSIGNMENTS:
-        return np.stack([axis.ravel() for axis in np.meshgrid(*[np.arange(O)] * len(layers), indexing="ij")], axis=1)
-    completions = np.random.default_rng(seed).integers(0, O, size=(COMPLETIONS, len(layers)))
+    count = len(space.options)
+    if count ** len(layers) <= MAX_ASSIGNMENTS:
+        return np.stack(
+            [axis.ravel() for axis in np.meshgrid(*[np.arange(count)] * len(layers), indexing="ij")], axis=1
+        )
+    completions = np.random.default_rng(seed).integers(0, count, size=(COMPLETIONS, len(layers)))
     found = []
     for column in range(len(layers)):
-        for option in range(O):
+        for option in range(count):
             part = completions.copy()
             part[:, column] = option
             found.append(part)

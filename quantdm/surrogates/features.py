@@ -1,7 +1,7 @@
 """Pooled features of a choice: additive sums over layers, per operation type and depth band.
 
-Raw one-hot columns per layer over-fit a few hundred rows (method.md section 5); shares per (operation type x depth band)
-are shared between models and few. Every feature is s_f = sum over layers of c_f[l, choice_l], taken as it is or as
+Raw one-hot columns per layer over-fit a few hundred rows (method.md section 5); shares per (operation type x depth
+band) are shared between models and few. Every feature is s_f = sum over layers of c_f[l, choice_l], taken as it is or as
 log s_f, so anything that is linear in s_f splits exactly over layers and options.
 """
 
@@ -29,11 +29,11 @@ class PooledFeatures:
     def sums(self, choices: ArrayLike) -> Floats:
         """Return the additive sums s_f: [T, L] -> [T, F]."""
         choices = self.space.check(choices)
-        count, (_, L, O) = len(choices), self.coefficients.shape
-        table = np.ascontiguousarray(self.coefficients.reshape(len(self.names), L * O).T)  # [L·O, F]
-        found = np.zeros((count, len(self.names)))
-        for layer in range(L):
-            found += table[layer * O + choices[:, layer]]
+        options = self.coefficients.shape[2]
+        table = np.ascontiguousarray(self.coefficients.reshape(len(self.names), -1).T)  # [L·O, F]
+        found = np.zeros((len(choices), len(self.names)))
+        for layer in range(choices.shape[1]):
+            found += table[layer * options + choices[:, layer]]
         return found
 
     def transform(self, choices: ArrayLike) -> Floats:

@@ -20,15 +20,15 @@ class CellTable(nn.Module):
 
     def __init__(self, space: SearchSpace) -> None:
         super().__init__()
-        L, O = space.bits.shape
+        layers, options = space.bits.shape
         node_of = {node.layer: node for node in space.graph.nodes if node.layer is not None}
-        nodes = [node_of[name] for name in space.layer_names for _ in range(O)]
+        nodes = [node_of[name] for name in space.layer_names for _ in range(options)]
         nodes += [node for node in space.graph.nodes if node.layer is None]
         methods = [(o.method, o.granularity, o.group_size) for o in space.options]
         # 0 is "no method", "no bits": combine nodes
-        method = [1 + sorted(set(methods), key=str).index(m) for m in methods] * L
-        bits = [option.bits for option in space.options] * L
-        rest = len(nodes) - L * O
+        method = [1 + sorted(set(methods), key=str).index(m) for m in methods] * layers
+        bits = [option.bits for option in space.options] * layers
+        rest = len(nodes) - space.bits.size
         types = sorted({node.op_type for node in space.graph.nodes})
         stages = sorted({node.stage for node in space.graph.nodes})
         columns = [
@@ -42,7 +42,7 @@ class CellTable(nn.Module):
         cells = [np.minimum(compression, 2.0), _log(space.weight_error), _log(space.noise_error)]
         value = np.zeros((len(nodes), len(cells)))
         for column, cell in enumerate(cells):
-            value[: L * O, column] = ((cell - cell.mean()) / max(cell.std(), 1e-9)).ravel()
+            value[: space.bits.size, column] = ((cell - cell.mean()) / max(cell.std(), 1e-9)).ravel()
         self.register_buffer("index", torch.tensor(columns, dtype=torch.long).T.contiguous(), persistent=False)
         self.register_buffer("value", torch.tensor(value, dtype=torch.float32), persistent=False)
 

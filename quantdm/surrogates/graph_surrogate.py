@@ -30,8 +30,8 @@ CHECK_EVERY = 5  # epochs between two looks at the validation loss
 class GraphSurrogate:
     """Rank configurations with GATv2 layers on the traced graph (method.md section 5).
 
-    The prediction is intercept + mean over folds of sum_m w_m · (‖h_G^m‖₁ - μ_m) / σ_m: hop scores, exactly additive over
-    the roots of blocks, so what predicts is what is explained. w_m >= 0 weighs the hops by how they explain held-out
+    The prediction is intercept + mean over folds of sum_m w_m · (‖h_G^m‖₁ - μ_m) / σ_m: hop scores, exactly additive
+    over the roots of blocks, so what predicts is what is explained. w_m >= 0 weighs the hops by how they explain held-out
     trials together (non-negative least squares). The regressor shapes the embeddings only.
 
     Args:
@@ -130,7 +130,7 @@ class GraphSurrogate:
 
     def cells(self, choices: Ints, nodes: tuple[int, ...]) -> Tensor:
         """Return the cell of every node in every configuration: [nodes, T] (see `CellTable`)."""
-        O, rows, combine = len(self.space.options), [], 0
+        options, rows, combine = len(self.space.options), [], 0
         combine_cell = {}
         for node in self.space.graph.nodes:
             if node.layer is None:
@@ -142,7 +142,7 @@ class GraphSurrogate:
                 rows.append(np.full(len(choices), combine_cell[node]))
             else:
                 index = self.space.layer_index[layer]
-                rows.append(index * O + choices[:, index])
+                rows.append(index * options + choices[:, index])
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def save(self, path: str | Path) -> None:

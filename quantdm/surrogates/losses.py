@@ -31,8 +31,8 @@ def srcc_loss(r: Tensor, s: Tensor) -> Tensor:
 def ndcg_loss(r: Tensor, s: Tensor) -> Tensor:
     """Return the LambdaRank loss: sum over pairs r_i > r_j of |ΔNDCG_ij| · log(1 + exp(s_j - s_i)).
 
-    ΔNDCG_ij is what exchanging i and j in the present ranking would change (Burges 2010, eq. 6); it is a constant of the
-    step, so that the gradient is LambdaRank's.
+    ΔNDCG_ij is what exchanging i and j in the present ranking would change (Burges 2010, eq. 6); it is a constant of
+    the step, so that the gradient is LambdaRank's.
     """
     z = _standardised(s)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Which nodes a stack of message-passing layers has to compute, so that every block's root is known at its hop count."""
+"""Which nodes message-passing layers have to compute, so that every block's root is known at its hop count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +64,8 @@ def make_plan(graph: Graph, blocks: Sequence[Block], *, all_weights: bool) -> Pl
         tuple((position[m - 1][s], position[m][node]) for node in levels[m] for s in (*sources[node], node))
         for m in range(1, hops + 1)
     ]
-    return Plan(tuple(levels), tuple(edges), tuple(tuple(position[m][node] for node in roots[m]) for m in range(hops + 1)))
+    read_out = tuple(tuple(position[m][node] for node in roots[m]) for m in range(hops + 1))
+    return Plan(tuple(levels), tuple(edges), read_out)
 
 
 def layers_below(graph: Graph, block: Block) -> tuple[str, ...]:

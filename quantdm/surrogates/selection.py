@@ -5,18 +5,17 @@ Cost and value are additive over layers, so the best configuration under a budge
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 from quantdm.errors import QuantDMError, nearest
 from quantdm.surrogates.space import SearchSpace
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-TIME_LIMIT = 60.0  # seconds; 803 layers x 9 options need less than one
 
 
 def select(
@@ -67,14 +66,13 @@ def pareto(space: SearchSpace, values: ArrayLike, num: int = 50) -> list[Ints]:
     """
     table = check_values(space, values)
     start, steps = hull_steps(list(table), list(space.bits))
-    bits = np.concatenate([[0], np.cumsum([step[2] for step in steps])]) if steps else np.zeros(1)
+    bits = np.concatenate([[0], np.cumsum([step.extra for step in steps])]) if steps else np.zeros(1)
     # evenly in bits, not in steps: large layers take few steps
     wanted = np.unique(np.searchsorted(bits, np.linspace(0, bits[-1], num)))
     choices, choice = [], start.copy()
     for index in range(len(steps) + 1):
         if index:
-            layer, option, _ = steps[index - 1]
-            choice[layer] = option
+            choice[steps[index - 1].index] = steps[index - 1].item
         if index in wanted:
             choices.append(choice.copy())
     return choices
@@ -104,48 +102,67 @@ def check_values(space: SearchSpace, values: ArrayLike) -> Floats:
     return table
 
 
+class Step(NamedTuple):
+    """One upgrade along the convex hull of a class."""
+
+    rate: float  # value per bit
+    index: int  # class
+    item: int
+    extra: int  # bits
+
+
 def solve_knapsack(values: Sequence[Floats], bits: Sequence[Ints], budget: int) -> Ints:
-    """Solve max sum(value) s.t. sum(bits) <= budget, one item per class, to optimality (HiGHS).
+    """Solve max sum(value) s.t. sum(bits) <= budget, one item per class, to optimality and in exact integers.
 
-    Classes may differ in size. The solver works in floating point with tolerances, so its answer is checked in exact
-    integers, and a budget that it exceeded is tightened by the excess. The caller guarantees that the budget is
-    feasible. Returns the item of every class.
+    Classes may differ in size; the caller guarantees that the budget is feasible. The Lagrangian bound
+    U = sum of max(value - λ·bits) + λ·budget, with λ where the greedy filling stops, tells for every item the most that a
+    solution with it can reach; what stays below the greedy solution is dropped (Sinha and Zoltners 1979). Dynamic
+    programming over the few items left, with the same bound on every partial sum, gives the optimum. No solver tolerance
+    is involved, as there would be with a general MILP; the tests compare with `scipy.optimize.milp`.
+    Returns the item of every class.
     """
-    kept = [_undominated(v, b) for v, b in zip(values, bits, strict=True)]
-    base = sum(int(b[k[0]]) for b, k in zip(bits, kept, strict=True))
-    room = budget - base
-    assert room >= 0
-    gain = np.concatenate([v[k] - v[k[0]] for v, k in zip(values, kept, strict=True)])
-    cost = np.concatenate([b[k] - b[k[0]] for b, k in zip(bits, kept, strict=True)])
-    sizes = np.array([len(k) for k in kept])
-    if room >= sum(int(b[k[-1]]) for b, k in zip(bits, kept, strict=True)) - base:
-        return np.array([k[-1] for k in kept], dtype=np.int64)
-    classes, starts = np.repeat(np.arange(len(kept)), sizes), np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    one_each = csr_array((np.ones(len(gain)), (classes, np.arange(len(gain)))), shape=(len(kept), len(gain)))
-    scale_gain, scale_cost = float(gain.max()) or 1.0, float(max(cost.max(), 1))
-    limit = room
-    while limit > 0:
-        spend = LinearConstraint(csr_array(cost[None] / scale_cost), -np.inf, limit / scale_cost)
-        answer = milp(
-            -gain / scale_gain,
-            integrality=np.ones(len(gain)),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), spend],
-            options={"mip_rel_gap": 1e-9, "time_limit": TIME_LIMIT},
-        )
-        if answer.x is None:
-            raise QuantDMError(f"selection: the solver found nothing within {TIME_LIMIT:.0f} s ({answer.message})")
-        picks = np.array([int(np.argmax(x)) for x in np.split(answer.x, starts[1:])])
-        excess = int(cost[starts + picks].sum()) - room
-        if excess <= 0:
-            return np.array([k[pick] for k, pick in zip(kept, picks, strict=True)], dtype=np.int64)
-        limit -= excess
-    return np.array([k[0] for k in kept], dtype=np.int64)
+    start, steps = hull_steps(values, bits)
+    spent = sum(int(bit[item]) for bit, item in zip(bits, start, strict=True))
+    assert spent <= budget
+    rate = 0.0  # λ: the price of a bit at which the hull solution stops fitting
+    for step in steps:
+        spent += step.extra
+        if spent > budget:
+            rate = step.rate
+            break
+    best = fill_budget(values, bits, budget)
+    reached = sum(float(value[item]) for value, item in zip(values, best, strict=True))
+    priced = [value - rate * bit for value, bit in zip(values, bits, strict=True)]
+    tops = np.array([float(price.max()) for price in priced])
+    bound = float(tops.sum()) + rate * budget
+    slack = bound - reached + 1e-12 * (abs(bound) + abs(reached))
+    kept = [np.flatnonzero(price >= top - slack) for price, top in zip(priced, tops, strict=True)]
+    kept = [keep[_undominated(value[keep], bit[keep])] for keep, value, bit in zip(kept, values, bits, strict=True)]
+    # States: bits spent, value, value lost against the bound. Classes with one item left come first: they branch nothing.
+    order = sorted(range(len(kept)), key=lambda index: (len(kept[index]), index))
+    least_after = np.cumsum([0] + [int(bits[index][kept[index]].min()) for index in reversed(order)])[::-1]
+    cost, gain, lost = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)
+    trail: list[tuple[Ints, Ints]] = []
+    for place, index in enumerate(order):
+        keep = kept[index]
+        new_cost = (cost[:, None] + bits[index][keep]).ravel()
+        new_gain = (gain[:, None] + values[index][keep]).ravel()
+        new_lost = (lost[:, None] + (tops[index] - priced[index][keep])).ravel()
+        fits = np.flatnonzero((new_lost <= slack) & (new_cost <= budget - least_after[place + 1]))
+        fits = fits[_undominated(new_gain[fits], new_cost[fits])]
+        trail.append((fits // len(keep), keep[fits % len(keep)]))
+        cost, gain, lost = new_cost[fits], new_gain[fits], new_lost[fits]
+    state = int(np.argmax(gain))
+    for place in range(len(order) - 1, -1, -1):
+        parents, items = trail[place]
+        best[order[place]] = items[state]
+        state = int(parents[state])
+    return best
 
 
-def hull_steps(values: Sequence[Floats], bits: Sequence[Ints]) -> tuple[Ints, list[tuple[int, int, int]]]:
-    """Return the cheapest choice and the upgrades (class, item, extra bits) in order of falling value per bit."""
-    start, rates, steps = [], [], []
+def hull_steps(values: Sequence[Floats], bits: Sequence[Ints]) -> tuple[Ints, list[Step]]:
+    """Return the cheapest choice and the upgrades in order of falling value per bit."""
+    start, steps = [], []
     for index, (value, bit) in enumerate(zip(values, bits, strict=True)):
         hull: list[int] = []
         for item in _undominated(value, bit):
@@ -153,12 +170,10 @@ def hull_steps(values: Sequence[Floats], bits: Sequence[Ints]) -> tuple[Ints, li
                 hull.pop()
             hull.append(int(item))
         start.append(hull[0])
-        for before, after in zip(hull, hull[1:], strict=False):
-            rates.append(_rate(value, bit, before, after))
-            steps.append((index, after, int(bit[after] - bit[before])))
+        for before, after in pairwise(hull):
+            steps.append(Step(_rate(value, bit, before, after), index, after, int(bit[after] - bit[before])))
     # stable: inside a class the rates fall strictly, so its upgrades stay in order
-    order = np.argsort(-np.array(rates), kind="stable")
-    return np.array(start, dtype=np.int64), [steps[i] for i in order]
+    return np.array(start, dtype=np.int64), sorted(steps, key=lambda step: -step.rate)
 
 
 def fill_budget(values: Sequence[Floats], bits: Sequence[Ints], budget: int) -> Ints:
@@ -166,11 +181,11 @@ def fill_budget(values: Sequence[Floats], bits: Sequence[Ints], budget: int) -> 
     choice, steps = hull_steps(values, bits)
     spent = sum(int(bit[item]) for bit, item in zip(bits, choice, strict=True))
     blocked: set[int] = set()
-    for index, item, extra in steps:
-        if index in blocked or spent + extra > budget:
-            blocked.add(index)
+    for step in steps:
+        if step.index in blocked or spent + step.extra > budget:
+            blocked.add(step.index)
             continue
-        choice[index], spent = item, spent + extra
+        choice[step.index], spent = step.item, spent + step.extra
     return choice
 
 

@@ -41,11 +41,11 @@ class SearchSpace:
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.options))
         if 0 in shape or len(set(self.options)) != shape[1] or len(set(self.layer_names)) != shape[0]:
-            raise QuantDMError(f"search space: got {shape[0]} layers and {shape[1]} options, expected some, all distinct")
+            raise QuantDMError(f"search space: {shape[0]} layers and {shape[1]} options, expected some, all distinct")
         for name, dtype in (("bits", np.int64), ("weight_error", np.float64), ("noise_error", np.float64)):
             array = np.array(getattr(self, name), dtype=dtype)
             if array.shape != shape:
-                raise QuantDMError(f"search space: {name} has shape {array.shape}, expected [layers, options] = {shape}")
+                raise QuantDMError(f"search space: {name} has shape {array.shape}, expected [L, O] = {shape}")
             if not np.isfinite(array).all() or (array < 0).any():
                 layer = self.layer_names[int(np.argwhere(~(np.isfinite(array) & (array >= 0)))[0, 0])]
                 raise QuantDMError(f"search space: {name} of layer {layer!r} is negative or not finite")
@@ -100,7 +100,7 @@ class SearchSpace:
             )
         if not np.issubdtype(choices.dtype, np.integer):
             raise QuantDMError(f"choices: got {choices.dtype}, expected integers (positions on the option axis)")
-        if choices.size and not (0 <= choices.min() and choices.max() < len(self.options)):
+        if choices.size and not (choices.min() >= 0 and choices.max() < len(self.options)):
             raise QuantDMError(
                 f"choices: got options {choices.min()} to {choices.max()}, expected 0 to {len(self.options) - 1}"
             )
@@ -224,7 +224,7 @@ def split_folds(count: int, folds: int, random_state: int) -> list[NDArray[np.in
 
 
 def single_thread() -> AbstractContextManager:
-    """Run small linear algebra on one thread: on busy cores, threads that wait for each other cost a hundred times more.
+    """Run small linear algebra on one thread: on busy cores, waiting for other threads costs a hundred times more.
 
     It also makes results independent of the number of cores.
     """

@@ -76,9 +76,9 @@ class TreeSurrogate:
         """Return the values of layers and options, for the final model and each fold: [1+K, L, O].
 
         A pooled feature s_f is a sum over layers, so its TreeSHAP value, seen as a function of s_f over the training
-        choices, splits over layers once it is a line: φ_f ≈ α_f + β_f·s_f (least squares), and layer l with option o owns
-        β_f·c_f[l, o]. For logarithmic features the line is in log s_f and is linearised at the mean of s_f. Single swaps
-        of one layer are no alternative: trees are piecewise constant and most swaps cross no threshold.
+        choices, splits over layers once it is a line: φ_f ≈ α_f + β_f·s_f (least squares), and layer l with option o
+        owns β_f·c_f[l, o]. For logarithmic features the line is in log s_f and is linearised at the mean of s_f. Swaps
+        of single layers are no alternative: trees are piecewise constant and most swaps cross no threshold.
         """
         assert self._background is not None
         x, sums = self.features.transform(self._background), self.features.sums(self._background)

@@ -1,0 +1,62 @@
+"""Measure the embedded full-precision pipelines: obedience and distance to the real digits, beside the floor.
+
+    python eval/reference_quality.py        # a few minutes; writes eval/results/reference_quality.json
+
+2,000 images per row; the rows are the shipped protocol and what a plain call of the pipeline does (50 steps, its own
+default guidance).
+"""
+
+import datetime
+import inspect
+import platform
+from pathlib import Path
+
+import torch
+
+from quantdm import load_pipeline, load_protocol
+from quantdm.files import write_json
+from quantdm.metrics import load_extractor
+from quantdm.search.evaluation import Draw, compare_real, draw_samples, real_floor
+from quantdm.search.run import fast_dtype, versions
+
+OUT = Path(__file__).parent / "results" / "reference_quality.json"
+IMAGES, SEED = 2000, 900
+
+
+def main() -> None:
+    rows = []
+    for name in ("digits-dit", "digits-sd"):
+        shipped = load_protocol(name)
+        pipe = load_pipeline(name, torch_dtype=getattr(torch, fast_dtype()))
+        call = inspect.signature(pipe.__call__).parameters
+        plain = shipped.model_copy(
+            update={"steps": call["num_inference_steps"].default, "guidance_scale": call["guidance_scale"].default}
+        )
+        for label, protocol in (("shipped protocol", shipped), ("plain call", plain)):
+            samples = draw_samples(pipe, protocol, load_extractor("digits"), Draw(SEED, IMAGES, protocol.steps))
+            row = {
+                "model": name,
+                "settings": label,
+                "steps": protocol.steps,
+                "guidance_scale": protocol.guidance_scale,
+                **compare_real(samples, protocol),
+                "seconds": round(samples.seconds, 1),
+            }
+            rows.append(row)
+            print(row, flush=True)
+    record = {
+        "images": IMAGES,
+        "seed": SEED,
+        "fid_real_against": "540 real test digits",
+        "floor_real_train_against_real_test": real_floor(shipped),
+        "dtype": fast_dtype(),
+        "rows": rows,
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "date": datetime.date.today().isoformat(),
+    }
+    write_json(OUT, record)
+
+
+if __name__ == "__main__":
+    main()

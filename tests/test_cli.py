@@ -1,0 +1,97 @@
+"""The command line: pasteable help, plain data on request, one line for bad input, nothing left behind."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from quantdm.cli import app, main
+
+COMMANDS = (
+    "demo", "inspect", "bank", "search", "fit", "explain", "select", "apply", "correct", "generate", "evaluate",
+    "export", "report", "doctor",
+)  # fmt: skip
+
+
+def run(*arguments):
+    """Run a command in this process and return its output."""
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_stage_has_a_command_whose_help_can_be_pasted(command):
+    help_text = run(command, "--help")
+    assert f"quantdm {command}" in help_text
+    assert all(len(line) <= 80 for line in help_text.splitlines())
+
+
+def test_inspect_prints_tables_of_79_columns_and_plain_json():
+    table = run("inspect", "digits-sd", "--scheme", "kmeans-channel-4")
+    assert "(2)" in table
+    assert all(len(line) <= 79 for line in table.splitlines())
+    record = json.loads(run("inspect", "digits-dit", "--scheme", "uniform-channel-4", "--json"))
+    assert record["num_weights"] == sum(row["num_weights"] for row in record["layers"])
+    assert 4 < record["avg_bits"] < 4.5
+    assert all(10 < row["sqnr_db"] < 40 for row in record["layers"])
+
+
+def test_generate_writes_a_grid(tmp_path):
+    run("generate", "digits-dit", "-o", str(tmp_path / "grid.png"), "--images", "6", "--columns", "3", "--steps", "2")
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (96, 64)
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_doctor_names_versions_and_pipelines():
+    record = json.loads(run("doctor", "--json"))
+    assert "digits-dit, digits-sd" in record["embedded pipelines"]
+    assert record["torch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["inspect", "digits-sdx"], "digits-dit, digits-sd"),
+        (["inspect", "digits-dit", "--scheme", "kmeans-4"], "kmeans-channel-4"),
+        (["demo", "--target-bits", "1.5", "--run-dir", "RUN"], "reach"),
+        (["fit", "--run-dir", "RUN"], "run.json is missing"),
+        (["report", "--run-dir", "RUN"], "run"),
+        (["apply", "digits-dit", "--recipe", "RUN/none.yaml", "-o", "RUN/out"], "no file"),
+        (["evaluate", "digits-dit", "--seeds", "a,b"], "whole numbers"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, arguments, expected):
+    arguments = [a.replace("RUN", str(tmp_path / "run")) for a in arguments]
+    monkeypatch.setattr(sys, "argv", ["quantdm", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert expected in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_apply_refuses_a_recipe_for_another_model_and_a_folder_that_is_not_its_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "recipe.yaml").write_text("version: 1\nmodel: other\nlayers: {blocks.0.fc: kmeans-channel-4}\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    for out, expected in (("new", "blocks.0.fc"), ("mine", "is no export")):
+        arguments = ["apply", "digits-dit", "--recipe", str(tmp_path / "recipe.yaml"), "-o", str(tmp_path / out)]
+        monkeypatch.setattr(sys, "argv", ["quantdm", *arguments])
+        with pytest.raises(SystemExit):
+            main()
+        assert expected in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "recipe.yaml"]
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_the_installed_command_answers():
+    out = subprocess.run([sys.executable, "-m", "quantdm.cli", "--help"], capture_output=True, text=True, check=True)
+    assert all(command in out.stdout for command in COMMANDS)
