@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from quantdm.denoisers.digits import IMAGE_SIZE, WORDS, load_digit_images
+from quantdm.export import open_in_float32
 from quantdm.metrics.classifier import WEIGHTS, DigitClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,6 +201,7 @@ def make_scheduler() -> DDIMScheduler:
 
 def finish(pipe: DiTPipeline | StableDiffusionPipeline, name: str) -> None:
     pipe.to(torch.float16).save_pretrained(PIPELINES / name)
+    open_in_float32(PIPELINES / name, pipe)
     size = sum(f.stat().st_size for f in (PIPELINES / name).rglob("*") if f.is_file())
     print(f"{name}: saved, {size / 1e6:.2f} MB")
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from quantdm.denoisers.pipeline import DiffusionPipeline, get_denoiser, load_pipeline
 from quantdm.errors import QuantDMError
+from quantdm.files import read_json, write_json
 from quantdm.hub import apply_recipe
 from quantdm.recipe import Recipe
 from quantdm.search.bank import WeightBank
@@ -48,6 +49,7 @@ def export_pipeline(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         made = Path(temporary) / folder.name
         pipe.save_pretrained(made)
+        open_in_float32(made, pipe)
         recipe.save(made / RECIPE_FILE)
         if correction is not None:
             shutil.copyfile(correction, made / CORRECTION_FILE)
@@ -65,6 +67,19 @@ def lossless_dtype(pipe: DiffusionPipeline) -> torch.dtype:
         if all(torch.equal(t.to(dtype).to(t.dtype), t) for t in tensors):
             return dtype
     return torch.float32
+
+
+def open_in_float32(folder: Path, pipe: DiffusionPipeline) -> None:
+    """Let plain `from_pretrained` open text encoders in float32, as it opens all other parts.
+
+    transformers takes the stored dtype by default and diffusers float32: a pipeline stored in 16 bits would not run.
+    """
+    for name, part in pipe.components.items():
+        path = folder / name / "config.json"
+        if isinstance(part, nn.Module) and path.is_file():
+            config = read_json(path)
+            if "dtype" in config:
+                write_json(path, config | {"dtype": "float32"})
 
 
 def denoiser_bytes(folder: str | Path, pipe: DiffusionPipeline) -> int:

@@ -1,7 +1,6 @@
 """What the command line shows: layers, attributions, image grids, measurements, the machine."""
 
 import json
-import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from quantdm.recipe import Provenance, Recipe, check_layers
 from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
 from quantdm.search import stages
 from quantdm.search.evaluation import Draw, evaluate
-from quantdm.search.run import Run, fast_dtype, versions
+from quantdm.search.run import Run, cores, fast_dtype, versions
 from quantdm.search.search import default_protocol, model_name
 from quantdm.surrogates import Attribution, SearchSpace, select
 
@@ -206,12 +205,11 @@ def evaluate_model(
 
 def examine_machine() -> dict[str, Any]:
     """Return versions, devices and fast paths of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return {
         "python": platform.python_version(),
         **versions(),
-        "processor cores": cores,
+        "processor cores": cores(),
         "accelerator": gpu,
         "images are generated in": fast_dtype(),
         "weights stay packed": "in memory and on disk; decoded for each layer when it runs",

@@ -20,3 +20,17 @@ def sd():
     from quantdm import load_pipeline
 
     return load_pipeline("digits-sd")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, dit):
+    """A finished tiny search, in two worker processes."""
+    from quantdm import get_denoiser
+    from quantdm.search.run import fingerprint
+    from tests.tiny_search import run_search
+
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    before = fingerprint(get_denoiser(dit))
+    recipe = run_search(folder, pipe=dit, workers=2)
+    assert fingerprint(get_denoiser(dit)) == before  # the search leaves the pipeline as it was
+    return folder, recipe

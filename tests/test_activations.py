@@ -75,7 +75,9 @@ def hooks(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("bits", [6, 8])
 @pytest.mark.parametrize("dims", [-1, (2, 3)], ids=["token", "map"])
-def test_every_range_has_at_most_2_to_the_bits_values_within_half_a_step(bits: int, dims: int | tuple[int, int]) -> None:
+def test_every_range_has_at_most_2_to_the_bits_values_within_half_a_step(
+    bits: int, dims: int | tuple[int, int]
+) -> None:
     x = torch.randn(2, 3, 20, 300, generator=torch.Generator().manual_seed(0)) + 1
     y = fake_quantize(x, bits, dims)
     step = (x.amax(dims, keepdim=True) - x.amin(dims, keepdim=True)) / (2**bits - 1)
@@ -121,7 +123,7 @@ def test_bf16_is_the_fp32_result_rounded_once_and_the_gradient_passes_straight_t
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_bits_order_the_error_and_switching_off_leaves_nothing_behind(make) -> None:  # noqa: ANN001
+def test_bits_order_the_error_and_switching_off_leaves_nothing_behind(make) -> None:
     model = make()
     exact, attributes = run(model), set(model.__dict__)
     error = {}
@@ -145,7 +147,7 @@ def test_bits_order_the_error_and_switching_off_leaves_nothing_behind(make) -> N
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_every_layer_sees_a_quantized_input_and_q_k_v_leave_quantized(make) -> None:  # noqa: ANN001
+def test_every_layer_sees_a_quantized_input_and_q_k_v_leave_quantized(make) -> None:
     model = make()
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     set_activation_bits_(model, ActivationSpec(bits=6))
@@ -189,7 +191,12 @@ def test_globs_match_operation_types_and_names_and_must_match_something() -> Non
 def test_default_globs_keep_the_ends_and_the_time_embedding_of_a_unet() -> None:
     model = make_unet()
     kept = layer_bits(model, ActivationSpec(bits=6, keep_8bit=default_keep_8bit(model)))
-    for name in ("conv_in", "conv_out", "time_embedding.linear_1", "mid_block.attentions.0.transformer_blocks.0.ff.net.2"):
+    for name in (
+        "conv_in",
+        "conv_out",
+        "time_embedding.linear_1",
+        "mid_block.attentions.0.transformer_blocks.0.ff.net.2",
+    ):
         assert kept[name] == 8
     assert kept["mid_block.resnets.0.conv1"] == 6
 

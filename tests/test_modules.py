@@ -47,7 +47,9 @@ class Scaled(nn.Linear):
         return F.linear(input.to(self.weight.dtype), 2 * self.weight, self.bias)
 
 
-def quantize(layer: nn.Module, label: str = "kmeans-channel-3", split: int | None = None) -> tuple[nn.Module, QuantizedWeight]:
+def quantize(
+    layer: nn.Module, label: str = "kmeans-channel-3", split: int | None = None
+) -> tuple[nn.Module, QuantizedWeight]:
     """Return a model with one packed layer, `0`, and the weight in it."""
     model = nn.Sequential(layer)
     quantized = quantize_weight(layer.weight, Scheme.parse(label), split=split, name="0")
@@ -181,7 +183,7 @@ def test_torch_functions_and_tensor_methods_see_the_decoded_weight() -> None:
     ],
     ids=["parameter", "tensor", "data", "data +=", "+=", "add_", "setitem", "data.copy_", "init", "out="],
 )
-def test_writing_into_the_weight_is_refused(write) -> None:  # noqa: ANN001
+def test_writing_into_the_weight_is_refused(write) -> None:
     model, quantized = quantize(nn.Linear(20, 6))
     with pytest.raises(QuantDMError, match="dequantize"):
         write(model[0])

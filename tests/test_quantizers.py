@@ -110,12 +110,12 @@ heavy_tails = st.builds(
     scale=st.sampled_from([1e-4, 0.02, 1.0, 300.0]),
     shift=st.sampled_from([0.0, 0.0, 0.5]),
     sparse=st.sampled_from([0.0, 0.0, 1.0]),
-    n=st.sampled_from([3, 17, 100, 600]),
+    n=st.sampled_from([3, 17, 100, 300]),
 )
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
-@given(weight=heavy_tails, bits=st.integers(2, 8), kind=st.sampled_from(["tensor", "channel", "group32"]))
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(weight=heavy_tails, bits=st.integers(2, 6), kind=st.sampled_from(["tensor", "channel", "group32"]))
 def test_kmeans_is_never_worse_than_uniform(weight: Tensor, bits: int, kind: str) -> None:
     rounding = (weight.abs().max().item() * 2**-12) ** 2  # of the codebook to fp16
     assert mse(weight, f"kmeans-{kind}-{bits}") <= mse(weight, f"uniform-{kind}-{bits}") * (1 + 1e-5) + rounding
@@ -182,7 +182,7 @@ def test_log2_keeps_powers_of_two_and_rounds_to_the_nearest() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_error_falls_with_bits(method: str, kind: str) -> None:
     weight = student(16, 96, df=5)
-    errors = [weight_error(weight, decode(weight, f"{method}-{kind}-{bits}")) for bits in range(2, 9)]
+    errors = [weight_error(weight, decode(weight, f"{method}-{kind}-{bits}")) for bits in range(2, 8)]
     floor = 1.0 if method == "log2" else 0.6  # log2: steps stay a factor of two, more bits only reach further down
     assert all(finer <= max(floor * coarser, 1e-8) for coarser, finer in pairwise(errors))
     assert errors[2] < 0.8 * errors[0]
@@ -271,7 +271,7 @@ def test_uniform_keeps_constant_16_bit_rows_exactly() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_stored_bytes_are_the_counted_bits(method: str, kind: str, shape: tuple[int, ...], split: int | None) -> None:
     split = None if shape[1] == 1 else split
-    for bits in (2, 3, 4, 8):
+    for bits in (2, 3, 6):
         q = quantize_weight(gaussian(*shape), Scheme.parse(f"{method}-{kind}-{bits}"), split=split)
         assert q.num_bits == count_bits(shape, q.scheme, split)
         assert 0 <= 8 * q.nbytes - q.num_bits < 64 * (1 if split is None else 2)

@@ -19,22 +19,12 @@ from quantdm.search import stages
 from quantdm.search.bank import WeightBank
 from quantdm.search.evaluation import Draw
 from quantdm.search.evaluator import Evaluator, Job
-from quantdm.search.run import Run, fingerprint
+from quantdm.search.run import Run
 from quantdm.search.store import TrialStore
 from quantdm.surrogates import SearchSpace
 from tests.tiny_search import OPTIONS, TRIALS, run_search
 
 TESTS = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, dit):
-    """A finished tiny search, in two worker processes."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    before = fingerprint(get_denoiser(dit))
-    recipe = run_search(folder, pipe=dit, workers=2)
-    assert fingerprint(get_denoiser(dit)) == before  # the search leaves the pipeline as it was
-    return folder, recipe
 
 
 def test_every_stage_leaves_its_record(finished):
@@ -76,7 +66,7 @@ def test_killing_a_search_repeats_no_trial_and_changes_no_recipe(finished, tmp_p
         command, cwd=TESTS.parent, env=one_thread, stderr=subprocess.DEVNULL, start_new_session=True
     )
     trials = tmp_path / "killed" / "trials"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 400
     while len(list(trials.glob("*.json"))) < 7 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert process.poll() is None, "the search ended before it could be killed"
@@ -152,7 +142,7 @@ def test_evaluate_orders_pipelines_as_their_noise(dit, finished):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"target_bits": 1.0}, r"got 1\.0 bits per weight, but these options reach 2\.\d+ to 4\.\d+"),
+        ({"target_bits": 1.0}, r"got 1\.0 bits per weight, but these options reach 2\.\d+ to 5\.\d+"),
         ({"target_bits": 9.0}, "reach"),
         ({"seed": 1}, r"seed is 0, asked for 1.*Choose another --run-dir"),
         ({"target_bits": 3.4}, r"target_bits is 3\.2, asked for 3\.4"),

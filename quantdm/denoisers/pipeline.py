@@ -165,7 +165,7 @@ def generate(
         images.append(torch.from_numpy(out).permute(0, 3, 1, 2).float())
         if progress is not None:
             progress(len(batch))
-    return torch.cat(images)
+    return torch.cat(images).contiguous()
 
 
 @dataclass(frozen=True)

@@ -39,20 +39,20 @@ def apply_recipe(
 ) -> Model:
     """Quantize a live pipeline's denoiser (or a model) in place: its weights stay packed from now on.
 
-    `pipe.save_pretrained(directory)` then writes the packed weights, and `from_pretrained` opens them bit by bit the same in
-    any process that imported quantdm.
+    `pipe.save_pretrained(directory)` then writes the packed weights; `from_pretrained` opens them bit by bit the same
+    in any process that imported quantdm.
 
     Args:
         pipe_or_denoiser: a diffusers pipeline, a denoiser, or a text encoder.
-        recipe_or_config: a recipe (or its file), or a scheme for every layer. A recipe also sets activation quantization.
+        recipe_or_config: a recipe (or its file), or a scheme for every layer. A recipe also sets activations.
         bank: takes weights that were quantized before instead of quantizing them again.
 
     Returns:
         The same object.
 
     Raises:
-        QuantDMError: recipe for another model (names the first layers that differ), already quantized, weights with NaN,
-            hooks on layers, a glob of the activations that matches nothing. The model is unchanged then.
+        QuantDMError: recipe for another model (names the first layers that differ), already quantized, weights with
+            NaN, hooks on layers, a glob of the activations that matches nothing. The model is unchanged then.
     """
     register()
     model: Any = get_denoiser(pipe_or_denoiser)  # type: ignore[arg-type]
@@ -85,7 +85,7 @@ def apply_recipe(
     return pipe_or_denoiser
 
 
-def _mark_quantized_(model: nn.Module, config: QuantDMConfig) -> None:
+def _mark_quantized_(model: Any, config: QuantDMConfig) -> None:
     if isinstance(model, ModelMixin):
         quantizer = QuantDMQuantizer(config)
         quantizer.table = layer_table(model)

@@ -84,8 +84,8 @@ def decode_table(text: str, where: str) -> dict[str, LayerEntry]:
         raw: Any = json.loads(text)
         if isinstance(raw, dict) and raw.get("version") != EXPORT_VERSION:
             raise QuantDMError(
-                f"{where}: got version {raw.get('version')!r} of the layer table, expected {EXPORT_VERSION}; it was written "
-                "by another quantdm"
+                f"{where}: got version {raw.get('version')!r} of the layer table, expected {EXPORT_VERSION}; it was "
+                "written by another quantdm"
             )
         record = _Record.model_validate_json(text)
     except (ValidationError, json.JSONDecodeError, RecursionError) as error:
@@ -127,8 +127,8 @@ def read_headers(files: Iterable[str | Path]) -> tuple[dict[str, LayerEntry], li
             raise QuantDMError(f"{path}: damaged or not a safetensors file ({error}); export it again") from None
         if text is None:
             raise QuantDMError(
-                f"{path}: config.json says that quantdm quantized it, but its header has no layer table; it was rewritten by "
-                "a tool that drops the header, or is another model's: export it again"
+                f"{path}: config.json says that quantdm quantized it, but its header has no layer table; it was "
+                "rewritten by a tool that drops the header, or is another model's: export it again"
             )
         if table_text not in (None, text):
             raise QuantDMError(f"{path}: its layer table differs from that of {files[0].name}; export it again")

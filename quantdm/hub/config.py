@@ -1,7 +1,7 @@
 """`QuantDMConfig`: what stands under `quantization_config` in config.json, for diffusers and transformers alike."""
 
 from collections.abc import Mapping
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from quantdm.schemes import QuantConfig
 EXPORT_VERSION = 1
 
 
-class QuantizationMethod(str, Enum):
+class QuantizationMethod(StrEnum):
     """The name under which diffusers and transformers know quantdm."""
 
     QUANTDM = "quantdm"
@@ -25,8 +25,8 @@ class QuantizationMethod(str, Enum):
 class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
     """Ask `from_pretrained` to quantize with a recipe, or say what a saved model was quantized with.
 
-    `QuantDMConfig(recipe=...)` quantizes on the fly. The copy in config.json is compact: the scheme of every layer stands in
-    the header of the safetensors files.
+    `QuantDMConfig(recipe=...)` quantizes on the fly. The copy in config.json is compact: the scheme of every layer
+    stands in the header of the safetensors files.
 
     Args:
         recipe: a recipe, its file, or a config layer -> scheme; None in the config of a saved model.
@@ -51,7 +51,8 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
     ) -> None:
         if version != EXPORT_VERSION:
             raise QuantDMError(
-                f"quantization_config: got version {version!r}, expected {EXPORT_VERSION}; it was written by another quantdm"
+                f"quantization_config: got version {version!r}, expected {EXPORT_VERSION}; "
+                "it was written by another quantdm"
             )
         if isinstance(recipe, (str, Path)):
             recipe = load_recipe(recipe)

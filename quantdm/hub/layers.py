@@ -45,15 +45,15 @@ def quantize_layers_(model: nn.Module, config: QuantConfig, *, bank: Bank | None
     """Quantize every layer that has a scheme and put packed layers in their places.
 
     Raises:
-        QuantDMError: the config is for another model, the model is quantized already, its weights are not loaded, contain
-            NaN, or its layers carry hooks. The model is unchanged then.
+        QuantDMError: the config is for another model, the model is quantized already, its weights are not loaded,
+            contain NaN, or its layers carry hooks. The model is unchanged then.
     """
     splits = seams(model)
     check_layers(config, splits, what=what)
     done = packed_layers(model)
     if done:
         raise QuantDMError(
-            f"{type(model).__name__} is already quantized ({len(done)} layers); dequantize() it or load the original again"
+            f"{type(model).__name__} is already quantized ({len(done)} layers); dequantize() it or load the original"
         )
     names = [name for name in splits if config[name] is not None]
     for name in names:

@@ -87,8 +87,8 @@ class QuantDMQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Refuse bytes of another size."""
         raise QuantDMError(
-            f"{param_name}: got {tuple(loaded_param.shape)} bytes, expected {tuple(current_param.shape)}; the checkpoint does "
-            "not fit its layer table: export it again"
+            f"{param_name}: got {tuple(loaded_param.shape)} bytes, expected {tuple(current_param.shape)}; the "
+            "checkpoint does not fit its layer table: export it again"
         )
 
     def create_quantized_param(
@@ -132,8 +132,8 @@ class QuantDMQuantizer(DiffusersQuantizer):
         if packed != set(self.table):
             different = sorted(packed ^ set(self.table))[:3]
             raise QuantDMError(
-                f"save_pretrained: layers were added, removed or wrapped after quantization, first {', '.join(different)}; "
-                "unload adapters before saving"
+                f"save_pretrained: layers were added, removed or wrapped after quantization, first "
+                f"{', '.join(different)}; unload  adapters before saving"
             )
         return state_dict, {HEADER_KEY: encode_table(self.table)}
 
@@ -186,8 +186,8 @@ class QuantDMHfQuantizer(HfQuantizer):
         expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
         if packed != len(table) or len(keys) < len(expected):
             raise QuantDMError(
-                f"checkpoint does not fit its layer table: got {packed} packed tensors of {len(keys)}, expected {len(table)} "
-                f"of {len(expected)}; export it again"
+                f"checkpoint does not fit its layer table: got {packed} packed tensors of {len(keys)}, expected "
+                f"{len(table)} of {len(expected)}; export it again"
             )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

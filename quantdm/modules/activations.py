@@ -1,7 +1,7 @@
 """Dynamic activation quantization of any denoiser, quantized or not, with hooks that come off again.
 
-Simulated ("fake") quantization: values are rounded to the integer grid and returned as floats. Softmax probabilities stay in
-floating point: fused attention kernels never show them.
+Simulated ("fake") quantization: values are rounded to the integer grid and returned as floats. Softmax probabilities
+stay in floating point: fused attention kernels never show them.
 """
 
 from dataclasses import dataclass
@@ -62,8 +62,8 @@ class _State:
 def fake_quantize(x: torch.Tensor, bits: int, dims: int | tuple[int, ...] = -1) -> torch.Tensor:
     """Round `x` to 2^bits levels between its minimum and maximum over `dims`, asymmetrically.
 
-    Returns a new tensor of the same shape and dtype; computed in fp32. `dims=-1` is one range per token, `dims=(2, 3)` one
-    per (sample, channel) map. Source: Qua2SeDiMo section 4 (dynamic min-max), method.md section 9.
+    Returns a new tensor of the same shape and dtype; computed in fp32. `dims=-1` is one range per token, `dims=(2, 3)`
+    one per (sample, channel) map. Source: Qua2SeDiMo section 4 (dynamic min-max), method.md section 9.
     """
     with torch.no_grad():
         levels = 2**bits - 1
@@ -140,8 +140,8 @@ def layer_bits(denoiser: nn.Module, spec: ActivationSpec) -> dict[str, int]:
 def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> None:
     """Quantize the inputs of all Linear and Conv layers, and Q, K, V, while the denoiser runs; None switches it off.
 
-    Linear inputs get one range per token, conv inputs one per (sample, channel) map. Setting replaces what was set before;
-    None removes every hook.
+    Linear inputs get one range per token, conv inputs one per (sample, channel) map. Setting replaces what was set
+    before; None removes every hook.
 
     Raises:
         QuantDMError: a glob of `spec.keep_8bit` matches nothing; nothing is changed then.

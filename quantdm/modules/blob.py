@@ -1,7 +1,7 @@
 """The stored tensors of one quantized weight as one piece of bytes.
 
-Wide elements come first, so that every tensor is aligned in a blob that starts at an aligned address; the end is padded so
-that blobs behind each other in a file stay aligned.
+Wide elements come first, so that every tensor is aligned in a blob that starts at an aligned address; the end is padded
+so that blobs behind each other in a file stay aligned.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
 """Linear and convolution layers whose weight stays packed; it is decoded when the layer runs.
 
-The stored tensors of a `QuantizedWeight` lie one behind the other in ONE frozen uint8 parameter, `packed`. Bytes are never
-cast (`torch_dtype=`, disk offload and `.to(dtype)` cast every floating tensor they meet), they move as one piece under
-sequential and group offload, and one tensor per layer keeps the checkpoint header small.
+The stored tensors of a `QuantizedWeight` lie one behind the other in ONE frozen uint8 parameter, `packed`. Bytes are
+never cast (`torch_dtype=`, disk offload and `.to(dtype)` cast every floating tensor they meet), they move as one piece
+under sequential and group offload, and one tensor per layer keeps the checkpoint header small.
 """
 
 import threading
@@ -198,7 +198,7 @@ def check_replaceable(layer: nn.Module, name: str) -> None:
     """
     if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
         raise QuantDMError(
-            f"{name}: carries hooks (activation quantization, offload, layerwise casting); remove them first, add them after"
+            f"{name}: carries hooks (activation quantization, offload, layerwise casting); remove them, add them later"
         )
 
 
@@ -251,7 +251,7 @@ def dequantize_module_(parent: nn.Module, name: str) -> nn.Module:
     described = layer.__dict__.keys() | PackedLayer.__annotations__.keys()
     layer.__dict__.update({key: value for key, value in packed.__dict__.items() if key not in described})
     layer.training = packed.training
-    layer._parameters.update(weight=nn.Parameter(packed.dequantize()), bias=packed.bias)
+    layer._parameters.update(weight=nn.Parameter(packed.dequantize()), bias=packed._parameters["bias"])
     set_layer_(parent, name, layer)
     return layer
 
@@ -263,7 +263,7 @@ def packed_layers(denoiser: nn.Module) -> dict[str, PackedLayer]:
 
 @contextmanager
 def dense_weights(denoiser: nn.Module) -> Iterator[None]:
-    """Decode every packed weight once and keep it inside the block: many forwards run at the speed of the dense model."""
+    """Keep every packed weight decoded inside the block: many forwards run at the speed of the dense model."""
     layers = [layer for layer in packed_layers(denoiser).values() if layer._dense is None]
     for layer in layers:
         layer.keep_dense_(True)

@@ -25,8 +25,8 @@ def _dense(value: Any) -> Any:
 class WeightView:
     """Stands for the weight of a packed layer: `dtype`, `device` and `shape` cost nothing, anything else decodes it.
 
-    Attention processors and PEFT ask for `.weight.dtype` and `.weight.device` at every call. Any torch function takes the
-    view as an argument; writing through it is refused.
+    Attention processors and PEFT ask for `.weight.dtype` and `.weight.device` at every call. Any torch function takes
+    the view as an argument; writing through it is refused.
     """
 
     __slots__ = ("_layer",)

@@ -13,7 +13,7 @@ import torch
 
 from quantdm.denoisers.pipeline import DiffusionPipeline
 from quantdm.search.evaluator import Evaluator
-from quantdm.search.run import Run
+from quantdm.search.run import Run, cores
 
 _EVALUATOR: Evaluator | None = None  # of a worker process
 
@@ -27,7 +27,7 @@ class Engine:
 
     def __init__(self, run: Run, *, pipe: DiffusionPipeline | None = None, workers: int | None = None) -> None:
         self.run = run
-        self.workers = 1 if pipe is not None or torch.cuda.is_available() else workers or len(os.sched_getaffinity(0))
+        self.workers = 1 if pipe is not None or torch.cuda.is_available() else workers or cores()
         self._pipe = pipe
         self._local: Evaluator | None = None
         self._pool: ProcessPoolExecutor | None = None

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +125,11 @@ def fast_dtype() -> Literal["bfloat16", "float32"]:
         return "bfloat16"
     native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return "bfloat16" if native.get("amx_bf16") else "float32"
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict[str, str]:

@@ -31,8 +31,8 @@ class GraphSurrogate:
     """Rank configurations with GATv2 layers on the traced graph (method.md section 5).
 
     The prediction is intercept + mean over folds of sum_m w_m · (‖h_G^m‖₁ - μ_m) / σ_m: hop scores, exactly additive
-    over the roots of blocks, so what predicts is what is explained. w_m >= 0 weighs the hops by how they explain held-out
-    trials together (non-negative least squares). The regressor shapes the embeddings only.
+    over the roots of blocks, so what predicts is what is explained. w_m >= 0 weighs the hops by how they explain
+    held-out trials together (non-negative least squares). The regressor shapes the embeddings only.
 
     Args:
         space: layers, options, graph and cheap errors.

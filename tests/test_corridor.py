@@ -1,0 +1,172 @@
+"""From a trained pipeline to a smaller one that plain diffusers opens, with a report: every stage, on real input."""
+
+import json
+import subprocess
+import sys
+from itertools import cycle
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantdm import (
+    ActivationSpec,
+    QuantDMError,
+    Recipe,
+    Scheme,
+    apply_recipe,
+    export_pipeline,
+    get_denoiser,
+    list_layers,
+    load_pipeline,
+    load_protocol,
+    write_report,
+)
+from quantdm.corridor import activation_spec_of, correct_run, export_run, show_table
+from quantdm.denoisers.pipeline import generate
+from quantdm.export import denoiser_bytes, lossless_dtype
+from quantdm.quantizers import count_bits
+from quantdm.search import final, stages
+from quantdm.search.run import Run
+from quantdm.search.search import open_engine, unquantized_bytes
+from quantdm.surrogates import SearchSpace
+
+MIX = [
+    Scheme(method=method, bits=bits, granularity=granularity)
+    for method, granularity, bits in (
+        ("kmeans", "channel", 3), ("uniform", "channel", 4), ("kmeans", "tensor", 2), ("log2", "channel", 5),
+        ("uniform", "tensor", 6), ("kmeans", "channel", 8),
+    )
+]  # fmt: skip
+
+RELOAD = """
+import sys, torch, quantdm
+from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+images = quantdm.generate(pipe, quantdm.load_protocol(sys.argv[2]), range(4), steps=3)
+from safetensors.torch import save_file
+save_file({"images": images}, sys.argv[3])
+"""
+
+
+def mixed_recipe(name):
+    """A recipe that mixes methods, granularities and widths over the layers, with one layer left alone."""
+    layers = list_layers(get_denoiser(load_pipeline(name)))
+    labels: dict[str, str | None] = {la.name: s.label for la, s in zip(layers, cycle(MIX), strict=False)}
+    labels[layers[-1].name] = None
+    return Recipe(model=name, layers=labels)
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "digits-sd"])
+def test_an_export_opens_in_a_new_process_with_identical_images_and_the_counted_size(name, tmp_path):
+    recipe, protocol = mixed_recipe(name), load_protocol(name)
+    pipe = load_pipeline(name)
+    layers = list_layers(get_denoiser(pipe))
+    rest = unquantized_bytes(layers, get_denoiser(pipe))
+    config = recipe.config
+    bits = sum(count_bits(la.shape, s, la.split) if (s := config[la.name]) else 16 * la.num_weights for la in layers)
+    images = generate(apply_recipe(pipe, recipe), protocol, range(4), steps=3)
+    folder = export_pipeline(name, recipe, tmp_path / "export")
+    assert denoiser_bytes(folder, load_pipeline(folder)) <= 1.02 * (bits / 8 + rest)
+    command = [sys.executable, "-c", RELOAD, str(folder), name, str(tmp_path / "images.safetensors")]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    reloaded = load_file(tmp_path / "images.safetensors")["images"]
+    assert (reloaded - images).abs().max() == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "images.safetensors"]
+
+
+def test_export_finds_the_narrowest_lossless_dtype(dit):
+    assert lossless_dtype(dit) == torch.float16
+    with torch.no_grad():
+        parameter = next(dit.vae.parameters())
+        value = parameter.flatten()[0].clone()
+        parameter.view(-1)[0] = 1 / 3
+        assert lossless_dtype(dit) == torch.float32
+        parameter.view(-1)[0] = value
+
+
+def test_a_failed_export_leaves_the_old_one(tmp_path):
+    folder = export_pipeline("digits-dit", mixed_recipe("digits-dit"), tmp_path / "export")
+    before = {p.name: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    wrong = Recipe(model="other", layers={"nothing": None})
+    with pytest.raises(QuantDMError, match="nothing"):
+        export_pipeline("digits-dit", wrong, folder)
+    assert {p.name: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.fixture(scope="module")
+def measured(finished):
+    """The finished tiny run, with correction, result rows, grids and summary."""
+    folder, recipe = finished
+    run = Run.open(folder)
+    pipe = load_pipeline("digits-dit")
+    denoiser = get_denoiser(pipe)
+    space = SearchSpace.load(run.path("space.json"))
+    spec = activation_spec_of(denoiser, 6)
+    with open_engine(run, pipe, workers=1) as engine:
+        correction = correct_run(run, engine, recipe, spec, images=8)
+        draws = [final.Draw(d.base_seed, 30, 3) for d in final.final_draws(run, images=30)]
+        jobs = final.final_jobs(run, space, recipe, spec, str(correction))
+        rows = final.measure_rows(run, engine, space, jobs, draws, unquantized_bytes(space.layers, denoiser))
+        final.save_grids(run, engine, jobs, draws[0])
+        summary = final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
+    return run, summary
+
+
+def test_the_summary_has_the_promised_rows_and_figures(measured):
+    run, summary = measured
+    assert json.loads(run.path("summary.json").read_text()) == summary
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert list(rows) == [
+        "fp", "uniform-w4", "uniform-same-size", "sensitivity-same-size", "recipe", "recipe+a6", "recipe+a6+correction",
+    ]  # fmt: skip
+    for row in rows.values():
+        assert {"avg_bits", "denoiser_bytes", "fid_real", "fid_fp", "fid_fp_sd", "psnr_fp", "seconds"} <= set(row)
+    assert rows["fp"]["fid_fp"] < 1e-9
+    assert rows["fp"]["avg_bits"] == 16
+    assert rows["uniform-same-size"]["avg_bits"] >= rows["recipe"]["avg_bits"] - 0.02
+    assert rows["recipe"]["avg_bits"] <= 3.2
+    assert rows["fp"]["denoiser_bytes"] > rows["uniform-w4"]["denoiser_bytes"] > rows["recipe"]["denoiser_bytes"]
+    assert {"trials", "surrogate", "model", "seed", "versions"} <= set(summary)
+    searched = stages.label_draw(run).base_seed
+    assert all(abs(base - searched) > 50 for base in summary["protocol"]["draws"])
+
+
+def test_the_table_fits_a_terminal(measured, capsys):
+    show_table(measured[1])
+    out = capsys.readouterr().out
+    assert "recipe+a6+correction" in out
+    assert all(len(line) <= 79 for line in out.splitlines())
+
+
+def test_the_report_is_one_file_that_needs_no_network(measured):
+    run, _ = measured
+    page = write_report(run.folder).read_text()
+    assert not [word for word in ("http://", "https://", 'src="//') if word in page.replace("http://www.w3.org", "")]
+    for word in ("same size", "recipe", "data:image/png", "<svg"):
+        assert word in page
+
+
+def test_a_run_exports_what_it_chose(measured, tmp_path):
+    run, summary = measured
+    folder = export_run(run, tmp_path / "out")
+    size = denoiser_bytes(folder, load_pipeline(folder))
+    recipe = next(row for row in summary["rows"] if row["name"] == "recipe")
+    assert size <= 1.02 * recipe["denoiser_bytes"]
+    assert (folder / "correction.safetensors").is_file()
+
+
+def test_six_bit_activations_change_images_and_come_off(dit):
+    from quantdm import set_activation_bits_
+
+    protocol, denoiser = load_protocol("digits-dit"), get_denoiser(dit)
+    plain = generate(dit, protocol, range(4), steps=3)
+    set_activation_bits_(denoiser, activation_spec_of(denoiser, 6))
+    six = generate(dit, protocol, range(4), steps=3)
+    set_activation_bits_(denoiser, ActivationSpec(bits=8))
+    eight = generate(dit, protocol, range(4), steps=3)
+    set_activation_bits_(denoiser, None)
+    assert (six - plain).square().mean() > (eight - plain).square().mean() > 0
+    assert torch.equal(generate(dit, protocol, range(4), steps=3), plain)
