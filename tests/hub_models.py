@@ -1,9 +1,8 @@
-"""Tiny real models, mixed recipes and fixtures that the tests of the hub share."""
+"""Tiny real models and mixed recipes that the tests of the hub share."""
 
 from itertools import cycle
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import (
     AutoModel,
@@ -125,29 +124,17 @@ def equal_files(a: Path, b: Path) -> bool:
     )
 
 
-@pytest.fixture(scope="session")
-def dense_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Save the dense tiny models once: a bf16 model is one that from_pretrained loaded in bf16."""
+def save_dense(directory: Path) -> dict[str, Path]:
+    """Save the dense tiny models: a bf16 model is one that from_pretrained opens in bf16."""
     register()
-    directory = tmp_path_factory.mktemp("dense")
     for name, make in MODELS.items():
         torch.manual_seed(0)
         make().save_pretrained(directory / name)
     return {name: directory / name for name in MODELS}
 
 
-@pytest.fixture(scope="session")
-def export(dense_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Save one quantized DiT, to be damaged."""
-    directory = tmp_path_factory.mktemp("export")
-    model = DiTTransformer2DModel.from_pretrained(dense_dirs["dit"])
+def save_export(dense: Path, directory: Path) -> Path:
+    """Save a model with the mixed recipe."""
+    model = load(dense)
     apply_recipe(model, mixed_recipe(model)).save_pretrained(directory)
     return directory
-
-
-@pytest.fixture
-def damaged(export: Path, tmp_path: Path) -> Path:
-    """Return a fresh copy of the export."""
-    for file in export.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path

@@ -240,6 +240,7 @@ def test_repeated_idle_and_written_through_layers() -> None:
         lambda r: r["nodes"][0].pop("stage"),
         lambda r: r["edges"].append([0, 10**6]),
         lambda r: r["nodes"].pop(0),
+        lambda r: r["nodes"].reverse(),
         lambda r: r["nodes"][0].update(colour="red"),
     ],
 )

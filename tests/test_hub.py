@@ -20,18 +20,6 @@ from diffusers import (
 )
 from diffusers.hooks import apply_group_offloading
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from hub_models import (
-    DTYPES,
-    MIXED,
-    MODELS,
-    WEIGHTS,
-    contents,
-    equal_files,
-    load,
-    mixed_recipe,
-    run,
-    uniform_config,
-)
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
@@ -49,6 +37,30 @@ from quantdm.modules import (
 from quantdm.quantizers import count_bits, quantize_weight
 from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.schemes import Scheme
+from tests.hub_models import (
+    DTYPES,
+    MIXED,
+    MODELS,
+    WEIGHTS,
+    contents,
+    equal_files,
+    load,
+    mixed_recipe,
+    run,
+    save_dense,
+    save_export,
+    uniform_config,
+)
+
+
+@pytest.fixture(scope="module")
+def dense_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def export(dense_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_export(dense_dirs["dit"], tmp_path_factory.mktemp("export"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

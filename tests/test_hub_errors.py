@@ -9,7 +9,6 @@ import torch
 from diffusers import (
     DiTTransformer2DModel,
 )
-from hub_models import DTYPES, WEIGHTS, contents, load, mixed_recipe, run, uniform_config
 from safetensors.torch import save_file
 from torch import nn
 
@@ -20,6 +19,25 @@ from quantdm.modules import (
     set_activation_bits_,
 )
 from quantdm.recipe import ActivationSpec
+from tests.hub_models import DTYPES, WEIGHTS, contents, load, mixed_recipe, run, save_dense, save_export, uniform_config
+
+
+@pytest.fixture(scope="module")
+def dense_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def export(dense_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_export(dense_dirs["dit"], tmp_path_factory.mktemp("export"))
+
+
+@pytest.fixture
+def damaged(export: Path, tmp_path: Path) -> Path:
+    """Return a fresh copy of the export."""
+    for file in export.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
 
 
 def test_what_cannot_be_done_to_a_quantized_model_says_so(export: Path, tmp_path: Path) -> None:

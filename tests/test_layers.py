@@ -211,6 +211,8 @@ def test_input_that_cannot_be_inferred_is_named() -> None:
 def test_what_is_no_denoiser_is_refused() -> None:
     with pytest.raises(QuantDMError, match=r"got Linear.*pipe\.unet"):
         list_layers(nn.Linear(2, 2))
+    with pytest.raises(QuantDMError, match="got DDIMScheduler"):  # has a config, but no layers
+        list_layers(diffusers.DDIMScheduler())  # pyright: ignore
     with pytest.raises(QuantDMError, match="got str"):
         list_layers("sdxl")  # pyright: ignore
 

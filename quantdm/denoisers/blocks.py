@@ -69,8 +69,8 @@ class Dag:
             self.inputs[target].remove(i)
 
     def interior(self, i: int, members: AbstractSet[int]) -> bool:
-        """Say whether a combine node only carries weights of one block to each other (no attention product)."""
-        if self.is_weight(i) or i in self.kept or "product" in self.kinds[i]:
+        """Say whether a combine node only carries the outputs of one block's weights to other weights of it."""
+        if self.is_weight(i) or i in self.kept:
             return False
         around = (*self.inputs[i], *self.outputs[i])
         return bool(self.inputs[i] and self.outputs[i]) and all(n in members for n in around)

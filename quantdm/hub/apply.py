@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 
 from diffusers import ModelMixin
 from diffusers.quantizers import auto as diffusers_auto
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import auto as transformers_auto
 

@@ -63,15 +63,21 @@ def score_blocks(surrogate: GraphSurrogate) -> tuple[Floats, list[BlockScores]]:
 
 
 def layer_values(surrogate: GraphSurrogate) -> Floats:
-    """Project the scores of blocks onto single layers: the mean over the other layers of the block, [K, L, O]."""
+    """Project the scores of blocks onto single layers: [K, L, O].
+
+    The value of an option is the mean score of the assignments that hold it, the other layers being distributed as in
+    the training trials: there the surrogate knows what it says, and there the answer lies.
+    """
     surrogate.fitted()
+    assert surrogate.usage_ is not None
     values, blocks = score_blocks(surrogate)
     for block in blocks:
-        centre = block.scores.mean(axis=1)
+        usage = np.stack([surrogate.usage_[layer, block.assignments[:, i]] for i, layer in enumerate(block.layers)])
         for column, layer in enumerate(block.layers):
+            weight = np.delete(usage, column, axis=0).prod(axis=0)
             for option in range(values.shape[2]):
-                mask = block.assignments[:, column] == option
-                values[:, layer, option] += block.scores[:, mask].mean(axis=1) - centre
+                rows = np.flatnonzero(block.assignments[:, column] == option)
+                values[:, layer, option] += block.scores[:, rows] @ weight[rows] / weight[rows].sum()
     return values
 
 

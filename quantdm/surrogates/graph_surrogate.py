@@ -66,6 +66,7 @@ class GraphSurrogate:
         self.hop_stats_: Floats | None = None  # [K, 2, M] mean and standard deviation of hop scores on training trials
         self.hop_weights_: Floats | None = None  # [M] w_m >= 0
         self.intercept_: float = 0.0
+        self.usage_: Floats | None = None  # [L, O] how often the training trials used every option
 
     def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "GraphSurrogate":
         """Fit five networks, each without one fold, and weigh the hops by the held-out trials.
@@ -90,6 +91,8 @@ class GraphSurrogate:
         self.intercept_ = float(np.average(labels, weights=weights))
         target = labels - self.intercept_
         self.hop_weights_ = _hop_weights(held_out, target, weights)
+        counts = (choices[:, :, None] == np.arange(len(self.space.options))).sum(axis=0)
+        self.usage_ = (counts + 1) / (len(choices) + len(self.space.options))
         self.cv_scores_ = []
         for fold in folds:  # the weights of the hops must not have seen the fold they are judged on
             rest = np.setdiff1d(np.arange(len(labels)), fold)
@@ -149,6 +152,7 @@ class GraphSurrogate:
         """Write the fitted surrogate as safetensors with its settings as JSON in the header."""
         stats, weights = self.fitted()
         assert self.cv_hop_scores_ is not None
+        assert self.usage_ is not None
         tensors = {
             f"{fold}.{name}": tensor
             for fold, network in enumerate(self.networks_)
@@ -169,6 +173,7 @@ class GraphSurrogate:
             "intercept": self.intercept_,
             "cv_scores": self.cv_scores_,
             "cv_hop_scores": self.cv_hop_scores_.tolist(),
+            "usage": self.usage_.tolist(),
         }
         save_tensors(path, tensors, metadata)
 
@@ -193,7 +198,7 @@ class GraphSurrogate:
             self.networks_.append(network.eval())
         self.hop_stats_, self.hop_weights_ = np.array(metadata["hop_stats"]), np.array(metadata["hop_weights"])
         self.cv_scores_, self.cv_hop_scores_ = metadata["cv_scores"], np.array(metadata["cv_hop_scores"])
-        self.intercept_ = metadata["intercept"]
+        self.intercept_, self.usage_ = metadata["intercept"], np.array(metadata["usage"])
         return self
 
     def _network(self, fold: int) -> GraphNet:
