@@ -1,3 +1,5 @@
+# diffusers annotates its configs and outputs loosely.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 """Train the embedded reference pipelines from scikit-learn's digits: classifier, VAE, digits-dit, digits-sd.
 
     python eval/train_reference.py                    # everything, ~35 minutes on two cores

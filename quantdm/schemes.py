@@ -65,7 +65,8 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             raise QuantDMError(f"scheme {label!r}: {bits} bits, expected {MIN_BITS} to {MAX_BITS}")
         try:
             group = int(match["group"]) if match["group"] else None
-            return cls(method=method, bits=bits, granularity=match["granularity"], group_size=group)  # type: ignore[arg-type]
+            fields = {"method": method, "bits": bits, "granularity": match["granularity"], "group_size": group}
+            return cls.model_validate(fields)
         except ValueError as error:
             raise QuantDMError(f"scheme {label!r}: {error}") from None
 
@@ -75,7 +76,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
 
 # The search space of the paper, here at 2, 3 and 4 bits.
 DEFAULT_OPTIONS: tuple[Scheme, ...] = tuple(
-    Scheme(method=method, bits=bits, granularity=granularity)
+    Scheme(method=method, bits=bits, granularity=granularity)  # pyright: ignore[reportArgumentType]
     for method, granularity in (("uniform", "channel"), ("kmeans", "channel"), ("kmeans", "tensor"))
     for bits in (2, 3, 4)
 )

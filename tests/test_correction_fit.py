@@ -234,8 +234,17 @@ def test_runs_that_do_not_repeat_themselves_are_refused():
         generator = torch.Generator().manual_seed(1)
         return pipe([1], 3.0, generator, num_inference_steps=next(steps), output_type="pt").images
 
+    counts = iter((3, 2))
+
+    def stopping(pipe):
+        pipe.scheduler.set_timesteps(STEPS)
+        sample = torch.ones(1, 4, 8, 8)
+        for t in pipe.scheduler.timesteps[: next(counts)]:
+            sample = pipe.scheduler.step(sample, t, sample).prev_sample
+        return sample
+
     quantized = disturbed(pipe.transformer, 0.1, 0.0)
-    for run in (unseeded, shrinking):
+    for run in (unseeded, shrinking, stopping):
         with pytest.raises(QuantDMError, match="repeats itself"):
             fit_correction(pipe, quantized, fit_runs=[run], variant="k")
     with pytest.raises(QuantDMError, match="no scheduler step"):

@@ -124,7 +124,7 @@ class CorrectedDDIMScheduler(CorrectedScheduler, DDIMScheduler):
     def _alpha_bars(self, timestep: int) -> tuple[float, float]:
         if self.num_inference_steps is None:
             raise QuantDMError("scheduler: got no number of steps; call `set_timesteps` before `step`")
-        previous = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
+        previous = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps  # pyright: ignore[reportAttributeAccessIssue]
         after = self.alphas_cumprod[previous] if previous >= 0 else self.final_alpha_cumprod
         return float(self.alphas_cumprod[timestep]), float(after)
 
@@ -153,7 +153,7 @@ class CorrectedDDPMScheduler(CorrectedScheduler, DDPMScheduler):
         if q == 0:
             return value
         absorbed = variance.ddpm_absorbed(*self._alpha_bars(t), q)
-        kind = variance_type or self.config.variance_type
+        kind = variance_type or self.config.variance_type  # pyright: ignore[reportAttributeAccessIssue]
         if kind == "fixed_small_log":  # the base class answers a standard deviation here, a logarithm there
             return (value**2 - absorbed).clamp(min=0).sqrt()
         if kind == "learned_range":

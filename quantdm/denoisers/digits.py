@@ -1,6 +1,6 @@
 """The real images that the embedded reference pipelines were trained on: scikit-learn's handwritten digits."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def load_digit_images(split: Literal["train", "test"]) -> tuple[torch.Tensor, to
     from sklearn.datasets import load_digits  # a second of imports that most users never need
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
+    digits: Any = load_digits()
     train, test = train_test_split(
         range(len(digits.target)), test_size=NUM_TEST, stratify=digits.target, random_state=SPLIT_SEED
     )

@@ -177,7 +177,7 @@ def _config(denoiser: nn.Module) -> dict[str, Any]:
 def _meta_copy(denoiser: nn.Module, config: dict[str, Any]) -> nn.Module:
     # forked: constants that the constructor draws must not move the caller's random state
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        copy = type(denoiser).from_config(dict(config))
+        copy = type(denoiser).from_config(dict(config))  # pyright: ignore[reportAttributeAccessIssue]
     return copy.to("meta").eval()
 
 

@@ -161,7 +161,7 @@ def generate(
                 settings[side] = protocol.resolution
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(batch[0])
-            out = pipe(**settings).images
+            out = pipe(**settings).images  # pyright: ignore[reportCallIssue]
         images.append(torch.from_numpy(out).permute(0, 3, 1, 2).float())
         if progress is not None:
             progress(len(batch))

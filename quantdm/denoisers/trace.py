@@ -87,7 +87,7 @@ def weight_specs(model: nn.Module) -> tuple[WeightSpec, ...]:
     for name, module in model.named_modules():
         kind = next((k for cls, k in WEIGHT_KINDS if isinstance(module, cls)), None)
         if kind is not None:
-            found.append(WeightSpec(name, kind, tuple(module.weight.shape)))
+            found.append(WeightSpec(name, kind, tuple(module.weight.shape)))  # pyright: ignore[reportArgumentType]
     return tuple(found)
 
 
@@ -137,7 +137,7 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(t.is_meta for t in _tensors((args, kwargs))):  # constants that the model made on the CPU join the rest
             args, kwargs = _to_meta(args), _to_meta(kwargs)
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
         name = func._schema.name.split("::")[-1]
         outs = list(_tensors(out))
         operands = list(_tensors((args, kwargs)))

@@ -94,6 +94,6 @@ def _mark_quantized_(model: Any, config: QuantDMConfig) -> None:
         model.config.quantization_config = config
     else:
         return  # a plain module has no save_pretrained to tell
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    model.hf_quantizer = quantizer  # pyright: ignore[reportArgumentType]
+    model.is_quantized = True  # pyright: ignore[reportArgumentType]
+    model.quantization_method = config.quant_method  # pyright: ignore[reportArgumentType]

@@ -66,7 +66,7 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
         if isinstance(recipe, Recipe):
             activations = activations or recipe.activations
             model, avg_bits = model or recipe.model, avg_bits or recipe.avg_bits
-        self.quant_method = QuantizationMethod.QUANTDM
+        self.quant_method = QuantizationMethod.QUANTDM  # pyright: ignore[reportAttributeAccessIssue]
         self.recipe = recipe
         self.activations = activations
         self.model = model

@@ -35,7 +35,7 @@ def _clip_extractor(path: str) -> Extractor:
         model = CLIPVisionModelWithProjection.from_pretrained(path).eval().requires_grad_(False)
     except OSError as error:
         raise QuantDMError(f"features: no CLIP model at {path!r} ({str(error).splitlines()[0]})") from None
-    size = model.config.image_size
+    size = int(model.config.image_size)  # type: ignore[arg-type]
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 

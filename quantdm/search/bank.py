@@ -95,11 +95,11 @@ class WeightBank:
             self._errors[name] = meta["errors"]
         return self._loaded[name]
 
-    def get(self, name: str, scheme: Scheme) -> QuantizedWeight:
+    def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
         """Return one layer under one scheme."""
-        options = self._open(name)
+        options = self._open(layer_name)
         if scheme.label not in options:
-            raise QuantDMError(f"bank: {name} has no option {scheme.label}; the bank holds {', '.join(options)}")
+            raise QuantDMError(f"bank: {layer_name} has no option {scheme.label}; the bank holds {', '.join(options)}")
         return options[scheme.label]
 
     def weight_error(self, name: str, scheme: Scheme) -> float:

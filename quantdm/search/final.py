@@ -11,7 +11,7 @@ from quantdm.metrics import frechet_distance
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
 from quantdm.recipe import ActivationSpec, Recipe
-from quantdm.schemes import ORIGINAL_BITS, Scheme
+from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
 from quantdm.search import stages
 from quantdm.search.engine import Engine
 from quantdm.search.evaluation import Draw, mean_and_sd, real_floor
@@ -39,7 +39,7 @@ def final_jobs(
     figures, configs = selection["candidates"], selection["configs"]
     baselines = [name for name in configs if name.startswith("baseline: ")]
     best_baseline = min(baselines, key=lambda name: figures[name]["fid_fp_mean"])
-    w4 = dict.fromkeys(space.layer_names, Scheme(method="uniform", bits=4, granularity="channel").label)
+    w4 = space_config(space, Scheme(method="uniform", bits=4))
     draw = Draw(0, 0, 0)  # replaced by every final draw
     spec = activations.model_dump(mode="json")
     return {
@@ -51,6 +51,11 @@ def final_jobs(
         "recipe+a6": (Job(draw, recipe.layers, spec), "6-bit activations"),
         "recipe+a6+correction": (Job(draw, recipe.layers, spec, correction), "6-bit activations, corrected sampler"),
     }
+
+
+def space_config(space: SearchSpace, scheme: Scheme) -> dict[str, str | None]:
+    """Return the same scheme for every layer, as labels."""
+    return QuantConfig.uniform(space.layer_names, scheme).to_labels()
 
 
 def measure_rows(
@@ -80,7 +85,7 @@ def measure_rows(
             progress.update()
     rows = []
     for name, (job, note) in jobs.items():
-        figures = mean_and_sd([found[name, draw] for draw in draws])
+        figures = mean_and_sd([found[name, draw] or {} for draw in draws])
         bits = row_bits(space, job)
         rows.append(
             {

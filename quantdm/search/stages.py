@@ -27,6 +27,7 @@ from quantdm.surrogates import (
     TreeSurrogate,
     attribute,
 )
+from quantdm.surrogates.space import spearman
 
 RECORD_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
@@ -193,9 +194,9 @@ def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndar
             scores[name] = [float(score) for score in fitted[name].cv_scores_]
             progress.update()
     null = {
-        "average bits": _spearman(space.avg_bits(choices), y),
-        "sum of noise errors": _spearman(-space.gather(space.noise_error, choices).sum(axis=1), y),
-        "sum of weight errors": _spearman(-space.gather(space.weight_error, choices).sum(axis=1), y),
+        "average bits": spearman(space.avg_bits(choices), y),
+        "sum of noise errors": spearman(-space.gather(space.noise_error, choices).sum(axis=1), y),
+        "sum of weight errors": spearman(-space.gather(space.weight_error, choices).sum(axis=1), y),
     }
     write_json(
         run.path("surrogate.json"),
@@ -216,12 +217,6 @@ def load_attributions(run: Run) -> dict[str, Attribution]:
     """Read attribution.json."""
     record = read_json(run.path("attribution.json"), version=RECORD_VERSION)
     return {name: Attribution.from_dict(a) for name, a in record["attributions"].items()}
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a, b).statistic)
 
 
 # -------------------------------------------------------------------------------------------- selection, verification

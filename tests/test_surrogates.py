@@ -1,0 +1,367 @@
+"""Surrogates: gradients, exact sums, planted truth, and honest failure on bad input."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from quantdm.errors import QuantDMError
+from quantdm.schemes import Scheme
+from quantdm.search.sampling import sample_configs
+from quantdm.surrogates import (
+    AdditiveSurrogate,
+    Attribution,
+    GraphSurrogate,
+    RidgeSurrogate,
+    SearchSpace,
+    TreeSurrogate,
+    attribute,
+    score_blocks,
+    select,
+)
+from quantdm.surrogates.features import pool
+from quantdm.surrogates.graph_net import hop_scores
+from quantdm.surrogates.losses import hybrid_loss, ndcg, ndcg_loss, soft_rank, srcc_loss
+from quantdm.surrogates.plan import layers_below, make_plan
+from quantdm.surrogates.space import spearman
+from tests.planted import PlantedTruth, planted_space
+
+KINDS = {"additive": AdditiveSurrogate, "ridge": RidgeSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
+QUICK = {"graph": {"epochs": 2}, "tree": {"rounds": 20}}  # where only the mechanics are tested
+
+
+@pytest.fixture(scope="module")
+def space():
+    return planted_space()
+
+
+@pytest.fixture(scope="module")
+def truth(space):
+    return PlantedTruth(space)
+
+
+@pytest.fixture(scope="module")
+def trials(truth):
+    return truth.trials(300)
+
+
+@pytest.fixture(scope="module")
+def fitted(space, trials):
+    """All four surrogates on 300 trials; the graph surrogate with few epochs."""
+    return {
+        name: kind(space, **({"epochs": 30} if name == "graph" else {})).fit(*trials) for name, kind in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def held_out(truth):
+    choices, _ = truth.trials(200, seed=9)
+    return choices, truth.y(choices)
+
+
+def quick(name, space, **settings):
+    return KINDS[name](space, **{**QUICK.get(name, {}), **settings})
+
+
+# ------------------------------------------------------------------------------------------------------------- space
+
+
+def test_space_survives_a_round_trip(space, tmp_path):
+    space.save(tmp_path / "space.json")
+    again = SearchSpace.load(tmp_path / "space.json")
+    assert again.layers == space.layers
+    assert again.graph == space.graph
+    assert again.options == space.options
+    assert again.digest == space.digest
+    for name in ("bits", "weight_error", "noise_error"):
+        assert (getattr(again, name) == getattr(space, name)).all()
+
+
+def test_space_turns_choices_into_configs_and_back(space):
+    for choice in sample_configs(space, 5, seed=0):
+        assert (space.choice_of(space.config(choice)) == choice).all()
+        total = sum(space.bits[i, o] for i, o in enumerate(choice))
+        assert space.total_bits(choice)[0] == total
+        assert space.avg_bits(choice)[0] == total / space.num_weights.sum()
+
+
+def test_space_refuses_what_does_not_fit(space):
+    with pytest.raises(QuantDMError, match="belong to another model"):
+        space.check(np.zeros((3, 5), dtype=int))
+    with pytest.raises(QuantDMError, match="expected 0 to 8"):
+        space.check(np.full((1, len(space.layers)), 9))
+    with pytest.raises(QuantDMError, match="expected integers"):
+        space.check(np.zeros((1, len(space.layers))))
+    with pytest.raises(QuantDMError, match="which is no option"):
+        space.choice_of(dict.fromkeys(space.layer_names, Scheme(method="log2", bits=4)))
+    with pytest.raises(QuantDMError, match="1 missing layers"):
+        space.choice_of(dict.fromkeys(space.layer_names[1:], space.options[0]))
+    with pytest.raises(QuantDMError, match="noise_error of layer"):
+        SearchSpace(
+            space.layers, space.graph, space.options, space.bits, space.weight_error, np.full(space.bits.shape, np.nan)
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("loss", [srcc_loss, ndcg_loss, hybrid_loss])
+def test_ranking_loss_gradient_equals_finite_differences(loss):
+    generator = torch.Generator().manual_seed(0)
+    r = 50 * torch.rand(9, generator=generator, dtype=torch.float64)
+    s = torch.randn(9, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda scores: loss(r, scores), (s,), eps=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss(r, s), s)
+    assert gradient.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("loss", [srcc_loss, ndcg_loss, hybrid_loss])
+def test_descending_a_ranking_loss_sorts_the_scores(loss):
+    generator = torch.Generator().manual_seed(1)
+    r = 50 * torch.rand(20, generator=generator)
+    s = torch.randn(20, generator=generator).requires_grad_()
+    optimizer = torch.optim.Adam([s], lr=0.05)
+    before = spearman(r.numpy(), s.detach().numpy())
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss(r, s).backward()
+        optimizer.step()
+    assert before < 0.5
+    assert spearman(r.numpy(), s.detach().numpy()) > 0.95
+    assert ndcg(r.numpy(), s.detach().numpy()) > 0.99
+
+
+def test_ranking_losses_ignore_offset_and_scale():
+    r, s = torch.arange(10.0), torch.randn(10, generator=torch.Generator().manual_seed(2))
+    for loss in (srcc_loss, ndcg_loss, hybrid_loss):
+        assert loss(r, 3 * s + 7).item() == pytest.approx(loss(r, s).item(), abs=1e-5)
+
+
+def test_soft_ranks_of_distant_scores_are_the_ranks():
+    assert soft_rank(torch.tensor([0.0, 100.0, -100.0])) == pytest.approx([2.0, 3.0, 1.0], abs=0.02)
+
+
+def test_rank_metrics_equal_their_definitions():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=50), rng.integers(0, 8, size=50)
+    assert spearman(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert spearman(a, np.ones(50)) == 0
+    r, s = rng.random(30), rng.random(30)
+    discount = 1 / np.log2(np.arange(10) + 2)
+    by_hand = (r[np.argsort(-s)[:10]] * discount).sum() / (np.sort(r)[::-1][:10] * discount).sum()
+    assert ndcg(r, s) == pytest.approx(by_hand)
+
+
+# ------------------------------------------------------------------------------------------------------ planted truth
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_planted_truth_is_ranked(fitted, held_out, name):
+    choices, y = held_out
+    assert fitted[name].score(choices, y) >= 0.9
+    assert fitted[name].score(choices[100:], y[100:]) >= 0.9  # those near the budget
+    assert len(fitted[name].cv_scores_) == 5
+    assert np.mean(fitted[name].cv_scores_) >= 0.85
+
+
+def test_additive_predicts_labels_better_than_their_noise(fitted, held_out):
+    choices, y = held_out
+    assert np.abs(fitted["additive"].predict(choices) - y).mean() < 0.06
+
+
+def test_additive_finds_the_planted_effects(fitted, space, truth):
+    values = attribute(fitted["additive"]).values
+    planted = -(truth.terms - truth.terms.mean(axis=1, keepdims=True))
+    assert spearman(values.ravel(), planted.ravel()) > 0.95
+    # what an operation type really costs relative to its one-layer error: the factor that only trials can teach
+    ratio = np.log(np.ptp(values, axis=1) / np.ptp(space.noise_error, axis=1))
+    found = {t: ratio[[layer.op_type == t for layer in space.layers]].mean() for t in truth.type_effect}
+    matters = [t for t in found if sum(layer.op_type == t for layer in space.layers) > 1]
+    assert spearman([found[t] for t in matters], [truth.type_effect[t] for t in matters]) >= 0.85
+
+
+@pytest.mark.parametrize(("name", "regret"), [("additive", 0.03), ("tree", 0.1), ("ridge", 0.12), ("graph", 0.15)])
+def test_selection_approaches_the_optimum_of_the_true_values(fitted, space, truth, name, regret):
+    """Regret in units of the gap between the optimum and random configurations of the same size."""
+    best = truth.y(select(space, -truth.terms, target_bits=3.0))[0]
+    random = sample_configs(space, 200, seed=3, target_bits=3.0)
+    usual = np.median(truth.y(random[space.avg_bits(random) <= 3.0]))
+    chosen = truth.y(select(space, attribute(fitted[name]).values, target_bits=3.0))[0]
+    assert best - chosen <= regret * (best - usual)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_shuffled_labels_teach_nothing(space, trials, name):
+    choices, y = trials[0][:150], np.random.default_rng(0).permutation(trials[1][:150])
+    settings = {"epochs": 10} if name == "graph" else {}
+    found = KINDS[name](space, **settings).fit(choices, y)
+    assert abs(np.mean(found.cv_scores_)) < 0.25
+
+
+# -------------------------------------------------------------------------------------------------------- exact sums
+
+
+def test_tree_contributions_and_bias_sum_to_the_prediction(fitted, held_out):
+    parts = fitted["tree"].contributions(held_out[0])
+    assert parts.shape[1] == len(fitted["tree"].features.names) + 1
+    assert parts.sum(axis=1) == pytest.approx(fitted["tree"].predict(held_out[0]), abs=1e-4)
+
+
+def test_pooled_features_are_what_they_say(space, trials):
+    features, choices = pool(space, logarithms=True), trials[0][:20]
+    x = dict(zip(features.names, features.transform(choices).T, strict=True))
+    assert x["average bits of all"] == pytest.approx(space.avg_bits(choices))
+    assert np.exp(x["noise error of all"]) == pytest.approx(space.gather(space.noise_error, choices).sum(axis=1))
+    shares = [column for name, column in x.items() if name.endswith("in attn1.to_q @ depth 0")]
+    assert len(shares) == len(space.options)
+    assert np.sum(shares, axis=0) == pytest.approx(np.ones(20))
+
+
+def test_ridge_terms_sum_to_the_prediction(fitted, space, held_out):
+    values = fitted["ridge"].fold_values()[0]
+    parts = space.gather(values, held_out[0]).sum(axis=1)
+    predicted = fitted["ridge"].predict(held_out[0])
+    assert parts - parts[0] == pytest.approx(predicted - predicted[0], abs=1e-9)
+
+
+def test_additive_terms_order_configurations_as_the_prediction_does(fitted, space, held_out):
+    values = fitted["additive"].fold_values()[0]
+    assert (values < 0).all()
+    assert spearman(space.gather(values, held_out[0]).sum(axis=1), fitted["additive"].predict(held_out[0])) == 1
+
+
+def test_tree_values_order_configurations_nearly_as_the_tree_does(fitted, held_out):
+    explained = attribute(fitted["tree"]).total(held_out[0])
+    assert spearman(explained, fitted["tree"].predict(held_out[0])) > 0.95
+
+
+def test_hop_score_is_the_sum_of_its_roots(fitted, space, held_out):
+    surrogate, choices = fitted["graph"], held_out[0][:16]
+    plan = surrogate.plan
+    with torch.no_grad():
+        roots = surrogate.networks_[0](surrogate.cells(choices, plan.levels[0]), plan, plan.batched_edges(16))
+    assert [len(h) for h in roots] == [len(r) for r in plan.roots]
+    for hop, score in enumerate(hop_scores(roots).T):
+        apart = roots[hop].double().abs().sum(dim=2).mean(dim=0)
+        assert (roots[hop] >= 0).all()
+        assert torch.allclose(score.double(), apart, rtol=1e-5)
+
+
+def test_block_scores_sum_to_the_prediction(fitted, space, held_out):
+    surrogate, choices = fitted["graph"], held_out[0][:20]
+    zero, blocks = score_blocks(surrogate)
+    total = np.array([space.gather(values, choices).sum(axis=1) for values in zero])
+    for block in blocks:
+        assert len(block.assignments) == len(space.options) ** len(block.layers)
+        row = {tuple(assignment): i for i, assignment in enumerate(block.assignments)}
+        total += block.scores[:, [row[tuple(choice)] for choice in choices[:, block.layers]]]
+    predicted = surrogate.predict(choices)
+    assert np.ptp(predicted) > 0.5
+    assert total.mean(axis=0) - total.mean(axis=0)[0] == pytest.approx(predicted - predicted[0], abs=1e-4)
+
+
+def test_a_root_depends_on_its_block_only(space):
+    for block in space.graph.blocks:
+        assert set(layers_below(space.graph, block)) == set(block.layers)
+    plan = make_plan(space.graph, space.graph.blocks, all_weights=True)
+    assert plan.hops == max(block.hops for block in space.graph.blocks)
+    assert sum(len(roots) for roots in plan.roots[1:]) == sum(block.hops > 0 for block in space.graph.blocks)
+    assert all(set(after) <= set(before) for before, after in zip(plan.levels, plan.levels[1:], strict=False))
+
+
+# ------------------------------------------------------------------------------------------------------- attribution
+
+
+def test_attribution_survives_a_round_trip(fitted, space, tmp_path):
+    found = attribute(fitted["additive"])
+    found.save(tmp_path / "attribution.json")
+    again = Attribution.load(tmp_path / "attribution.json")
+    assert again.to_dict() == found.to_dict()
+    assert (again.values == found.values).all()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_attribution_has_one_shape_for_all(fitted, space, name):
+    found = attribute(fitted[name])
+    assert found.source == name
+    assert found.values.shape == found.spread.shape == space.bits.shape
+    assert np.abs(found.values.mean(axis=1)).max() < 1e-9
+    assert found.spread.max() > 0
+    assert set(found.by_method) == {"uniform-channel", "kmeans-channel", "kmeans-tensor"}
+    assert set(found.by_block) == {block.name for block in space.graph.blocks}
+    by_block = sum(np.array(list(row.values())) for row in found.by_block.values())
+    assert by_block == pytest.approx(found.values.sum(axis=0))
+    assert all(row["4"] > row["2"] for row in found.by_method.values())  # more bits are worth more
+
+
+# ------------------------------------------------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_same_seed_same_surrogate_and_the_global_generator_is_untouched(space, trials, name):
+    choices, y = trials[0][:60], trials[1][:60]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first, second = (quick(name, space).fit(choices, y).predict(choices) for _ in range(2))
+    assert (first == second).all()
+    assert (torch.get_rng_state() == before).all()
+    assert (quick(name, space, random_state=1).fit(choices, y).cv_scores_) != quick(name, space).fit(
+        choices, y
+    ).cv_scores_
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_surrogate_survives_a_round_trip_and_refuses_another_space(fitted, space, held_out, name, tmp_path):
+    fitted[name].save(tmp_path / "surrogate")
+    again = KINDS[name].load(tmp_path / "surrogate", space)
+    assert (again.predict(held_out[0]) == fitted[name].predict(held_out[0])).all()
+    assert again.cv_scores_ == fitted[name].cv_scores_
+    if name != "graph":
+        assert (again.fold_values() == fitted[name].fold_values()).all()
+    other = planted_space(tuple(Scheme(method="uniform", bits=bits) for bits in (2, 3)))
+    with pytest.raises(QuantDMError, match="another model or other options"):
+        KINDS[name].load(tmp_path / "surrogate", other)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_trials_with_less_weight_count_less(space, trials, name):
+    choices, y = trials[0][:60], trials[1][:60]
+    spoilt = y.copy()
+    spoilt[::4] += 3.0
+    weight = np.where(np.arange(60) % 4 == 0, 1e-3, 1.0)
+    settings = {"epochs": 10} if name == "graph" else {}
+    clean = np.arange(60) % 4 != 0
+    heard = KINDS[name](space, **settings).fit(choices, spoilt).predict(choices)[clean]
+    unheard = KINDS[name](space, **settings).fit(choices, spoilt, weight).predict(choices)[clean]
+    assert np.abs(unheard - y[clean]).mean() < np.abs(heard - y[clean]).mean()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_bad_trials_are_one_clear_error(space, trials, name):
+    choices, y = trials[0][:60], trials[1][:60]
+    surrogate = quick(name, space)
+    with pytest.raises(QuantDMError, match="not fitted"):
+        surrogate.predict(choices)
+    with pytest.raises(QuantDMError, match="not fitted"):
+        attribute(surrogate)
+    with pytest.raises(QuantDMError, match=r"got 8 trials, expected at least \d+"):
+        surrogate.fit(choices[:8], y[:8])
+    with pytest.raises(QuantDMError, match="nothing to learn"):
+        surrogate.fit(choices, np.ones(60))
+    with pytest.raises(QuantDMError, match=r"1 labels are NaN or infinite .first: trial 7"):
+        surrogate.fit(choices, np.where(np.arange(60) == 7, np.nan, y))
+    with pytest.raises(QuantDMError, match="expected one label for each of the 60 trials"):
+        surrogate.fit(choices, y[:-1])
+    with pytest.raises(QuantDMError, match="belong to another model"):
+        surrogate.fit(choices[:, :-1], y)
+    with pytest.raises(QuantDMError, match="60 positive numbers"):
+        surrogate.fit(choices, y, -np.ones(60))
+
+
+def test_graph_surrogate_reports_progress(space, trials):
+    seen = []
+    GraphSurrogate(space, epochs=3, progress=lambda done, total: seen.append((done, total))).fit(
+        trials[0][:40], trials[1][:40]
+    )
+    assert seen[-1] == (15, 15)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
