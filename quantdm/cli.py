@@ -8,6 +8,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -266,14 +267,23 @@ def doctor(as_json: AsJson = False) -> None:
         typer.echo(f"{key:<22} {value}")
 
 
+class Interrupted(BaseException):
+    """Ctrl-C. typer would swallow a KeyboardInterrupt without a word."""
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
 def main() -> None:
     """Run the command line: bad input is one line on standard error, Ctrl-C says how to go on."""
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except QuantDMError as error:
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except Interrupted:
         typer.echo("\ninterrupted: what is finished is kept; run the same command again to go on", err=True)
         sys.exit(130)
 

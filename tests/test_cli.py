@@ -1,8 +1,11 @@
 """The command line: pasteable help, plain data on request, one line for bad input, nothing left behind."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from PIL import Image
@@ -95,3 +98,32 @@ def test_apply_refuses_a_recipe_for_another_model_and_a_folder_that_is_not_its_o
 def test_the_installed_command_answers():
     out = subprocess.run([sys.executable, "-m", "quantdm.cli", "--help"], capture_output=True, text=True, check=True)
     assert all(command in out.stdout for command in COMMANDS)
+
+
+def test_ctrl_c_says_how_to_go_on_and_leaves_no_process(tmp_path):
+    command = [sys.executable, "-m", "quantdm.cli", "demo", "--quick", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "run" / "bank" / "index.json").is_file() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in error
+    assert not list(tmp_path.rglob("*.tmp"))
+    deadline = time.monotonic() + 30  # Python's own resource tracker leaves last
+    while group_exists(process.pid):
+        assert time.monotonic() < deadline, "a worker outlived the search"
+        time.sleep(0.1)
+
+
+def group_exists(group):
+    """Whether any process of a process group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
-from quantdm.quantizers import QuantizedWeight, count_bits, quantize_options, quantize_weight, weight_error
+from quantdm.quantizers import QuantizedWeight, count_bits, kmeans, quantize_options, quantize_weight, weight_error
 from quantdm.quantizers.kmeans import fit_codebook, sort_rows
 from quantdm.quantizers.packing import unpack_codes
 from quantdm.quantizers.uniform import ALPHAS
@@ -119,6 +119,38 @@ heavy_tails = st.builds(
 def test_kmeans_is_never_worse_than_uniform(weight: Tensor, bits: int, kind: str) -> None:
     rounding = (weight.abs().max().item() * 2**-12) ** 2  # of the codebook to fp16
     assert mse(weight, f"kmeans-{kind}-{bits}") <= mse(weight, f"uniform-{kind}-{bits}") * (1 + 1e-5) + rounding
+
+
+@pytest.mark.parametrize("n", [17, 40, 300])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_kmeans_is_never_worse_than_uniform_in_any_row_with_ties(n: int, bits: int) -> None:
+    smooth = gaussian(300, n, seed=n)
+    lattice = smooth.mul(3).round()  # equal weights make poor local optima
+    sparse = smooth * (gaussian(300, n, seed=n + 1).abs() > 1)
+    for rows in (smooth, lattice, sparse):
+        error, uniform_error = (
+            (rows - decode(rows, f"{method}-channel-{bits}")).double().square().mean(dim=1)
+            for method in ("kmeans", "uniform")
+        )
+        rounding = rows.abs().amax(dim=1).mul(2**-12).square()
+        assert (error <= uniform_error * (1 + 1e-5) + rounding).all()
+
+
+def test_kmeans_gives_a_lone_outlier_its_own_level() -> None:
+    rows = gaussian(40, 400)
+    rows[:, 7] = 60.0
+    decoded = decode(rows, "kmeans-channel-2")
+    assert torch.equal(decoded[:, 7], rows[:, 7])
+    rest = torch.cat([rows[:, :7], rows[:, 8:]], dim=1)
+    error = (rows - decoded).double().square().sum(dim=1)
+    assert (error <= 1.01 * torch.tensor([optimal_error(row, 3) for row in rest])).all()
+
+
+def test_the_start_of_kmeans_follows_the_cube_root_of_the_density() -> None:
+    rows = sort_rows(gaussian(8, 640))
+    cuts = kmeans._search(rows, kmeans._density_start(rows, 16))
+    ratio = (rows.square - kmeans._score(rows, cuts)) / torch.tensor([optimal_error(row, 16) for row in rows.values])
+    assert ratio.mean() < 1.12  # equally filled clusters: 1.6
 
 
 @pytest.mark.parametrize("kind", KINDS)

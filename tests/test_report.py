@@ -430,6 +430,9 @@ def test_the_headline_says_it_when_the_recipe_does_not_win(recipe, phrase: str) 
     assert "300.00\u00a0kB" in first.replace("300\u00a0kB", "300.00\u00a0kB")
     assert "k-means per channel, 3\u00a0bits everywhere" in first
     assert len(others) == 2
+    assert "the correction of the sampler lowers it to 0.0300" in others[1]
+    rows["recipe+a6+correction"] = rows["recipe+a6"]
+    assert "none is in use" in headline("some-model", rows)[2]
 
 
 def test_one_more_bit_is_the_best_wider_option_per_bit_by_brute_force(space: SearchSpace) -> None:
@@ -449,9 +452,11 @@ def test_one_more_bit_is_the_best_wider_option_per_bit_by_brute_force(space: Sea
 
 
 def test_nothing_is_to_be_bought_when_all_layers_are_widest(space: SearchSpace) -> None:
-    widest = np.full(len(space.layers), space.labels.index("kmeans-channel-4"))
-    assert one_more_bit(space, -space.noise_error, widest) == []
-    assert insights(space, widest, -space.noise_error)[2].startswith("Spend nothing more")
+    values = -space.noise_error.copy()
+    values[:, space.labels.index("kmeans-channel-4")] = 1.0  # worth more and larger, but no wider
+    widest = np.full(len(space.layers), space.labels.index("uniform-channel-4"))
+    assert one_more_bit(space, values, widest) == []
+    assert insights(space, widest, values)[2].startswith("Spend nothing more")
 
 
 def test_insights_name_the_planted_effects(space: SearchSpace) -> None:

@@ -62,7 +62,7 @@ def test_half_of_the_random_configurations_mix_two_widths_only(space):
     bits = np.array([option.bits for option in space.options])
     widths = [len(np.unique(bits[choice])) for choice in sample_configs(space, 100, seed=0)]
     assert max(widths[::2]) == 2
-    assert np.mean(np.array(widths[1::2]) == 3) > 0.8
+    assert np.mean(np.array(widths[1::2]) == 3) > 0.6
 
 
 def test_frontier_configurations_are_near_the_target_and_better_than_random_ones(space):

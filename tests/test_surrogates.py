@@ -49,8 +49,14 @@ def trials(truth):
 def fitted(space, trials):
     """All four surrogates on 300 trials; the graph surrogate with few epochs."""
     return {
-        name: kind(space, **({"epochs": 30} if name == "graph" else {})).fit(*trials) for name, kind in KINDS.items()
+        name: kind(space, **({"epochs": 20} if name == "graph" else {})).fit(*trials) for name, kind in KINDS.items()
     }
+
+
+@pytest.fixture(scope="module")
+def explained(fitted):
+    """Their attributions."""
+    return {name: attribute(surrogate) for name, surrogate in fitted.items()}
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +175,8 @@ def test_additive_predicts_labels_better_than_their_noise(fitted, held_out):
     assert np.abs(fitted["additive"].predict(choices) - y).mean() < 0.06
 
 
-def test_additive_finds_the_planted_effects(fitted, space, truth):
-    values = attribute(fitted["additive"]).values
+def test_additive_finds_the_planted_effects(explained, space, truth):
+    values = explained["additive"].values
     planted = -(truth.terms - truth.terms.mean(axis=1, keepdims=True))
     assert spearman(values.ravel(), planted.ravel()) > 0.95
     # what an operation type really costs relative to its one-layer error: the factor that only trials can teach
@@ -181,12 +187,12 @@ def test_additive_finds_the_planted_effects(fitted, space, truth):
 
 
 @pytest.mark.parametrize(("name", "regret"), [("additive", 0.03), ("tree", 0.1), ("ridge", 0.12), ("graph", 0.15)])
-def test_selection_approaches_the_optimum_of_the_true_values(fitted, space, truth, name, regret):
+def test_selection_approaches_the_optimum_of_the_true_values(explained, space, truth, name, regret):
     """Regret in units of the gap between the optimum and random configurations of the same size."""
     best = truth.y(select(space, -truth.terms, target_bits=3.0))[0]
     random = sample_configs(space, 200, seed=3, target_bits=3.0)
     usual = np.median(truth.y(random[space.avg_bits(random) <= 3.0]))
-    chosen = truth.y(select(space, attribute(fitted[name]).values, target_bits=3.0))[0]
+    chosen = truth.y(select(space, explained[name].values, target_bits=3.0))[0]
     assert best - chosen <= regret * (best - usual)
 
 
@@ -230,9 +236,9 @@ def test_additive_terms_order_configurations_as_the_prediction_does(fitted, spac
     assert spearman(space.gather(values, held_out[0]).sum(axis=1), fitted["additive"].predict(held_out[0])) == 1
 
 
-def test_tree_values_order_configurations_nearly_as_the_tree_does(fitted, held_out):
-    explained = attribute(fitted["tree"]).total(held_out[0])
-    assert spearman(explained, fitted["tree"].predict(held_out[0])) > 0.95
+def test_tree_values_order_configurations_nearly_as_the_tree_does(fitted, explained, held_out):
+    total = explained["tree"].total(held_out[0])
+    assert spearman(total, fitted["tree"].predict(held_out[0])) > 0.95
 
 
 def test_hop_score_is_the_sum_of_its_roots(fitted, space, held_out):
@@ -272,8 +278,8 @@ def test_a_root_depends_on_its_block_only(space):
 # ------------------------------------------------------------------------------------------------------- attribution
 
 
-def test_attribution_survives_a_round_trip(fitted, space, tmp_path):
-    found = attribute(fitted["additive"])
+def test_attribution_survives_a_round_trip(explained, tmp_path):
+    found = explained["additive"]
     found.save(tmp_path / "attribution.json")
     again = Attribution.load(tmp_path / "attribution.json")
     assert again.to_dict() == found.to_dict()
@@ -281,8 +287,8 @@ def test_attribution_survives_a_round_trip(fitted, space, tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_attribution_has_one_shape_for_all(fitted, space, name):
-    found = attribute(fitted[name])
+def test_attribution_has_one_shape_for_all(explained, space, name):
+    found = explained[name]
     assert found.source == name
     assert found.values.shape == found.spread.shape == space.bits.shape
     assert np.abs(found.values.mean(axis=1)).max() < 1e-9
@@ -344,6 +350,8 @@ def test_bad_trials_are_one_clear_error(space, trials, name):
         surrogate.predict(choices)
     with pytest.raises(QuantDMError, match="not fitted"):
         attribute(surrogate)
+    with pytest.raises(QuantDMError, match="not fitted"):
+        surrogate.save("nowhere")
     with pytest.raises(QuantDMError, match=r"got 8 trials, expected at least \d+"):
         surrogate.fit(choices[:8], y[:8])
     with pytest.raises(QuantDMError, match="nothing to learn"):

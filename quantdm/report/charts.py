@@ -75,13 +75,13 @@ def quality_against_bits(
             families[family(scheme)] = color(scheme.model_copy(update={"bits": MAX_BITS}))
         for name, hue in families.items():
             left.plot([], [], "s", ms=6, color=hue, label=f"{name} everywhere")
-        left.legend(loc="upper right")
         _final_points(canvas, right, candidates, rows)
         if noise:
             right.axhline(noise, color=MUTED, lw=0.8, ls=(0, (4, 3)), zorder=0)
             right.annotate("two full-precision draws of different noise", (0, noise), (4, 3), fontsize=7, color=MUTED,
                            xycoords=("axes fraction", "data"), textcoords="offset points")  # fmt: skip
         plain_log(left.yaxis)
+        _legend_above(canvas, left, right)
     return canvas.svg
 
 
@@ -102,8 +102,6 @@ def _final_points(
         canvas.hover(mark, f"{text}: {x:.3f} bits, fid_fp {y:.4f} ± {sd:.4f}")
         axes.annotate(text, (x, y), (9, -3), textcoords="offset points", fontsize=8, color=hue,
                       fontweight="bold" if chosen else "normal", zorder=5)  # fmt: skip
-    if verified:
-        axes.legend(loc="upper right")
 
 
 def surrogate_quality(folds: dict[str, list[float]], null: dict[str, float]) -> str:
@@ -173,6 +171,9 @@ def sensitivity(space: SearchSpace, groups: Sequence[Group], learned: NDArray[np
             for row, group in enumerate(groups):
                 box = _box(other, learned[group.members], row, 0.42, RECIPE)
                 canvas.hover(box, f"{group.name}: median {float(np.median(learned[group.members])):.3g}")
+            low, high = min(0.0, float(learned.min())), max(0.0, float(learned.max()))
+            pad = 0.04 * max(high - low, 1e-9)
+            other.set_xlim(low - pad, high + pad)
             other.axvline(0, color=FAINT, lw=0.8, zorder=0)
             other.grid(axis="x")
             other.set_title(f"Learned: worth of {sizes[-1]} instead of {sizes[0]} bits", pad=22)
@@ -247,9 +248,12 @@ def bits_per_layer(space: SearchSpace, choice: NDArray[np.int64]) -> str:
     return canvas.svg
 
 
-def _legend_above(canvas: Any, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    canvas.figure.legend(handles, labels, loc="outside upper left", ncols=4, columnspacing=1.6)
+def _legend_above(canvas: Any, *found: Any) -> None:
+    entries = [entry for axes in found for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
+    canvas.figure.legend(
+        handles, labels, loc="outside upper left", ncols=4 if len(found) == 1 else 5, columnspacing=1.6
+    )
 
 
 def _stages(top: Any, bottom: Any, names: Sequence[str]) -> None:

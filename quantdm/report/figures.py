@@ -173,7 +173,7 @@ def as_percent(axis: Any, *, log: bool = False) -> None:
 
     if log:
         plain_log(axis, dense=10)
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.8f}".rstrip("0").rstrip(".") + " %"))
 
 
 def rows_of(axes: "Axes", names: Sequence[str], *, mono: bool = True) -> None:

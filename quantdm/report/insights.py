@@ -155,13 +155,18 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
             f"It is {word} the strong baseline, a knapsack on one-layer noise errors (fid_fp {plus_minus(other)})."
         )
     if "recipe+a6" in rows and "recipe+a6+correction" in rows:
-        a6, corrected = rows["recipe+a6"], rows["recipe+a6+correction"]
-        word = {"better": "repairs some of that", "worse": "makes it worse", "tie": "changes nothing measurable"}
-        sentences.append(
-            f"With 6-bit activations on top fid_fp is {plus_minus(a6)}; the sampler's correction "
-            f"{word[verdict(corrected, a6)]} ({plus_minus(corrected)})."
-        )
+        sentences.append(_activations(recipe, rows["recipe+a6"], rows["recipe+a6+correction"]))
     return sentences
+
+
+def _activations(recipe: dict[str, Any], a6: dict[str, Any], corrected: dict[str, Any]) -> str:
+    """Say what 6-bit activations cost and what the correction of the sampler brings back."""
+    word = {"better": "lower fid_fp to", "worse": "raise fid_fp to", "tie": "change nothing measurable, fid_fp"}
+    text = f"6-bit activations on top {word[verdict(a6, recipe)]} {plus_minus(a6)}"
+    if math.isclose(a6["fid_fp"], corrected["fid_fp"], rel_tol=1e-9):
+        return f"{text}; no correction of the sampler helped beyond noise, so none is in use."
+    word = {"better": "lowers it to", "worse": "makes it worse,", "tie": "changes nothing measurable,"}
+    return f"{text}; the correction of the sampler {word[verdict(corrected, a6)]} {plus_minus(corrected)}."
 
 
 def baseline(note: str | None) -> str:

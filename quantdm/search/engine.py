@@ -37,11 +37,10 @@ class Engine:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self._pool is not None:
-            processes = list((self._pool._processes or {}).values())
-            self._pool.shutdown(wait=kind is None, cancel_futures=True)
             if kind is not None:  # interrupted: what is in flight is lost, what is finished is on disk
-                for process in processes:
+                for process in list((self._pool._processes or {}).values()):
                     process.terminate()
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     @property
     def local(self) -> Evaluator:

@@ -98,11 +98,13 @@ class AdditiveSurrogate:
 
         dy = -b / (c + S) · dS: one factor for all cells, so the ranking of configurations is the model's own.
         """
+        final = self._fitted
         assert self._fold_thetas is not None
-        return np.stack([self._terms(theta) for theta in (self._fitted, *self._fold_thetas)])
+        return np.stack([self._terms(theta) for theta in (final, *self._fold_thetas)])
 
     def save(self, path: str | Path) -> None:
         """Write the fitted surrogate as JSON."""
+        final = self._fitted
         assert self._fold_thetas is not None
         assert self._reference is not None
         record = {
@@ -110,7 +112,7 @@ class AdditiveSurrogate:
             "space": self.space.digest,
             "random_state": self.random_state,
             "strength": self.strength_,
-            "theta": self._fitted.tolist(),
+            "theta": final.tolist(),
             "fold_thetas": self._fold_thetas.tolist(),
             "reference": self._reference.tolist(),
             "cv_scores": self.cv_scores_,
@@ -200,7 +202,8 @@ class RidgeSurrogate:
 
     def save(self, path: str | Path) -> None:
         """Write the fitted surrogate as JSON."""
-        assert self._coefficients is not None
+        if self._coefficients is None:
+            raise QuantDMError("RidgeSurrogate is not fitted; call fit(choices, y) first")
         record = {
             "version": ADDITIVE_VERSION,
             "space": self.space.digest,

@@ -80,6 +80,7 @@ class TreeSurrogate:
         owns β_f·c_f[l, o]. For logarithmic features the line is in log s_f and is linearised at the mean of s_f. Swaps
         of single layers are no alternative: trees are piecewise constant and most swaps cross no threshold.
         """
+        boosters = self._fitted()
         assert self._background is not None
         x, sums = self.features.transform(self._background), self.features.sums(self._background)
         centred = x - x.mean(axis=0)
@@ -87,7 +88,7 @@ class TreeSurrogate:
         usable = variance > 1e-12 * np.maximum(1.0, (x**2).mean(axis=0))
         per_sum = np.where(self.features.is_log, 1 / np.maximum(sums.mean(axis=0), 1e-30), 1.0)
         found = []
-        for booster in self._fitted():
+        for booster in boosters:
             phi = self._contributions(booster, x)[:, :-1]
             slopes = np.where(usable, (centred * phi).mean(axis=0) / np.where(usable, variance, 1.0), 0.0)
             found.append(self.features.project(slopes * per_sum))
