@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = {
     "fp": "full precision",
     "uniform-w4": "uniform, 4 bits",
+    "kmeans-w4": "k-means per channel, 4 bits",
     "uniform-same-size": "uniform, same size",
     "sensitivity-same-size": "one-layer sensitivities, same size",
     "recipe": "**recipe**",

@@ -120,7 +120,8 @@ def test_the_summary_has_the_promised_rows_and_figures(measured):
     assert json.loads(run.path("summary.json").read_text()) == summary
     rows = {row["name"]: row for row in summary["rows"]}
     assert list(rows) == [
-        "fp", "uniform-w4", "uniform-same-size", "sensitivity-same-size", "recipe", "recipe+a6", "recipe+a6+correction",
+        "fp", "uniform-w4", "kmeans-w4", "uniform-same-size", "sensitivity-same-size",
+        "recipe", "recipe+a6", "recipe+a6+correction",
     ]  # fmt: skip
     for row in rows.values():
         assert {"avg_bits", "denoiser_bytes", "fid_real", "fid_fp", "fid_fp_sd", "psnr_fp", "seconds"} <= set(row)

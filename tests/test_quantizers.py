@@ -150,7 +150,7 @@ def test_the_start_of_kmeans_follows_the_cube_root_of_the_density() -> None:
     rows = sort_rows(gaussian(8, 640))
     cuts = kmeans._search(rows, kmeans._density_start(rows, 16))
     ratio = (rows.square - kmeans._score(rows, cuts)) / torch.tensor([optimal_error(row, 16) for row in rows.values])
-    assert ratio.mean() < 1.12  # equally filled clusters: 1.6
+    assert ratio.mean() < 1.3  # equally filled clusters: 3.2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -404,6 +404,7 @@ def test_decoding_into_a_buffer_gives_the_same_values(method: str, kind: str) ->
 @pytest.mark.parametrize("method", METHODS)
 def test_large_weights_decode_piece_by_piece(method: str) -> None:
     weight = gaussian(3, 70_000)  # more than one piece per line
+    weight[:, 60_000:] *= 1e-3  # the last piece alone would choose another range
     for kind in ("tensor", "channel", "group100"):
         q = quantize_weight(weight, Scheme.parse(f"{method}-{kind}-2"))
         assert weight_error(weight, q.dequantize()) < 0.2

@@ -39,12 +39,13 @@ def final_jobs(
     figures, configs = selection["candidates"], selection["configs"]
     baselines = [name for name in configs if name.startswith("baseline: ")]
     best_baseline = min(baselines, key=lambda name: figures[name]["fid_fp_mean"])
-    w4 = space_config(space, Scheme(method="uniform", bits=4))
+    uniform_4, kmeans_4 = (Scheme(method=method, bits=4) for method in ("uniform", "kmeans"))
     draw = Draw(0, 0, 0)  # replaced by every final draw
     spec = activations.model_dump(mode="json")
     return {
         "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
-        "uniform-w4": (Job(draw, w4), "uniform-channel-4 everywhere"),
+        "uniform-w4": (Job(draw, space_config(space, uniform_4)), f"{uniform_4} everywhere"),
+        "kmeans-w4": (Job(draw, space_config(space, kmeans_4)), f"{kmeans_4} everywhere"),
         "uniform-same-size": (Job(draw, configs[best_baseline]), best_baseline.removeprefix("baseline: ")),
         "sensitivity-same-size": (Job(draw, configs["sensitivity"]), "knapsack on one-layer noise errors"),
         "recipe": (Job(draw, recipe.layers), selection["chosen"]),
