@@ -37,6 +37,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from quantdm.denoisers.digits import IMAGE_SIZE, WORDS, load_digit_images
 from quantdm.export import open_in_float32
+from quantdm.files import read_json, write_json
 from quantdm.metrics.classifier import WEIGHTS, DigitClassifier
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,6 +205,8 @@ def make_scheduler() -> DDIMScheduler:
 def finish(pipe: DiTPipeline | StableDiffusionPipeline, name: str) -> None:
     pipe.to(torch.float16).save_pretrained(PIPELINES / name)
     open_in_float32(PIPELINES / name, pipe)
+    for path in (PIPELINES / name).glob("*/config.json"):  # no path of this machine travels
+        write_json(path, {key: value for key, value in read_json(path).items() if key != "_name_or_path"})
     size = sum(f.stat().st_size for f in (PIPELINES / name).rglob("*") if f.is_file())
     print(f"{name}: saved, {size / 1e6:.2f} MB")
 

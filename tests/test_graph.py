@@ -12,35 +12,10 @@ from torch import nn
 
 from quantdm.denoisers.graph import Graph, trace_graph
 from quantdm.errors import QuantDMError
+from tests.architectures import PUBLIC
 
-PUBLIC = {
-    "pixart-xl-2": (
-        "PixArtTransformer2DModel",
-        {"sample_size": 64, "caption_channels": 4096, "use_additional_conditions": False},
-    ),
-    "hunyuan-dit": (
-        "HunyuanDiT2DModel",
-        {
-            "num_layers": 40, "hidden_size": 1408, "in_channels": 4, "mlp_ratio": 4.3637, "patch_size": 2,
-            "sample_size": 128,
-        },
-    ),
-    "sdxl": (
-        "UNet2DConditionModel",
-        {
-            "sample_size": 128, "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": [1, 2, 10],
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-            "use_linear_projection": True,
-        },
-    ),
-    "sd-1.5": ("UNet2DConditionModel", {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
-    "dit-xl-2": (
-        "DiTTransformer2DModel",
-        {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8},
-    ),
+MODELS = {
+    **PUBLIC,
     "digits-dit": (
         "DiTTransformer2DModel",
         {
@@ -77,7 +52,7 @@ PUBLIC = {
 
 
 def graph_of(name: str) -> Graph:
-    cls, config = PUBLIC[name]
+    cls, config = MODELS[name]
     with torch.device("meta"):
         return trace_graph(getattr(diffusers, cls)(**config))
 
@@ -120,7 +95,7 @@ class Odd(ModelMixin, ConfigMixin):
         return self.proj_out(canvas)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_the_in_neighbourhoods_of_their_roots(name: str) -> None:
     graph = graph_of(name)
     for block in graph.blocks:
@@ -135,7 +110,7 @@ def test_blocks_are_the_in_neighbourhoods_of_their_roots(name: str) -> None:
     assert all(n.layer in graph.blocks[n.block].layers for n in graph.nodes if n.layer is not None)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", MODELS)
 def test_graph_is_acyclic_and_connected(name: str) -> None:
     graph = graph_of(name)
     assert [n.id for n in graph.nodes] == list(range(len(graph.nodes)))
@@ -158,7 +133,7 @@ def test_graph_is_acyclic_and_connected(name: str) -> None:
     assert len({n.name for n in graph.nodes}) == len(graph.nodes)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", MODELS)
 def test_round_trip_through_json(name: str) -> None:
     graph = graph_of(name)
     assert Graph.from_dict(json.loads(json.dumps(graph.to_dict()))) == graph
@@ -207,7 +182,7 @@ def test_combine_nodes_are_the_ones_of_a_unet() -> None:
 
 
 def test_trace_is_cached_and_given_inputs_give_the_same_graph() -> None:
-    cls, config = PUBLIC["digits-sd"]
+    cls, config = MODELS["digits-sd"]
     denoiser = getattr(diffusers, cls)(**config)
     assert trace_graph(denoiser) is graph_of("digits-sd")
     given = {"sample": torch.zeros(1, 4, 8, 8), "timestep": 3, "encoder_hidden_states": torch.zeros(1, 5, 160)}
