@@ -68,7 +68,8 @@ def decode_(out: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bits:
     """
     zero = zero_point.float()
     reach = torch.maximum(zero.abs(), (2**bits - 1 - zero).abs()).mul_(scale)
-    saturate = not bool((reach <= limit).all())  # only when a weight is at the edge of its dtype
+    # Needed only when a weight is at the edge of its dtype; on a GPU asking would cost more than doing it.
+    saturate = codes.is_cuda or not bool((reach <= limit).all())
     buffer = torch.empty(0, device=codes.device)
     for index in block_pieces(codes.shape, piece_budget(codes.device, cpu=2**16)):
         source, params = codes[index], (*index[:2], None)

@@ -238,17 +238,18 @@ def _decode_half_(columns: Tensor, scheme: Scheme, tensors: dict[str, Tensor], l
     lines = columns.shape[0]
     codes = unpack_codes(tensors["codes"], scheme.bits, columns.numel()).view(columns.shape)
     if scheme.method == "kmeans":
-        values = tensors["codebook"].float() * tensors["factor"]
+        values = tensors["codebook"].float()
+    elif scheme.method == "log2":
+        values = tensors["scale"].float()[:, :, None] * log2.grid(scheme.bits).to(codes.device)
     else:
-        values = (tensors["scale"].float() * tensors["factor"])[:, :, None]
+        values = tensors["scale"].float()[:, :, None]
+    values = values * tensors["factor"]
     zero_point = tensors.get("zero_point")
     if scheme.granularity == "tensor" and columns.is_contiguous():
         codes, columns = codes.view(1, -1), columns.view(1, -1)
     elif scheme.granularity == "tensor":  # half of a split weight: decode per channel with the one set of values
         values = values.expand(lines, -1, -1)
         zero_point = None if zero_point is None else zero_point.expand(lines, -1)
-    if scheme.method == "log2":
-        values = values * log2.grid(scheme.bits).to(values.device)
     by_channel = scheme if scheme.granularity == "group" else Scheme(method=scheme.method, bits=scheme.bits)
     first = 0
     for source, target in zip(row_blocks(codes, by_channel), row_blocks(columns, by_channel), strict=True):

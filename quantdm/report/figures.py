@@ -172,7 +172,7 @@ def as_percent(axis: Any, *, log: bool = False) -> None:
     from matplotlib.ticker import FuncFormatter
 
     if log:
-        plain_log(axis, dense=10)
+        plain_log(axis, dense=60)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.8f}".rstrip("0").rstrip(".") + " %"))
 
 

@@ -12,6 +12,7 @@ from quantdm.report.figures import describe
 from quantdm.surrogates import SearchSpace
 
 Floats = NDArray[np.float64]
+SAME_SIZE = 1e-3  # sizes that differ by less count as equal in words
 AFFORDABLE = 0.05  # share of the weights' size within which the best widenings are summed up
 
 
@@ -135,7 +136,7 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     )
     ours, theirs = plus_minus(recipe), plus_minus(uniform)
     against = verdict(recipe, uniform)
-    other = f"the best uniform baseline of at least the same size ({baseline(uniform.get('note'))})"
+    other = f"the best uniform baseline of {_size(uniform, recipe)} ({baseline(uniform.get('note'))})"
     distance = f"The distance of its images to full precision, fid_fp, is {ours}"
     if against == "better":
         ratio = times(uniform["fid_fp"] / max(recipe["fid_fp"], 1e-12))
@@ -157,6 +158,14 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     if "recipe+a6" in rows and "recipe+a6+correction" in rows:
         sentences.append(_activations(recipe, rows["recipe+a6"], rows["recipe+a6+correction"]))
     return sentences
+
+
+def _size(other: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """Say how large a baseline is against the recipe."""
+    ratio = other["denoiser_bytes"] / recipe["denoiser_bytes"]
+    if abs(ratio - 1) < SAME_SIZE:
+        return "the same size"
+    return f"{percent(abs(ratio - 1))} {'more' if ratio > 1 else 'fewer'} bytes"
 
 
 def _activations(recipe: dict[str, Any], a6: dict[str, Any], corrected: dict[str, Any]) -> str:

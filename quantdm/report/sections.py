@@ -159,7 +159,7 @@ def samples(records: Records) -> str:
     asked = ", ".join(map(str, settings.values[:10])) + (", …" if len(settings.values) > 10 else "")
     steps = (records.summary or {}).get("protocol", {}).get("steps", settings.steps)
     uniform = records.rows.get("uniform-same-size", {}).get("note")
-    also = f" Best uniform of at least the same size: {insights.baseline(uniform)}." if uniform else ""
+    also = f" Best uniform: {insights.baseline(uniform)}." if uniform else ""
     caption = (
         f"Images above each other share initial noise and condition (asked for in turn: {asked}). The first {count} "
         f"seeds of the first final draw, {steps} steps, guidance {settings.guidance_scale}; nothing was picked.{also}"
