@@ -99,6 +99,8 @@ def test_tokens_and_maps_are_quantized_independently() -> None:
 def test_values_on_the_grid_zeros_and_constants_stay_exact() -> None:
     grid = torch.arange(-20.0, 44.0)[None] / 4
     assert torch.equal(fake_quantize(grid, 6), grid)
+    # Ends that round apart (half to even) would need 65 levels: the upper one is clipped.
+    assert fake_quantize(torch.tensor([[-1.5, 61.5]]), 6).tolist() == [[-2.0, 61.0]]
     assert torch.equal(fake_quantize(torch.zeros(2, 5), 6), torch.zeros(2, 5))
     torch.testing.assert_close(fake_quantize(torch.full((2, 5), -7.3), 6), torch.full((2, 5), -7.3))
     relu = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).relu()

@@ -179,9 +179,10 @@ def test_torch_functions_and_tensor_methods_see_the_decoded_weight() -> None:
         lambda layer: layer.weight.__setitem__(0, 1),
         lambda layer: layer.weight.data.copy_(torch.zeros(6, 20)),
         lambda layer: nn.init.zeros_(layer.weight),
+        lambda layer: torch.relu_(layer.weight),
         lambda layer: torch.add(torch.zeros(6, 20), 1, out=layer.weight),
     ],
-    ids=["parameter", "tensor", "data", "data +=", "+=", "add_", "setitem", "data.copy_", "init", "out="],
+    ids=["parameter", "tensor", "data", "data +=", "+=", "add_", "setitem", "data.copy_", "init", "relu_", "out="],
 )
 def test_writing_into_the_weight_is_refused(write) -> None:
     model, quantized = quantize(nn.Linear(20, 6))

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from quantdm.report.figures import (
     BASELINE,
     FAINT,
+    HUES,
     INK,
     MUTED,
     RECIPE,
@@ -33,6 +34,7 @@ CHARACTER = 0.0075  # width of a tick label's character, as a share of a full-wi
 # Result row -> marker, colour, name beside the point.
 MARKS = {
     "uniform-w4": ("s", BASELINE, "uniform, 4 bits"),
+    "kmeans-w4": ("s", HUES["kmeans", "channel"], "k-means, 4 bits"),
     "kmeans-w4": ("s", BASELINE, "k-means, 4 bits"),
     "uniform-same-size": ("s", BASELINE, "uniform, same size"),
     "sensitivity-same-size": ("D", SENSITIVITY, "one-layer sensitivities"),
