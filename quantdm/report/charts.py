@@ -35,7 +35,6 @@ CHARACTER = 0.0075  # width of a tick label's character, as a share of a full-wi
 MARKS = {
     "uniform-w4": ("s", BASELINE, "uniform, 4 bits"),
     "kmeans-w4": ("s", HUES["kmeans", "channel"], "k-means, 4 bits"),
-    "kmeans-w4": ("s", BASELINE, "k-means, 4 bits"),
     "uniform-same-size": ("s", BASELINE, "uniform, same size"),
     "sensitivity-same-size": ("D", SENSITIVITY, "one-layer sensitivities"),
     "recipe": ("o", RECIPE, "recipe"),

@@ -17,7 +17,6 @@ ROW_NAMES = {
     "fp": "Full precision",
     "uniform-w4": "Uniform, 4 bits",
     "kmeans-w4": "k-means, 4 bits",
-    "kmeans-w4": "k-means, 4 bits",
     "uniform-same-size": "Best uniform, same size",
     "sensitivity-same-size": "One-layer sensitivities",
     "recipe": "Recipe",
