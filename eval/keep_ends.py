@@ -16,7 +16,7 @@ from quantdm.surrogates import SearchSpace
 
 OUT = Path(__file__).parent / "results"
 SCHEME = "kmeans-channel-4"
-LAYERS_KEPT = 3
+LAYERS_KEPT = 1
 
 
 def main() -> None:
