@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch
 
-from quantdm.correction import fit_correction
+from quantdm.correction import fit_correction, step_table
 from quantdm.denoisers.pipeline import DiffusionPipeline, generate, memoized_text_encoders
+from quantdm.files import write_json
 from quantdm.metrics import batched, frechet_distance
 from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.search.engine import Engine
@@ -59,5 +60,7 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
         explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
         model=settings.model,
     )
+    steps = step_table(correction, pipe.scheduler, settings.protocol.steps)
+    write_json(run.path("correction_steps.json"), {"version": 1, "steps": steps})
     correction.save(path)
     return path
