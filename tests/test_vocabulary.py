@@ -11,13 +11,14 @@ from quantdm.files import atomic_path, digest, load_tensors, read_json, save_ten
 from quantdm.recipe import check_layers
 
 schemes = st.builds(
-    lambda method, bits, group: Scheme(
+    lambda method, bits, group, table: Scheme(
         method=method, bits=bits, granularity="group" if isinstance(group, int) else group,
-        group_size=group if isinstance(group, int) else None,
+        group_size=group if isinstance(group, int) else None, table=table if method == "kmeans" else None,
     ),
     st.sampled_from(["uniform", "kmeans", "log2"]),
     st.integers(2, 8),
     st.sampled_from(["tensor", "channel", 32, 64, 100]),
+    st.sampled_from([None, "int8", "fp16"]),
 )  # fmt: skip
 
 
@@ -31,6 +32,8 @@ def test_a_scheme_is_its_label(scheme):
     [
         "kmeans-channel-1",
         "kmeans-channel-9",
+        "kmeans-channel-4-fp32",
+        "uniform-channel-4-int8",
         "kmean-channel-4",
         "uniform-4",
         "",

@@ -6,6 +6,27 @@ from torch import Tensor
 from quantdm.quantizers.rows import block_pieces, piece_budget, pieces
 
 COMPARE_UP_TO = 32  # entries; counting comparisons beats a binary search below this
+# Where the largest entry of an int8 codebook may come to lie. The entries of a row are few, so some step rounds them
+# all better than 1/127 of the largest: the best of these takes off a third of the rounding error of 16 entries.
+TOPS = tuple(127 - 0.5 * j for j in range(32))
+
+
+def round_codebook(codebook: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Round ascending codebooks [R, k] to int8 [R, k] times an fp16 scale [R].
+
+    The scale is the one of TOPS with the least squared error over the `counts` [R, k] weights of the entries.
+    |codebook| stays below 2^15.
+    """
+    top = codebook.abs().amax(dim=1, keepdim=True)
+    best, weight = torch.full_like(top, torch.inf), counts.float()
+    scale = torch.zeros_like(top)
+    for place in TOPS:
+        step = (top / place).half().float().clamp_min(2.0**-24)  # the least positive fp16
+        rounded = (codebook / step).round_().clamp_(-127, 127).mul_(step)
+        error = (rounded.sub_(codebook).square_() * weight).sum(dim=1, keepdim=True)
+        better = error < best
+        scale, best = torch.where(better, step, scale), torch.where(better, error, best)
+    return (codebook / scale).round_().clamp_(-127, 127).to(torch.int8), scale[:, 0].half()
 
 
 def nearest_codes(rows: Tensor, table: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 A weight [C_out, C_in/groups, *kernel] is flattened per output channel. With `split` (the input channel of the seam of a
 long-skip concatenation) its two halves along dim 1 take a quantizer each, and stored names end in ".0" and ".1".
-Every quantizer stores packed codes, fp16 scales or codebooks, and one fp32 `factor`, a power of two: the weight divided
-by it lies below 2^15, so scales and codebooks are normal fp16 numbers at any size, and the division is exact.
+Every quantizer stores packed codes, fp16 scales, int8 or fp16 codebooks, and one fp32 `factor`, a power of two: the
+weight divided by it lies below 2^15, so scales and codebooks are normal fp16 numbers at any size, and the division is
+exact.
 """
 
 import math
@@ -17,7 +18,7 @@ from quantdm.errors import QuantDMError
 from quantdm.quantizers import kmeans, log2, uniform
 from quantdm.quantizers.packing import pack_codes, packed_size, unpack_codes
 from quantdm.quantizers.rows import pieces, row_blocks, row_layout
-from quantdm.quantizers.tables import gather_, nearest_codes
+from quantdm.quantizers.tables import gather_, nearest_codes, round_codebook
 from quantdm.schemes import Scheme
 
 ERROR_CHUNK = 2**20
@@ -80,7 +81,7 @@ class QuantizedWeight:
         matrix = target.view(self.shape[0], -1)
         limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
         for suffix, columns in _halves(self.shape, self.split):
-            tensors = {name: self.tensors[name + suffix] for name in _PARAMETERS[self.scheme.method]}
+            tensors = {name: self.tensors[name + suffix] for name in _parameters(self.scheme)}
             _decode_half_(matrix[:, columns], self.scheme, tensors, limit)
         return out if target is out else out.copy_(target)
 
@@ -121,7 +122,7 @@ def quantize_options(
             for i in same:
                 parameters = _fit(schemes[i], blocks, sorted_blocks, half.shape)
                 parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=weight.device)
-                stored[i] |= {key + suffix: parameters[key] for key in _PARAMETERS[schemes[i].method]}
+                stored[i] |= {key + suffix: parameters[key] for key in _parameters(schemes[i])}
     return [QuantizedWeight(s, shape, split, weight.dtype, t) for s, t in zip(schemes, stored, strict=True)]
 
 
@@ -130,8 +131,9 @@ def stored_tensors(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return name -> (shape, dtype) of what is stored for a weight of this shape.
 
-    "codes" is flat uint8; "scale" fp16 and "zero_point" int16 are [lines, groups], "codebook" fp16 is
-    [lines, groups, k] with k = min(2^bits, weights per row), "factor" fp32 is [1]; see rows.py for lines and groups.
+    "codes" is flat uint8; "scale" fp16 and "zero_point" int16 are [lines, groups], "factor" fp32 is [1]; "codebook" is
+    [lines, groups, k] with k = min(2^bits, weights per row), int8 (times "scale") or fp16 as the scheme's `table` says;
+    see rows.py for lines and groups.
     """
     stored = {}
     for suffix, columns in _halves(tuple(shape), split):
@@ -141,17 +143,18 @@ def stored_tensors(
             "codes": ((packed_size(count, scheme.bits),), torch.uint8),
             "scale": ((lines, groups), torch.float16),
             "zero_point": ((lines, groups), torch.int16),
-            "codebook": ((lines, groups, min(2**scheme.bits, length)), torch.float16),
+            "codebook": ((lines, groups, min(2**scheme.bits, length)), _TABLE_DTYPE[scheme.table or "fp16"]),
             "factor": ((1,), torch.float32),
         }
-        stored |= {key + suffix: sizes[key] for key in _PARAMETERS[scheme.method]}
+        stored |= {key + suffix: sizes[key] for key in _parameters(scheme)}
     return stored
 
 
 def count_bits(shape: Sequence[int], scheme: Scheme, split: int | None = None) -> int:
-    """Return the exact bits of a weight of this shape: codes N·b, scales 16 (uniform: 2·16) or codebooks 16·k a row.
+    """Return the exact bits of a weight of this shape: codes N·b and what every row has.
 
-    The 32 bits of each quantizer's factor are counted, padding is not.
+    A row has a scale of 16 bits, uniform a zero point of 16 more, k-means a codebook of 8·k (int8 table; an fp16 table
+    takes 16·k and no scale). The 32 bits of each quantizer's factor are counted, padding is not.
     """
     overhead = sum(
         math.prod(size) * dtype.itemsize * 8
@@ -181,31 +184,39 @@ def weight_error(weight: Tensor, dequantized: Tensor, p: float = uniform.ERROR_P
     return error / size if size else (math.inf if error else 0.0)
 
 
-_PARAMETERS = {
-    "uniform": ("codes", "scale", "zero_point", "factor"),
-    "kmeans": ("codes", "codebook", "factor"),
-    "log2": ("codes", "scale", "factor"),
-}
+_TABLE_DTYPE = {"int8": torch.int8, "fp16": torch.float16}
 
 
-def _fit_uniform(rows: Tensor, ordered: kmeans.SortedRows | None, bits: int) -> dict[str, Tensor]:
-    scale, zero_point = uniform.search_range(rows, bits)
-    return {"codes": uniform.encode(rows, scale, zero_point, bits), "scale": scale, "zero_point": zero_point}
+def _parameters(scheme: Scheme) -> tuple[str, ...]:
+    """Return the names of what is stored for one quantizer of a scheme."""
+    if scheme.method == "uniform":
+        return "codes", "scale", "zero_point", "factor"
+    if scheme.method == "kmeans":
+        return ("codes", "codebook", "scale", "factor") if scheme.table == "int8" else ("codes", "codebook", "factor")
+    return "codes", "scale", "factor"
 
 
-def _fit_kmeans(rows: Tensor, ordered: kmeans.SortedRows | None, bits: int) -> dict[str, Tensor]:
+def _fit_uniform(rows: Tensor, ordered: kmeans.SortedRows | None, scheme: Scheme) -> dict[str, Tensor]:
+    scale, zero_point = uniform.search_range(rows, scheme.bits)
+    return {"codes": uniform.encode(rows, scale, zero_point, scheme.bits), "scale": scale, "zero_point": zero_point}
+
+
+def _fit_kmeans(rows: Tensor, ordered: kmeans.SortedRows | None, scheme: Scheme) -> dict[str, Tensor]:
     assert ordered is not None
-    codebook = kmeans.fit_codebook(ordered, bits)
-    return {"codes": kmeans.encode(rows, codebook), "codebook": codebook}
+    codebook, counts = kmeans.fit_codebook(ordered, scheme.bits)
+    if scheme.table == "int8":
+        table, scale = round_codebook(codebook, counts)
+        return {"codes": kmeans.encode(rows, table * scale[:, None].float()), "codebook": table, "scale": scale}
+    return {"codes": kmeans.encode(rows, codebook.half()), "codebook": codebook.half()}
 
 
-def _fit_log2(rows: Tensor, ordered: kmeans.SortedRows | None, bits: int) -> dict[str, Tensor]:
-    scale = log2.search_scale(rows, bits)
-    table = log2.grid(bits).to(rows.device) * scale.float()[:, None]
+def _fit_log2(rows: Tensor, ordered: kmeans.SortedRows | None, scheme: Scheme) -> dict[str, Tensor]:
+    scale = log2.search_scale(rows, scheme.bits)
+    table = log2.grid(scheme.bits).to(rows.device) * scale.float()[:, None]
     return {"codes": nearest_codes(rows, table), "scale": scale}
 
 
-_FIT: dict[str, Callable[[Tensor, kmeans.SortedRows | None, int], dict[str, Tensor]]] = {
+_FIT: dict[str, Callable[[Tensor, kmeans.SortedRows | None, Scheme], dict[str, Tensor]]] = {
     "uniform": _fit_uniform,
     "kmeans": _fit_kmeans,
     "log2": _fit_log2,
@@ -218,8 +229,7 @@ def _fit(
     """Fit the blocks of equal rows and join them: codes packed, parameters [lines, groups, ...]."""
     lines, _, length = row_layout(size[0], size[1], scheme)
     fits = [
-        _FIT[scheme.method](rows, sorted_blocks[i] if sorted_blocks else None, scheme.bits)
-        for i, rows in enumerate(blocks)
+        _FIT[scheme.method](rows, sorted_blocks[i] if sorted_blocks else None, scheme) for i, rows in enumerate(blocks)
     ]
     k = min(2**scheme.bits, length)
     joined = {}
@@ -239,6 +249,8 @@ def _decode_half_(columns: Tensor, scheme: Scheme, tensors: dict[str, Tensor], l
     codes = unpack_codes(tensors["codes"], scheme.bits, columns.numel()).view(columns.shape)
     if scheme.method == "kmeans":
         values = tensors["codebook"].float()
+        if scheme.table == "int8":
+            values = values * tensors["scale"].float()[:, :, None]
     elif scheme.method == "log2":
         values = tensors["scale"].float()[:, :, None] * log2.grid(scheme.bits).to(codes.device)
     else:

@@ -13,7 +13,7 @@ from quantdm.files import digest, load_tensors, read_json, save_tensors, write_j
 from quantdm.quantizers import QuantizedWeight, quantize_options, weight_error
 from quantdm.schemes import Scheme
 
-BANK_VERSION = 1
+BANK_VERSION = 2
 INDEX = "index.json"
 
 
