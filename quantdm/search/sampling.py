@@ -57,12 +57,14 @@ def sample_frontier(
     spread: float = 0.4,
     noise: float = 0.7,
     seed: int,
+    allow_fewer: bool = False,
 ) -> Ints:
     """Draw `count` distinct choices [T, L] near the frontier (performance.md section 5).
 
     What each option loses against the best of its layer under `values` [L, O] (larger is better, e.g. minus the
     one-layer noise errors) is multiplied by log-normal noise of standard deviation `noise`, half of it shared by the
-    layer; then the knapsack is solved at target_bits ± spread.
+    layer; then the knapsack is solved at target_bits ± spread. With `allow_fewer` it stops where nothing new comes:
+    when the best options of all layers together fit the budget, noise changes little.
 
     Raises:
         QuantDMError: values of another shape, target out of reach, or too few distinct configurations.
@@ -79,10 +81,17 @@ def sample_frontier(
         noisy = -loss * np.exp(noise / np.sqrt(2) * factors)
         return fill_budget(list(noisy), list(space.bits), max(cheapest, int(goal * total)))
 
-    return _collect(space, count, seed, draw)
+    return _collect(space, count, seed, draw, allow_fewer=allow_fewer)
 
 
-def _collect(space: SearchSpace, count: int, seed: int, draw: Callable[[int, np.random.Generator], Ints]) -> Ints:
+def _collect(
+    space: SearchSpace,
+    count: int,
+    seed: int,
+    draw: Callable[[int, np.random.Generator], Ints],
+    *,
+    allow_fewer: bool = False,
+) -> Ints:
     """Draw trial after trial, each until it differs from all before it."""
     if count < 1:
         raise QuantDMError(f"count: got {count}, expected 1 or more configurations")
@@ -95,6 +104,8 @@ def _collect(space: SearchSpace, count: int, seed: int, draw: Callable[[int, np.
                 seen[choice.tobytes()] = choice
                 break
         else:
+            if allow_fewer and seen:
+                break
             raise QuantDMError(
                 f"got only {index} distinct configurations ({len(space.layers)} layers x {len(space.options)} options) "
                 f"where {count} were asked for; ask for fewer, or raise noise or spread"

@@ -169,9 +169,11 @@ def choose(run: Run, engine: Engine, space: SearchSpace, attributions: dict[str,
     return recipe
 
 
-def candidate_choices(run: Run, space: SearchSpace, attributions: dict[str, Attribution]) -> dict[str, np.ndarray]:
-    """Return the configurations worth verifying: one per explanation, and the baselines of the same size."""
-    budget = run.settings.target_bits
+def candidate_choices(
+    run: Run, space: SearchSpace, attributions: dict[str, Attribution], *, target_bits: float | None = None
+) -> dict[str, np.ndarray]:
+    """Return the configurations worth verifying at a size (default: the run's): one per explanation, and baselines."""
+    budget = target_bits or run.settings.target_bits
     choices, y = stages.load_trials(run, space)
     found = {name: select(space, a.values, target_bits=budget) for name, a in attributions.items()}
     sensitivity = select(space, -space.noise_error, target_bits=budget)

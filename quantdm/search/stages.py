@@ -16,6 +16,7 @@ from quantdm.search.bank import WeightBank
 from quantdm.search.engine import Engine
 from quantdm.search.evaluation import Draw
 from quantdm.search.evaluator import Job
+from quantdm.search.proposals import propose
 from quantdm.search.run import Run
 from quantdm.search.sampling import sample_configs, sample_frontier
 from quantdm.search.store import TrialStore
@@ -34,7 +35,9 @@ SENSITIVITY_FILE = "sensitivity.json"
 SURROGATES = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
 # Shares of the trials: drawn over the whole space, near the frontier of the one-layer sensitivities, and near the
 # frontier of what was learned so far. Trials pay most where the answer lies.
-RANDOM_SHARE, FRONTIER_SHARE = 0.35, 0.35
+RANDOM_SHARE, FRONTIER_SHARE = 0.35, 0.3
+BATCH = 70  # learned trials that are chosen at once
+PROPOSERS = ("additive", "tree")  # the network takes a minute to fit, these take seconds
 
 
 # ------------------------------------------------------------------------------------------------------ layers, bank
@@ -111,31 +114,45 @@ def label_draw(run: Run) -> Draw:
     return Draw(run.settings.seed * 1000, run.settings.label_images, run.settings.label_steps)
 
 
-def run_trials(run: Run, engine: Engine, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
+def run_trials(
+    run: Run,
+    engine: Engine,
+    space: SearchSpace,
+    *,
+    targets: Sequence[float] = (),
+    proposers: Sequence[str] = PROPOSERS,
+) -> tuple[np.ndarray, np.ndarray]:
     """Write trials/: every planned configuration measured; return choices [T, L] and y = -log(fid_fp) [T].
 
     The plan is a function of the settings and of earlier labels only, so an interrupted run ends as an undisturbed one.
+    `targets` are the sizes whose frontier is explored (default: the run's), `proposers` the surrogates that choose the
+    learned batches.
     """
-    total, seed, target = run.settings.trials, run.settings.seed, run.settings.target_bits
-    anchors = np.tile(np.arange(len(space.options))[:, None], (1, len(space.layers)))
-    first = max(1, round(total * RANDOM_SHARE) - len(anchors))
-    second = round(total * FRONTIER_SHARE)
-    plan = [
-        anchors,
-        sample_configs(space, first, seed=seed),
-        sample_frontier(space, -space.noise_error, second, target_bits=target, seed=seed),
-    ]
-    choices = _distinct(np.concatenate(plan))[:total]
+    total, seed = run.settings.trials, run.settings.seed
+    targets = targets or (run.settings.target_bits,)
+    choices = first_trials(space, total, targets=targets, seed=seed)
+    batches = max(1, round((total - len(choices)) / BATCH))
     with bar(total, f"trials: {label_draw(run).images} images each") as progress:
-        y = _label(run, engine, space, choices, progress)
-        if len(choices) < total:
-            learned = AdditiveSurrogate(space, random_state=seed).fit(choices, y)
-            values = attribute(learned).values
-            more = sample_frontier(space, values, total, target_bits=target, spread=0.25, noise=0.4, seed=seed + 1)
-            fresh = _distinct(np.concatenate([choices, more]))[len(choices) : total]
-            y = np.concatenate([y, _label(run, engine, space, fresh, progress)])
+        y = label_trials(run, engine, space, choices, progress)
+        for batch in range(batches):
+            count = (total - len(choices)) // (batches - batch)
+            if count < 1:
+                continue
+            learned = [SURROGATES[name](space, random_state=seed).fit(choices, y) for name in proposers]
+            fresh = propose(space, learned, count, targets=targets, tried=choices, seed=seed + 1 + 1000 * batch)
+            y = np.concatenate([y, label_trials(run, engine, space, fresh, progress)])
             choices = np.concatenate([choices, fresh])
     return choices, y
+
+
+def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], seed: int) -> np.ndarray:
+    """Return the choices [T, L] that need no labels: every option alone, random mixes, the sensitivities' frontier."""
+    anchors = np.tile(np.arange(len(space.options))[:, None], (1, len(space.layers)))
+    plan = [anchors, sample_configs(space, max(1, round(total * RANDOM_SHARE) - len(anchors)), seed=seed)]
+    each = max(1, round(total * FRONTIER_SHARE / len(targets)))
+    for index, target in enumerate(targets):
+        plan.append(sample_frontier(space, -space.noise_error, each, target_bits=target, seed=seed + index))
+    return _distinct(np.concatenate(plan))[:total]
 
 
 def load_trials(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +169,8 @@ def label_of(trial: dict[str, Any]) -> float:
     return -float(np.log(max(trial["fid_fp"], 1e-9)))
 
 
-def _label(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, progress: Any) -> np.ndarray:
+def label_trials(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, progress: Any) -> np.ndarray:
+    """Measure choices [T, L] that have no trial yet and return the labels y [T] of all of them."""
     store = TrialStore(run.path("trials"))
     configs = [space.config(choice).to_labels() for choice in choices]
     jobs = [Job(label_draw(run), labels) for labels in configs]

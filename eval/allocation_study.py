@@ -1,0 +1,183 @@
+"""Does the learned allocation pay? One set of trials per reference pipeline, recipes of three sizes, every baseline.
+
+    python eval/allocation_study.py digits-dit --run-dir runs/study-dit
+
+The trials cover random mixes and the frontiers of all three sizes. Surrogates are fitted once; at every size their
+candidates are verified on images of their own, the best by measurement becomes the recipe, and recipe and baselines
+are measured on three draws of noises that neither the trials nor the verification saw. Run it again to go on.
+Result: eval/results/allocation_PIPELINE.json and recipes/PIPELINE-BITSbit-{a16,a6}.yaml.
+"""
+
+import argparse
+import datetime
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantdm.corridor import activation_spec_of
+from quantdm.denoisers.layers import list_layers
+from quantdm.denoisers.pipeline import get_denoiser, load_pipeline
+from quantdm.files import read_json, write_json
+from quantdm.progress import bar
+from quantdm.recipe import Provenance, Recipe
+from quantdm.search import final, stages
+from quantdm.search.engine import Engine
+from quantdm.search.evaluation import Draw, mean_and_sd
+from quantdm.search.evaluator import Job
+from quantdm.search.run import Run, versions
+from quantdm.search.search import candidate_choices, make_settings, unquantized_bytes
+from quantdm.search.store import TrialStore
+from quantdm.surrogates import RidgeSurrogate, SearchSpace, score_blocks, select
+from quantdm.surrogates.selection import select_lambda
+from quantdm.surrogates.space import spearman
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = (2.5, 3.0, 3.5)
+TRIALS, CEILING_TRIALS, ACTIVATION_BITS = 400, 100, 6
+NO_SEARCH = "baseline: "
+BASELINES = ("sensitivity", "lambda mode", "best sampled")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=None)
+    arguments = parser.parse_args()
+    pipe = load_pipeline(arguments.model)
+    denoiser = get_denoiser(pipe)
+    settings = make_settings(pipe, target_bits=3.0, target_bytes=None, trials=TRIALS, seed=0)
+    run = Run.create(arguments.run_dir, settings)
+    stages.describe(run, denoiser)
+    bank = stages.build_bank(run, denoiser)
+    with Engine(run, workers=arguments.workers) as engine:
+        space = stages.measure_space(run, engine, denoiser, bank)
+        stages.run_trials(run, engine, space, targets=SIZES, proposers=tuple(stages.SURROGATES))
+        choices, y = stages.load_trials(run, space)
+        fitted = stages.fit_surrogates(run, space, choices, y)
+        attributions = stages.explain(run, fitted)
+        fits = held_out(run, space, choices, y, fitted)
+        zero, blocks = score_blocks(fitted["graph"])
+        rest = unquantized_bytes(list_layers(denoiser), denoiser)
+        result: dict[str, Any] = {
+            "version": 1,
+            "model": arguments.model,
+            "trials": len(y),
+            "surrogates": fits,
+            "sizes": {},
+        }
+        spec = activation_spec_of(denoiser, ACTIVATION_BITS)
+        for size in SIZES:
+            candidates = candidate_choices(run, space, attributions, target_bits=size)
+            candidates["graph, whole blocks"] = select(space, zero.mean(axis=0), blocks=blocks, target_bits=size)
+            candidates["lambda mode"], _ = select_lambda(space, zero.mean(axis=0), blocks=blocks, target_bits=size)
+            rows = measure_size(run, engine, space, candidates, size, spec, rest)
+            result["sizes"][f"{size:g}"] = rows
+            result |= {
+                "sampling_noise": final.sampling_noise(engine, final.final_draws(run, images=1000)),
+                "machine": f"{platform.machine()}, {settings.dtype}",
+                "versions": versions(),
+                "date": datetime.date.today().isoformat(),
+                "protocol": "1000 images x 20 steps per draw, draws 101-103; labels 300 images x 8 steps, draw 0",
+            }
+            write_json(ROOT / "eval" / "results" / f"allocation_{arguments.model}.json", result)
+        result["surrogates"] |= {"ceiling": ceiling(run, engine, space, choices, y)}
+        write_json(ROOT / "eval" / "results" / f"allocation_{arguments.model}.json", result)
+
+
+def held_out(
+    run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray, fitted: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the held-out rank quality of every surrogate with its fold spread, beside what needs no learning."""
+    every = fitted | {"ridge": RidgeSurrogate(space, random_state=run.settings.seed).fit(choices, y)}
+    found: dict[str, Any] = {}
+    for name, surrogate in every.items():
+        found[name] = {"spearman": _spread(surrogate.cv_scores_), "ndcg_at_10": _spread(surrogate.cv_ndcg_)}
+    record = read_json(run.path("surrogate.json"), version=1)
+    return found | {"without learning (Spearman)": record["without_learning"]}
+
+
+def measure_size(
+    run: Run, engine: Engine, space: SearchSpace, candidates: dict[str, np.ndarray], size: float, spec: Any, rest: int
+) -> list[dict[str, Any]]:
+    """Verify the candidates of a size, keep the best as recipe, measure it beside the baselines on the final draws."""
+    configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
+    draws = [Draw(run.settings.seed * 1000 + 2 + i, run.settings.verify_images, 20) for i in range(2)]
+    figures = stages.verify(run, engine, configs, draws, f"verify at {size:g} bits")
+    verified = {name: mean_and_sd(rows)["mean"]["fid_fp"] or np.inf for name, rows in figures.items()}
+    searched = [name for name in configs if not name.startswith(NO_SEARCH)]
+    chosen = min(searched, key=lambda name: verified[name])
+    learned = min((name for name in searched if name not in BASELINES), key=lambda name: verified[name])
+    uniform = min(
+        (n for n in configs if n.startswith(NO_SEARCH) and "weight error" not in n), key=lambda name: verified[name]
+    )
+    jobs = {
+        "recipe": (Job(Draw(0, 0, 0), configs[chosen]), chosen),
+        "best learned": (Job(Draw(0, 0, 0), configs[learned]), learned),
+        "recipe A6": (Job(Draw(0, 0, 0), configs[chosen], spec.model_dump(mode="json")), "6-bit activations"),
+        "uniform": (Job(Draw(0, 0, 0), configs[uniform]), uniform.removeprefix(NO_SEARCH)),
+        "least weight error": (Job(Draw(0, 0, 0), configs[f"{NO_SEARCH}least weight error"]), "knapsack"),
+        "one-layer sensitivity": (Job(Draw(0, 0, 0), configs["sensitivity"]), "knapsack"),
+        "best of all sampled": (Job(Draw(0, 0, 0), configs["best sampled"]), "by its label"),
+        "lambda mode": (Job(Draw(0, 0, 0), configs["lambda mode"]), "independent argmax per block"),
+    }
+    rows = final.measure_rows(run, engine, space, jobs, final.final_draws(run, images=1000), rest)
+    by_name = {row["name"]: row for row in rows}
+    for name, activations in (("recipe", None), ("recipe A6", spec)):
+        save_recipe(run, configs[chosen], activations, size, chosen, by_name[name])
+    return [row | {"verified": verified} if row["name"] == "recipe" else row for row in rows]
+
+
+def save_recipe(run: Run, labels: Any, activations: Any, size: float, chosen: str, row: dict[str, Any]) -> None:
+    """Write recipes/PIPELINE-BITSbit-{a16,a6}.yaml with what was measured."""
+    recipe = Recipe(
+        model=run.settings.model,
+        layers=labels,
+        activations=activations,
+        avg_bits=round(row["avg_bits"], 6),
+        provenance=Provenance(
+            source=f"measured: {chosen}, the best by verification; three draws of 1000 images, 20 steps",
+            quantdm=versions().get("quantdm"),
+            seed=run.settings.seed,
+            trials=run.settings.trials,
+            target=f"{size:g} bits per weight",
+            measured={key: round(row[key], 4) for key in ("fid_fp", "fid_fp_sd", "fid_real", "psnr_fp")},
+        ),
+    )
+    suffix = "a16" if activations is None else f"a{activations.bits}"
+    recipe.save(ROOT / "recipes" / f"{run.settings.model}-{size:.1f}bit-{suffix}.yaml")
+
+
+def ceiling(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Return the rank correlation of two independent measurements of equal configurations: the limit of any model."""
+    picked = np.random.default_rng(0).permutation(len(choices))[:CEILING_TRIALS]
+    draw = Draw(run.settings.seed * 1000 + 50, run.settings.label_images, run.settings.label_steps)
+    store = TrialStore(run.path("ceiling"))
+    jobs = [Job(draw, space.config(choices[index]).to_labels()) for index in picked]
+    again = {job.key: store.get(job.key) for job in jobs}
+    todo = [job for job in jobs if again[job.key] is None]
+    with bar(len(jobs), "second measurement") as progress:
+        progress.update(len(jobs) - len(todo))
+        for index, record in engine.map("measure", todo):
+            again[todo[index].key] = record
+            store.put(todo[index].key, record)
+            progress.update()
+    second = np.array([stages.label_of(again[job.key] or {}) for job in jobs])
+    near = np.abs(space.avg_bits(choices[picked]) - 3.0) <= 0.6
+    return {
+        "spearman": spearman(second, y[picked]),
+        "spearman within 0.6 bits of 3": spearman(second[near], y[picked][near]),
+        "trials": len(picked),
+    }
+
+
+def _spread(folds: list[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(folds)), "sd": float(np.std(folds, ddof=1)), "folds": len(folds)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
