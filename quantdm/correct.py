@@ -7,7 +7,7 @@ import torch
 
 from quantdm.correction import fit_correction, step_table
 from quantdm.denoisers.pipeline import DiffusionPipeline, generate, memoized_text_encoders
-from quantdm.files import write_json
+from quantdm.files import digest, read_json, write_json
 from quantdm.metrics import batched, frechet_distance
 from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.search.engine import Engine
@@ -16,18 +16,21 @@ from quantdm.search.evaluator import Job, configured
 from quantdm.search.run import Run
 
 FIT_DRAWS, TEST_DRAWS = 2, 4
+STEPS_VERSION = 2
 
 
 def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: ActivationSpec | None, *, images: int) -> Path:
     """Write correction.safetensors: noise statistics along full-precision trajectories, and the variant that helps.
 
-    The variant is chosen by fid_fp on draws that neither the fit nor the final rows use.
+    The variant is chosen by fid_fp on draws that neither the fit nor the final rows use. A correction that was fitted
+    for the same weights and activations is kept.
 
     Args:
         images: trajectories for the statistics, and again for each draw on which the variants run freely.
     """
-    path = run.path("correction.safetensors")
-    if path.is_file():
+    path, record = run.path("correction.safetensors"), run.path("correction_steps.json")
+    key = digest(recipe.layers, None if activations is None else activations.model_dump(mode="json"), images)
+    if path.is_file() and record.is_file() and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
     evaluator = engine.local
     settings = run.settings
@@ -61,6 +64,6 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
         model=settings.model,
     )
     steps = step_table(correction, pipe.scheduler, settings.protocol.steps)
-    write_json(run.path("correction_steps.json"), {"version": 1, "steps": steps})
     correction.save(path)
+    write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "steps": steps})  # last: it says the pair is whole
     return path

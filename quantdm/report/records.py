@@ -110,7 +110,7 @@ def read_records(run_dir: str | Path) -> Records:
         recipe=recipe,
         correction=optional("correction.safetensors", load_correction),
         steps=tuple(
-            (optional("correction_steps.json", lambda path: read_json(path, version=1)) or {}).get("steps", ())
+            (optional("correction_steps.json", lambda path: read_json(path, version=2)) or {}).get("steps", ())
         ),
         summary=optional("summary.json", lambda path: read_json(path, version=1)),
         samples=samples,
