@@ -23,7 +23,8 @@ from quantdm.search.evaluation import evaluate
 
 # After this line `quantdm.search` is the function; the package of the same name stays importable as
 # `quantdm.search.bank` and so on, because it is loaded already.
-from quantdm.search.search import search
+from quantdm.search.search import Effort, search
+from quantdm.surrogates import select
 
 try:
     __version__ = version("quantdm")
@@ -33,6 +34,7 @@ except PackageNotFoundError:  # a source tree on the path, never installed
 __all__ = [
     "ActivationSpec",
     "Correction",
+    "Effort",
     "Graph",
     "LayerRecord",
     "Protocol",
@@ -59,6 +61,7 @@ __all__ = [
     "register",
     "remove_correction",
     "search",
+    "select",
     "set_activation_bits_",
     "trace_graph",
     "write_report",
