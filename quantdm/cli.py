@@ -10,6 +10,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import json
 import signal
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,10 @@ TargetBytes = Annotated[int | None, typer.Option(help="Or the size of the denois
 Trials = Annotated[int, typer.Option(min=1, help="Configurations whose images are measured.")]
 Seed = Annotated[int, typer.Option(min=0, help="Determines every sampled configuration and noise.")]
 ProtocolFile = Annotated[str | None, typer.Option("--protocol", help="YAML file: what images to measure on.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="PATTERN=SCHEME on top of the recipe; may be repeated, last wins.")
+]
+ModelCard = Annotated[bool, typer.Option("--model-card", help="Also write README.md: ready for the Hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -53,24 +58,24 @@ def demo(
     demo(model, target_bits=target_bits, run_dir=run_dir, quick=quick, seed=seed, say=typer.echo)
 
 
-@app.command(epilog="Example: quantdm inspect digits-dit --scheme kmeans-channel-4")
+@app.command(epilog="Example: quantdm inspect digits-dit --scheme kmeans-channel-4 --set 'proj_out*=uniform-channel-8'")
 def inspect(
-    model: Model,
+    target: Annotated[str, typer.Argument(help="Pipeline, export, directory, hub id, or a recipe file (*.yaml).")],
     scheme: Annotated[str | None, typer.Option(help="Show bits and SQNR of every layer under this scheme.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Or under the schemes of this recipe.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model of a recipe file, if not the one that it names.")] = None,
+    overrides: Overrides = None,
     as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line of CSV per layer.")] = False,
 ) -> None:
-    """List the quantizable layers of a denoiser: shape, operation type, block, bits, SQNR."""
-    from quantdm.inspection import inspect_layers, show_layers
-    from quantdm.recipe import load_recipe
+    """List the quantizable layers of a pipeline, an export or a recipe's model: shape, scheme, bits, SQNR."""
+    from quantdm.listing import inspect_target, layers_csv, layers_text
 
-    if scheme is not None and recipe is not None:
-        raise QuantDMError("inspect: give --scheme or --recipe, not both")
-    record = inspect_layers(model, scheme=scheme, recipe=None if recipe is None else load_recipe(recipe))
+    record = inspect_target(target, model=model, scheme=scheme, recipe=recipe, overrides=overrides or [])
     if as_json:
         typer.echo(json.dumps(record, indent=1))
     else:
-        show_layers(record)
+        typer.echo(layers_csv(record) if as_csv else layers_text(record), nl=not as_csv)
 
 
 @app.command(epilog="Example: quantdm bank digits-dit --run-dir runs/mine --target-bits 3.0")
@@ -120,7 +125,7 @@ def search(
 
 @app.command(epilog="Example: quantdm fit --run-dir runs/mine")
 def fit(run_dir: RunDir) -> None:
-    """Fit the surrogates on a run's trials and print their held-out rank correlations."""
+    """Fit the surrogates on a run's trials and print how well they rank held-out configurations."""
     from quantdm.files import read_json
     from quantdm.search import stages
     from quantdm.search.run import Run
@@ -130,8 +135,10 @@ def fit(run_dir: RunDir) -> None:
     stages.fit_surrogates(run, space, *stages.load_trials(run, space))
     scores = read_json(run.path("surrogate.json"))
     for name, folds in scores["held_out_spearman"].items():
+        ndcg = scores["held_out_ndcg"][name]
         typer.echo(
-            f"{name:<22} held-out Spearman {sum(folds) / len(folds):.3f}  (folds {min(folds):.3f} to {max(folds):.3f})"
+            f"{name:<22} Spearman {sum(folds) / len(folds):.3f} (folds {min(folds):.3f} to {max(folds):.3f})  "
+            f"NDCG@10 {sum(ndcg) / len(ndcg):.3f}"
         )
     for name, value in scores["without_learning"].items():
         typer.echo(f"{name:<22} Spearman {value:.3f}  (nothing learned)")
@@ -166,12 +173,54 @@ def select(
 
 
 @app.command(epilog="Example: quantdm apply digits-dit --recipe recipe.yaml -o digits-dit-3bit")
-def apply(model: Model, recipe: Annotated[Path, typer.Option(help="Recipe file.")], out: Out) -> None:
+def apply(
+    model: Model,
+    recipe: Annotated[Path, typer.Option(help="Recipe file.")],
+    out: Out,
+    overrides: Overrides = None,
+    model_card: ModelCard = False,
+) -> None:
     """Quantize a pipeline by a recipe and save it packed."""
+    from quantdm.card import write_card
     from quantdm.export import export_pipeline
     from quantdm.recipe import load_recipe
 
-    typer.echo(f"pipeline: {export_pipeline(model, load_recipe(recipe), out)}")
+    typer.echo(f"pipeline: {export_pipeline(model, load_recipe(recipe).override(overrides or []), out)}")
+    if model_card:
+        typer.echo(f"model card: {write_card(out)}")
+
+
+@app.command("import", epilog="Example: quantdm import dit.pkl --model facebook/DiT-XL-2-256 -o recipe.yaml")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Published configuration, or trials (quant_cache.pkl).")],
+    model: Annotated[str, typer.Option(help="Pipeline it is for: directory, hub id or config.json of the denoiser.")],
+    out: Out,
+) -> None:
+    """Turn a published configuration into a recipe, or published trials into a folder of trial records."""
+    from quantdm.denoisers.layers import list_layers
+    from quantdm.hub.reference import import_recipe, import_trials
+    from quantdm.hub.skeleton import open_skeleton
+    from quantdm.search.store import TrialStore
+
+    layers = list_layers(open_skeleton(model))
+    if out.suffix in (".yaml", ".yml"):
+        recipe = import_recipe(file, layers, model=model)
+        typer.echo(f"recipe: {recipe.save(out)}  ({recipe.avg_bits:.4f} bits per weight)")
+        for note in recipe.provenance.notes:
+            typer.echo(f"  {note}")
+        return
+    store = TrialStore(out)
+    for key, trial in import_trials(file, layers):
+        store.put(key, trial)
+    typer.echo(f"trials: {out}  ({len(store)} records)")
+
+
+@app.command(epilog="Example: quantdm schema > recipe.schema.json")
+def schema() -> None:
+    """Print the JSON schema of recipe files, for editors and other tools."""
+    from quantdm.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=1))
 
 
 @app.command(epilog="Example: quantdm correct --run-dir runs/mine --bits 6")
@@ -237,34 +286,42 @@ def evaluate(
         typer.echo(f"  {key:<10} " + ("-" if value is None else f"{value:.4f} ± {result['sd'][key]:.4f}"))
 
 
-@app.command(epilog="Example: quantdm export --run-dir runs/mine -o digits-dit-3bit")
-def export(run_dir: RunDir, out: Out) -> None:
+@app.command(epilog="Example: quantdm export --run-dir runs/mine -o digits-dit-3bit --model-card")
+def export(run_dir: RunDir, out: Out, model_card: ModelCard = False) -> None:
     """Write a run's result as a directory that plain diffusers opens."""
+    from quantdm.card import write_card
     from quantdm.corridor import export_run
     from quantdm.search.run import Run
 
-    typer.echo(f"export: {export_run(Run.open(run_dir), out)}")
+    run = Run.open(run_dir)
+    typer.echo(f"export: {export_run(run, out)}")
+    if model_card:
+        summary = run.path("summary.json")
+        typer.echo(f"model card: {write_card(out, summary=summary if summary.is_file() else None)}")
 
 
 @app.command(epilog="Example: quantdm report --run-dir runs/mine")
 def report(run_dir: RunDir) -> None:
-    """Write a run's HTML report (one file, opens without network)."""
+    """Write a run's HTML report (one file, opens without network), and its insights as SVG and JSON."""
     from quantdm.report import write_report
+    from quantdm.report.insight_files import save_insights
 
     typer.echo(f"report: {write_report(run_dir)}")
+    if all((run_dir / name).is_file() for name in ("space.json", "recipe.yaml", "attribution.json")):
+        typer.echo(f"insights: {save_insights(run_dir)[0].parent}")
 
 
 @app.command(epilog="Example: quantdm doctor")
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine has: versions, devices, fast paths, embedded pipelines."""
-    from quantdm.inspection import examine_machine
+    """Say what this machine has: versions, devices, which paths are fast here, what is missing."""
+    from quantdm.doctor import examine_machine
 
     record = examine_machine()
     if as_json:
         typer.echo(json.dumps(record, indent=1))
         return
     for key, value in record.items():
-        typer.echo(f"{key:<22} {value}")
+        typer.echo("\n".join(textwrap.wrap(f"{key:<24} {value}", 79, subsequent_indent=" " * 25)))
 
 
 class Interrupted(BaseException):

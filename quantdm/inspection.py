@@ -1,7 +1,5 @@
-"""What the command line shows: layers, attributions, image grids, measurements, the machine."""
+"""What the command line shows: attributions, image grids, measurements."""
 
-import json
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -10,100 +8,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from quantdm.denoisers.layers import list_layers
-from quantdm.denoisers.pipeline import generate, get_denoiser, known_pipelines, load_pipeline
+from quantdm.denoisers.pipeline import generate, load_pipeline
 from quantdm.denoisers.protocol import Protocol, load_protocol
 from quantdm.errors import QuantDMError
 from quantdm.files import atomic_path
-from quantdm.metrics import relative_error
-from quantdm.modules import packed_layers
 from quantdm.progress import bar
-from quantdm.quantizers import QuantizedWeight, quantize_weight
-from quantdm.recipe import Provenance, Recipe, check_layers
-from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
+from quantdm.recipe import Provenance, Recipe
 from quantdm.search import stages
 from quantdm.search.evaluation import Draw, evaluate
-from quantdm.search.run import Run, cores, fast_dtype, versions
+from quantdm.search.run import Run, fast_dtype, versions
 from quantdm.search.search import default_protocol, model_name
 from quantdm.surrogates import Attribution, SearchSpace, select
-
-# ----------------------------------------------------------------------------------------------------------- layers
-
-
-def inspect_layers(model: str, *, scheme: str | None = None, recipe: Recipe | None = None) -> dict[str, Any]:
-    """Return one record per quantizable layer, with bits and SQNR when a scheme or recipe is given.
-
-    An already quantized pipeline shows the schemes it has (SQNR needs the original weights and is left out).
-    """
-    denoiser = get_denoiser(load_pipeline(model))
-    layers = list_layers(denoiser)
-    names = [layer.name for layer in layers]
-    packed = packed_layers(denoiser)
-    config = QuantConfig.uniform(names, Scheme.parse(scheme)) if scheme is not None else None
-    if recipe is not None:
-        config = recipe.config
-        check_layers(config, names)
-    if packed and config is not None:
-        raise QuantDMError(f"inspect: {model} is quantized already; leave out --scheme and --recipe to see its layers")
-    rows = []
-    for layer in layers:
-        row: dict[str, Any] = {
-            "name": layer.name,
-            "op_type": layer.op_type,
-            "block": layer.block,
-            "shape": list(layer.shape),
-            "num_weights": layer.num_weights,
-            "quantizers": layer.quantizers,
-        }
-        chosen = config[layer.name] if config is not None else None
-        if layer.name in packed:
-            row |= _size(packed[layer.name].quantized)
-        elif chosen is not None:
-            weight = denoiser.get_parameter(f"{layer.name}.weight").detach()
-            quantized = quantize_weight(weight, chosen, split=layer.split, name=layer.name)
-            error = relative_error(quantized.dequantize(dtype=torch.float32), weight)
-            row |= _size(quantized) | {"sqnr_db": None if error == 0 else round(-10 * float(np.log10(error)), 2)}
-        rows.append(row)
-    weights = sum(layer.num_weights for layer in layers)
-    bits = sum(row.get("num_bits", row["num_weights"] * ORIGINAL_BITS) for row in rows)
-    return {
-        "model": model,
-        "denoiser": type(denoiser).__name__,
-        "layers": rows,
-        "num_weights": weights,
-        "avg_bits": bits / weights,
-        "weight_bytes": -(-bits // 8),
-    }
-
-
-def _size(quantized: QuantizedWeight) -> dict[str, Any]:
-    return {"scheme": quantized.scheme.label, "num_bits": quantized.num_bits, "nbytes": quantized.nbytes}
-
-
-def show_layers(record: dict[str, Any]) -> None:
-    """Print the record of `inspect_layers` as a table, at most 79 columns wide."""
-    table = Table(title=f"{record['model']}: {record['denoiser']}")
-    quantized = any("scheme" in row for row in record["layers"])
-    table.add_column("layer", overflow="fold")
-    for name in ("shape", "scheme", "bits", "dB") if quantized else ("shape", "weights", "op type"):
-        table.add_column(name, justify="right", no_wrap=name not in ("op type", "scheme"))
-    for row in record["layers"]:
-        shape = "x".join(map(str, row["shape"])) + (" (2)" if row["quantizers"] == 2 else "")
-        if quantized:
-            bits = row.get("num_bits", row["num_weights"] * ORIGINAL_BITS) / row["num_weights"]
-            sqnr = row.get("sqnr_db")
-            table.add_row(
-                row["name"], shape, row.get("scheme", "-"), f"{bits:.3f}", "-" if sqnr is None else f"{sqnr:.1f}"
-            )
-        else:
-            table.add_row(row["name"], shape, f"{row['num_weights']:,}", row["op_type"])
-    console = Console(width=79)
-    console.print(table)
-    console.print(
-        f"{len(record['layers'])} layers, {record['num_weights']:,} weights, {record['avg_bits']:.4f} bits per weight, "
-        f"{record['weight_bytes'] / 1e6:.3f} MB. (2): fed by a concatenated long skip, one quantizer per half."
-    )
-
 
 # ------------------------------------------------------------------------------------------- attribution, selection
 
@@ -198,23 +113,3 @@ def evaluate_model(
     full = None if reference is None else load_pipeline(reference, torch_dtype=dtype)
     chosen = protocol_of(model, pipe, protocol)
     return evaluate(pipe, protocol=chosen, reference=full, num_images=images, seeds=seeds, steps=steps)
-
-
-# ---------------------------------------------------------------------------------------------------------- machine
-
-
-def examine_machine() -> dict[str, Any]:
-    """Return versions, devices and fast paths of this machine."""
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    return {
-        "python": platform.python_version(),
-        **versions(),
-        "processor cores": cores(),
-        "accelerator": gpu,
-        "images are generated in": fast_dtype(),
-        "weights stay packed": "in memory and on disk; decoded for each layer when it runs",
-        "embedded pipelines": ", ".join(known_pipelines()),
-        "capabilities": json.dumps(
-            {k: v for k, v in torch.cpu.get_capabilities().items() if k.startswith(("amx", "avx512_bf16")) and v}
-        ),
-    }

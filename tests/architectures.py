@@ -1,4 +1,4 @@
-"""Public configurations of big denoisers, as data: class name and the arguments that differ from its defaults."""
+"""Configurations of denoisers, as data: class name and the arguments that differ from its defaults."""
 
 PUBLIC = {
     "pixart-xl-2": (
@@ -31,6 +31,41 @@ PUBLIC = {
         {
             "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "patch_size": 2, "in_channels": 4,
             "out_channels": 8, "sample_size": 32,
+        },
+    ),
+    "sd-3.5-medium": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+            "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+        },
+    ),
+    "flux.1-dev": (
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+            "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+            "guidance_embeds": True, "axes_dims_rope": (16, 56, 56),
+        },
+    ),
+}  # fmt: skip
+# The embedded reference pipelines' denoisers.
+DIGITS = {
+    "digits-dit": (
+        "DiTTransformer2DModel",
+        {
+            "num_attention_heads": 5, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "num_layers": 6,
+            "sample_size": 8, "patch_size": 2,
+        },
+    ),
+    "digits-sd": (
+        "UNet2DConditionModel",
+        {
+            "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (64, 160),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_per_block": 1, "norm_num_groups": 16,
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 160, "attention_head_dim": 5,
         },
     ),
 }  # fmt: skip

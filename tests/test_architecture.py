@@ -21,8 +21,8 @@ ROWS = (
     ("surrogates",),
     ("search",),
     ("report",),
-    ("export", "correct"),
-    ("corridor", "inspection"),
+    ("export", "correct", "card"),
+    ("corridor", "inspection", "listing", "doctor"),
     ("__init__", "cli"),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
@@ -74,8 +74,9 @@ def test_importing_quantdm_loads_nothing_heavy():
 
 
 def test_no_pickle_and_no_eval():
+    reader = ROOT / "hub/plain_pickle.py"  # of files that others published: it admits no class and no function
     for path in FILES:
-        assert not {"pickle", "dill", "joblib"} & set(imports_of(path)), path
+        assert path == reader or not {"pickle", "dill", "joblib"} & set(imports_of(path)), path
         calls = [
             n.func.id
             for n in ast.walk(ast.parse(path.read_text()))

@@ -27,6 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from quantdm.denoisers.layers import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.hub import QuantDMConfig, QuantDMQuantizer, apply_recipe, register
+from quantdm.hub.layers import average_bits
 from quantdm.modules import (
     activation_spec,
     default_keep_8bit,
@@ -183,7 +184,8 @@ def test_the_header_says_how_every_layer_was_quantized(dense_dirs: dict[str, Pat
     assert any(entry[3] for entry in layers.values())
     assert {key for key in tensors if key.endswith(".packed")} == {f"{name}.packed" for name in layers}
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
-    assert config == {"quant_method": "quantdm", "version": 1, "model": "tiny"}
+    assert config.pop("avg_bits") == pytest.approx(average_bits(list_layers(model), recipe.config), abs=1e-6)
+    assert config == {"quant_method": "quantdm", "version": 2, "model": "tiny"}
 
 
 def test_weights_come_from_a_bank_when_there_is_one(dense_dirs: dict[str, Path]) -> None:

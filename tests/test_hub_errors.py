@@ -1,6 +1,6 @@
 """Damaged exports and misfitting recipes end in one clear error, never in a model with random or missing weights."""
 
-import json
+import re
 import struct
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from quantdm.modules import (
     set_activation_bits_,
 )
 from quantdm.recipe import ActivationSpec
+from tests.forge import edit_file, edit_json, sign
 from tests.hub_models import DTYPES, WEIGHTS, contents, load, mixed_recipe, run, save_dense, save_export, uniform_config
 
 
@@ -90,17 +91,11 @@ def test_activations_set_before_quantizing_stay_and_are_saved(dense_dirs: dict[s
 
 def edit_config(directory: Path, **changes: object) -> None:
     """Change the quantization_config of an export."""
-    config = json.loads((directory / "config.json").read_text())
-    config["quantization_config"] |= changes
-    (directory / "config.json").write_text(json.dumps(config))
+    edit_json(directory / "config.json", lambda config: config["quantization_config"].update(changes))
 
 
-def rewrite(directory: Path, header: dict[str, str], tensors: dict[str, torch.Tensor]) -> None:
-    """Replace the weights of an export."""
-    save_file(tensors, directory / WEIGHTS, metadata=header)
-
-
-Q, BIAS = "transformer_blocks.0.attn1.to_q.packed", "transformer_blocks.0.attn1.to_q.bias"
+LAYER = "transformer_blocks.0.attn1.to_q"
+Q, BIAS = f"{LAYER}.packed", f"{LAYER}.bias"
 DAMAGES = {
     "packed tensor missing": (lambda t: t.pop(Q), "1 tensors are missing, first transformer_blocks"),
     "bias missing": (lambda t: t.pop(BIAS), "1 tensors are missing, first transformer_blocks"),
@@ -119,16 +114,36 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_damaged_tensors_are_one_clear_error(damage: str, dtype: torch.dtype, damaged: Path) -> None:
+def test_tensors_that_do_not_fit_are_one_clear_error(damage: str, dtype: torch.dtype, damaged: Path) -> None:
     change, message = DAMAGES[damage]
-    header, tensors = contents(damaged / WEIGHTS)
-    change(tensors)
-    rewrite(damaged, header, tensors)
+    edit_file(damaged / WEIGHTS, lambda _, tensors: change(tensors))
+    accident = message if "missing" in message or "no layer" in message else rf"{WEIGHTS}: .* layer .*to_q is not what"
+    with pytest.raises(QuantDMError, match=accident):
+        DiTTransformer2DModel.from_pretrained(damaged, dtype=dtype)
+    edit_file(damaged / WEIGHTS, sign)
     with pytest.raises(QuantDMError, match=message):
         DiTTransformer2DModel.from_pretrained(damaged, dtype=dtype)
 
 
-LAYER = "transformer_blocks.0.attn1.to_q"
+def flip(tensor: torch.Tensor) -> None:
+    """Flip the lowest bit of a tensor's last byte."""
+    tensor.view(torch.uint8)[-1] ^= 1
+
+
+@pytest.mark.parametrize("size", ["10GB", "20KB"], ids=["one file", "shards"])
+def test_a_flipped_bit_names_its_file_and_its_layer(size: str, export: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    DiTTransformer2DModel.from_pretrained(export).save_pretrained(folder, max_shard_size=size)
+    for name, called in ((Q, f"the packed weight of layer {LAYER}"), (BIAS, BIAS)):
+        path = next(path for path in folder.glob("*.safetensors") if name in contents(path)[1])
+        good = path.read_bytes()
+        edit_file(path, lambda _, tensors, name=name: flip(tensors[name]))
+        with pytest.raises(QuantDMError, match=rf"{path}: {called} is not what was saved \(checksum\)"):
+            DiTTransformer2DModel.from_pretrained(folder, dtype=torch.bfloat16)
+        path.write_bytes(good)
+    assert torch.equal(run(load(folder)), run(load(export)))
+
+
 TABLES = {
     "no table": (lambda h: h.pop("quantdm"), "its header has no layer table"),
     "not JSON": (lambda h: h.update(quantdm="{"), "table in its header is damaged"),
@@ -143,7 +158,9 @@ TABLES = {
         "table in its header is damaged",
     ),
     "no layers": (
-        lambda h: h.update(quantdm='{"version":1,"schemes":[],"dtypes":[],"layers":{}}'),
+        lambda h: h.update(
+            quantdm='{"version":1,"schemes":[],"dtypes":[],"layers":{},"packed":"","others":"","crc32":0}'
+        ),
         "tensors are missing",
     ),
     "unknown scheme": (lambda h: h.update(quantdm=h["quantdm"].replace("uniform-channel-2", "magic-9")), "'magic-9'"),
@@ -151,19 +168,34 @@ TABLES = {
     "other shape": (lambda h: h.update(quantdm=h["quantdm"].replace("[32,32]", "[32,33]")), "for another model"),
     "other layer": (lambda h: h.update(quantdm=h["quantdm"].replace(LAYER, "x.y")), "has no layer x.y"),
     "other scheme": (lambda h: h.update(quantdm=h["quantdm"].replace("-3", "-4")), "bytes, expected"),
-    "split outside": (lambda h: h.update(quantdm=h["quantdm"].replace("[]]", "[4000]]")), r"got seams \[4000\]"),
+    "split outside": (lambda h: h.update(quantdm=h["quantdm"].replace(",[]]", ",[4000]]")), r"got seams \[4000\]"),
     "index outside": (lambda h: h.update(quantdm=h["quantdm"].replace(":[0,0", ":[99,0")), "got scheme 99"),
+    "too few checksums": (
+        lambda h: h.update(quantdm=re.sub(r'"others":".{16}', '"others":"', h["quantdm"])),
+        "tensors that are not quantized, expected",
+    ),
+    "checksums of no layer": (
+        lambda h: h.update(quantdm=re.sub(r'"layers":{.*},"packed"', '"layers":{},"packed"', h["quantdm"])),
+        r"layer table in its header is damaged \(\d+ checksums for 0 layers",
+    ),
+    "checksums not base64": (
+        lambda h: h.update(quantdm=h["quantdm"].replace('"others":"', '"others":"?')),
+        "table in its header is damaged",
+    ),
 }
 
 
 @pytest.mark.parametrize("damage", TABLES)
-def test_a_damaged_layer_table_is_one_clear_error(damage: str, damaged: Path) -> None:
+def test_a_layer_table_that_does_not_fit_is_one_clear_error(damage: str, damaged: Path) -> None:
     change, message = TABLES[damage]
-    header, tensors = contents(damaged / WEIGHTS)
-    change(header)
-    rewrite(damaged, header, tensors)
-    with pytest.raises(QuantDMError, match=message):
+    edit_file(damaged / WEIGHTS, lambda header, _: change(header))
+    early = any(word in message for word in ("table", "version"))
+    with pytest.raises(QuantDMError, match=message if early else "is not the one that was saved"):
         DiTTransformer2DModel.from_pretrained(damaged)
+    if not early:
+        edit_file(damaged / WEIGHTS, sign)
+        with pytest.raises(QuantDMError, match=message):
+            DiTTransformer2DModel.from_pretrained(damaged)
 
 
 def test_a_cut_file_a_flipped_header_or_another_config_version_is_one_clear_error(damaged: Path) -> None:
@@ -178,7 +210,7 @@ def test_a_cut_file_a_flipped_header_or_another_config_version_is_one_clear_erro
     edit_config(damaged, version=2)
     with pytest.raises(QuantDMError, match="got version 2, expected 1"):
         DiTTransformer2DModel.from_pretrained(damaged)
-    edit_config(damaged, version=1, activations={"bits": 7})
+    edit_config(damaged, version=2, activations={"bits": 7})
     with pytest.raises(QuantDMError, match=r"activations\.bits"):
         DiTTransformer2DModel.from_pretrained(damaged)
     edit_config(damaged, activations=None, future_key=1)  # a later quantdm may write more
@@ -201,6 +233,9 @@ def test_a_dense_file_under_a_quantized_config_and_a_lost_shard_are_errors(
     with pytest.raises(QuantDMError, match="its layer table differs"):
         DiTTransformer2DModel.from_pretrained(shards)
     header, tensors = contents(first)
-    save_file(tensors, second, metadata=header)  # the index promises tensors that the second file no longer has
+    save_file(tensors, second, metadata=header)
+    with pytest.raises(QuantDMError, match=f"lies in {first.name} too"):
+        DiTTransformer2DModel.from_pretrained(shards)
+    save_file({}, second, metadata=header)  # the index promises tensors that the second file no longer has
     with pytest.raises(QuantDMError, match="tensors are missing"):
         DiTTransformer2DModel.from_pretrained(shards)

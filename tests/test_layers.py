@@ -23,6 +23,8 @@ EXPECTED = {
     "sdxl": (794, 2_565_880_320, {"resnets.conv1": SDXL_SEAMS, "resnets.conv_shortcut": SDXL_SEAMS}),
     "sd-1.5": (282, 859_077_120, {"resnets.conv1": SD15_SEAMS, "resnets.conv_shortcut": SD15_SEAMS}),
     "dit-xl-2": (255, 716_986_368, {}),
+    "sd-3.5-medium": (393, 2_241_921_024, {}),
+    "flux.1-dev": (504, 11_898_322_944, {}),
 }
 TINY_DIT = {
     "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4, "num_layers": 2,
@@ -151,8 +153,12 @@ def test_real_meta_and_quantized_denoisers_have_one_inventory(cls: str, config: 
 def test_operation_types_are_shared_between_denoisers() -> None:
     types = {n: {r.op_type for r in list_layers(build(*PUBLIC[n]))} for n in PUBLIC}
     assert types["sdxl"] - types["sd-1.5"] == {"add_embedding.linear_1", "add_embedding.linear_2"}
-    shared = {f"attn1.to_{x}" for x in ("q", "k", "v", "out.0")} | {"ff.net.0.proj", "ff.net.2"}
-    assert shared <= set.intersection(*types.values())
+    ff = {"ff.net.0.proj", "ff.net.2"}
+    assert ff <= set.intersection(*types.values())
+    joint = ("sd-3.5-medium", "flux.1-dev")  # text and image attend together there
+    for names, attention in ((joint, "attn"), ([n for n in PUBLIC if n not in joint], "attn1")):
+        shared = {f"{attention}.to_{x}" for x in ("q", "k", "v", "out.0")}
+        assert shared <= set.intersection(*(types[n] for n in names))
     assert all(not t.split(".")[0].isdigit() for ts in types.values() for t in ts)
     assert len(types["sdxl"]) < 30
 

@@ -1,16 +1,32 @@
 """The embedded pipelines are stock, small and good; images depend on their seeds alone."""
 
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
+from diffusers.quantizers import auto as diffusers_auto
+from transformers import CLIPTextModel
+from transformers.quantizers import auto as transformers_auto
 
-from quantdm import QuantDMError, generate, get_denoiser, list_layers, load_pipeline, load_protocol
+from quantdm import (
+    QuantConfig,
+    QuantDMError,
+    Scheme,
+    apply_recipe,
+    generate,
+    get_denoiser,
+    list_layers,
+    load_pipeline,
+    load_protocol,
+)
 from quantdm.denoisers.digits import load_digit_images
 from quantdm.denoisers.pipeline import REFERENCE, memoized_text_encoders, record_calls, replay
 from quantdm.metrics import load_digit_classifier
+from quantdm.modules import packed_layers
+from tests.forge import edit_file, edit_json
 
 NAMES = ("digits-dit", "digits-sd")
 
@@ -102,8 +118,111 @@ def test_a_truncated_checkpoint_is_one_clear_error(tmp_path, dit):
     dit.save_pretrained(tmp_path / "broken")
     weights = next((tmp_path / "broken" / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(QuantDMError, match="cannot be opened"):
+    with pytest.raises(QuantDMError, match=rf"{weights}: damaged or not a safetensors file"):
         load_pipeline(tmp_path / "broken")
+
+
+@pytest.fixture(scope="module")
+def small_sd(tmp_path_factory):
+    """Return an export of digits-sd with a quantized text encoder and a quantized U-Net."""
+    pipe, folder = load_pipeline("digits-sd"), tmp_path_factory.mktemp("small")
+    encoder = pipe.text_encoder
+    names = [name for name, module in encoder.named_modules() if isinstance(module, torch.nn.Linear)]
+    apply_recipe(encoder, QuantConfig.uniform(names, Scheme.parse("uniform-channel-8")))
+    layers = [layer.name for layer in list_layers(pipe.unet)]
+    apply_recipe(pipe, QuantConfig.uniform(layers, Scheme.parse("uniform-channel-4")))
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def images_of(pipe):
+    """Make two images."""
+    return generate(pipe, load_protocol("digits-sd"), [1, 2], steps=2)
+
+
+@pytest.fixture
+def damaged_sd(small_sd, tmp_path):
+    """Return a fresh copy of the export."""
+    return Path(shutil.copytree(small_sd, tmp_path / "small"))
+
+
+def test_a_pipeline_with_two_quantized_components_opens_through_both_doors(small_sd):
+    plain, ours = DiffusionPipeline.from_pretrained(small_sd), load_pipeline(small_sd)
+    plain.set_progress_bar_config(disable=True)
+    for name in ("text_encoder", "unet"):
+        assert len(packed_layers(getattr(ours, name))) == len(packed_layers(getattr(plain, name))) > 5
+    assert torch.equal(images_of(plain), images_of(ours))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_a_config_and_weights_that_disagree_on_quantization_are_one_clear_error(part, damaged_sd):
+    config = damaged_sd / part / "config.json"
+    good = config.read_text()
+    for change in (
+        lambda record: record.pop("quantization_config"),
+        lambda record: record.update(quantization_config=None),
+        lambda record: record["quantization_config"].update(quant_method="quantdn"),  # transformers skips what it lacks
+    ):
+        config.write_text(good)
+        edit_json(config, change)
+        with pytest.raises(QuantDMError, match=rf"{config}: its weights were quantized by quantdm, but it has no"):
+            load_pipeline(damaged_sd)
+    config.write_text(good)
+    shutil.copytree(REFERENCE / "digits-sd" / part, damaged_sd / part, dirs_exist_ok=True)
+    config.write_text(good)
+    with pytest.raises(QuantDMError, match=rf"{config}: says that quantdm quantized it, but there are no packed"):
+        load_pipeline(damaged_sd)
+
+
+@pytest.mark.parametrize("auto", [diffusers_auto, transformers_auto], ids=["diffusers", "transformers"])
+def test_without_the_plug_in_there_is_an_error_and_no_random_weights(auto, small_sd, monkeypatch):
+    for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        monkeypatch.delitem(mapping, "quantdm")
+    with pytest.raises(QuantDMError, match=r"quantdm\.register\(\)|Unknown quantization type, got quantdm"):
+        load_pipeline(small_sd)
+
+
+def lose(name):
+    """Return a change that takes a tensor away."""
+    return lambda _, tensors: tensors.pop(name)
+
+
+def flip(name):
+    """Return a change that flips the lowest bit of a tensor's last byte."""
+    return lambda _, tensors: tensors[name].reshape(-1).view(torch.uint8)[-1].bitwise_xor_(1)
+
+
+PACKED, PLAIN = "encoder.layers.0.mlp.fc1.packed", "final_layer_norm.bias"
+DAMAGED_TEXT_ENCODERS = {
+    "packed weight missing": (lose(PACKED), "does not fit its layer table"),
+    "other tensor missing": (lose(PLAIN), "does not fit its layer table"),
+    "other tensor renamed": (lambda _, t: t.update(x=t.pop(PLAIN)), f"{PLAIN}: was not in the checkpoint"),
+    "bit flipped": (
+        flip(PACKED),
+        r"model\.safetensors: the packed weight of layer encoder\.layers\.0\.mlp\.fc1 is not",
+    ),
+    "wrong size": (
+        lambda _, t: t.update({PACKED: t[PACKED][:-8].clone()}),
+        r"fc1\.packed: got U8 \(\d+,\), expected the bytes",
+    ),
+    "wrong dtype": (lambda _, t: t.update({PACKED: t[PACKED].float()}), r"fc1\.packed: got F32"),
+    "weights exchanged": (
+        lambda _, t: t.update({PACKED: t[PACKED.replace("0", "1")], PACKED.replace("0", "1"): t[PACKED]}),
+        "is not what was saved",
+    ),
+    "no layer table": (lambda header, _: header.pop("quantdm"), "no layer table"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_TEXT_ENCODERS)
+def test_a_damaged_text_encoder_is_one_clear_error(damage, damaged_sd):
+    change, message = DAMAGED_TEXT_ENCODERS[damage]
+    edit_file(damaged_sd / "text_encoder/model.safetensors", change)
+    with pytest.raises(QuantDMError, match=message) as caught:
+        load_pipeline(damaged_sd)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises((QuantDMError, RuntimeError)):  # transformers itself refuses other shapes
+        CLIPTextModel.from_pretrained(damaged_sd / "text_encoder")
 
 
 def test_a_protocol_that_does_not_fit_or_exist_is_one_clear_error(dit, tmp_path):

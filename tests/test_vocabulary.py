@@ -11,14 +11,26 @@ from quantdm.files import atomic_path, digest, load_tensors, read_json, save_ten
 from quantdm.recipe import check_layers
 
 schemes = st.builds(
-    lambda method, bits, group, table: Scheme(
+    lambda method, bits, group, table, flag, p, calibration: Scheme(
         method=method, bits=bits, granularity="group" if isinstance(group, int) else group,
         group_size=group if isinstance(group, int) else None, table=table if method == "kmeans" else None,
+        symmetric=flag and method == "uniform", half_steps=flag and method == "log2",
+        p=p if method != "kmeans" and calibration is None else 2.4, calibration=calibration,
     ),
     st.sampled_from(["uniform", "kmeans", "log2"]),
     st.integers(2, 8),
     st.sampled_from(["tensor", "channel", 32, 64, 100]),
     st.sampled_from([None, "int8", "fp16"]),
+    st.booleans(),
+    st.sampled_from([2, 2.4]),
+    st.sampled_from([None, "importance", "feedback"]),
+) | st.builds(
+    lambda bits, size, calibration: Scheme(
+        method="kmeans", bits=bits, granularity="shared", group_size=size, calibration=calibration
+    ),
+    st.integers(2, 8),
+    st.sampled_from([None, 32, 64, 128]),
+    st.sampled_from([None, "importance", "feedback"]),
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from quantdm.denoisers.protocol import Protocol
+from quantdm.denoisers.stored import check_opened, check_stored
 from quantdm.errors import QuantDMError, nearest
 
 # diffusers renamed the argument in 0.42 and warns about the old name
@@ -62,12 +63,15 @@ def load_pipeline(
         device: where the pipeline is put.
 
     Raises:
-        QuantDMError: unknown name (the known ones are listed), or the checkpoint cannot be opened.
+        QuantDMError: unknown name (the known ones are listed), the checkpoint cannot be opened, or a component's
+            config and weights do not agree on what quantdm quantized.
     """
     path = pipeline_path(name_or_path)
     try:
         with _no_loading_bars():
+            packed = check_stored(Path(path if Path(path).is_dir() else DiffusionPipeline.download(path)))
             pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE_ARGUMENT: torch_dtype or torch.float32})
+            check_opened(pipe, packed)
     except QuantDMError:
         raise
     except Exception as error:  # diffusers raises whatever its readers raise: OSError, SafetensorError, ValueError, ...

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from diffusers import ModelMixin
 from diffusers.quantizers import auto as diffusers_auto
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import auto as transformers_auto
 
@@ -13,10 +14,11 @@ from quantdm.denoisers.pipeline import get_denoiser
 from quantdm.errors import QuantDMError
 from quantdm.hub.checkpoint import layer_table
 from quantdm.hub.config import QuantDMConfig, QuantizationMethod
-from quantdm.hub.layers import Bank, quantize_layers_
+from quantdm.hub.layers import Bank, average_bits, model_layers, pack_layers, set_packed_
 from quantdm.hub.quantizer import QuantDMHfQuantizer, QuantDMQuantizer
 from quantdm.modules.activations import activation_spec, layer_bits, set_activation_bits_
-from quantdm.recipe import Recipe, load_recipe
+from quantdm.quantizers import QuantizedWeight
+from quantdm.recipe import ActivationSpec, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
 
 Model = TypeVar("Model")
@@ -38,50 +40,87 @@ def apply_recipe(
 ) -> Model:
     """Quantize a live pipeline's denoiser (or a model) in place: its weights stay packed from now on.
 
-    `pipe.save_pretrained(directory)` then writes the packed weights; `from_pretrained` opens them bit by bit the same
-    in any process that imported quantdm.
+    Components of the recipe (text encoders, VAE) are quantized with it. `pipe.save_pretrained(directory)` then writes
+    the packed weights; `from_pretrained` opens them bit by bit the same in any process that imported quantdm.
 
     Args:
         pipe_or_denoiser: a diffusers pipeline, a denoiser, or a text encoder.
         recipe_or_config: a recipe (or its file), or a scheme for every layer. A recipe also sets activations.
-        bank: takes weights that were quantized before instead of quantizing them again.
+        bank: takes weights of the denoiser that were quantized before instead of quantizing them again.
 
     Returns:
         The same object.
 
     Raises:
-        QuantDMError: recipe for another model (names the first layers that differ), already quantized, weights with
-            NaN, hooks on layers, a glob of the activations that matches nothing. The model is unchanged then.
+        QuantDMError: recipe for another model (names the first layers that differ), a component that the pipeline has
+            not, already quantized, weights with NaN, hooks on layers, a glob of the activations that matches nothing.
+            Nothing is changed then.
     """
     register()
-    model: Any = get_denoiser(pipe_or_denoiser)  # type: ignore[arg-type]
     if isinstance(recipe_or_config, Mapping) and not isinstance(recipe_or_config, QuantConfig):
         raise QuantDMError(
             "recipe: got a dict, expected a Recipe or QuantConfig; wrap it: QuantConfig.from_labels(...)"
         )
     recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
-    config = QuantDMConfig(recipe=recipe)
-    assert config.schemes is not None
-    before = activation_spec(model)
-    if config.activations is None:
-        config.activations = before
-    if config.activations is not None and isinstance(model, PreTrainedModel):
+    before: list[tuple[Any, ActivationSpec | None]] = []
+    packed: list[tuple[Any, QuantDMConfig, dict[str, QuantizedWeight]]] = []
+    try:
+        for model, part, stored in _targets(pipe_or_denoiser, recipe, bank):
+            config = QuantDMConfig(recipe=part)
+            spec = activation_spec(model)
+            config.activations = config.activations or spec
+            _check_activations(model, config.activations)
+            layers = model_layers(model)
+            schemes = config.schemes_for(layers)
+            before.append((model, spec))
+            set_activation_bits_(model, None)
+            packed.append((model, config, pack_layers(model, schemes, bank=stored, what=config.what)))
+            config.avg_bits = round(average_bits(layers, schemes), 6)
+    except BaseException:
+        for model, spec in before:
+            set_activation_bits_(model, spec)
+        raise
+    for model, config, weights in packed:
+        set_packed_(model, weights)
+        set_activation_bits_(model, config.activations)
+        _mark_quantized_(model, config)
+    return pipe_or_denoiser
+
+
+def _targets(
+    pipe: Any, recipe: Recipe | QuantConfig, bank: Bank | None
+) -> list[tuple[Any, Recipe | QuantConfig, Bank | None]]:
+    """Return the models that a recipe quantizes, each with its rules."""
+    names = list(recipe.components) if isinstance(recipe, Recipe) else []
+    if names and isinstance(pipe, nn.Module):
+        raise QuantDMError(
+            f"recipe: has components ({', '.join(names)}), got only a {type(pipe).__name__}; apply it to the pipeline, "
+            "or one part of it: recipe.component(NAME)"
+        )
+    targets: list[tuple[Any, Recipe | QuantConfig, Bank | None]] = []
+    if not isinstance(recipe, Recipe) or recipe.has_rules or not names:
+        targets.append((get_denoiser(pipe), recipe, bank))
+    for name in names:
+        assert isinstance(recipe, Recipe)
+        part = getattr(pipe, "components", {}).get(name)
+        if not isinstance(part, nn.Module) or part is get_denoiser(pipe):
+            models = [n for n, c in pipe.components.items() if isinstance(c, nn.Module) and c is not get_denoiser(pipe)]
+            raise QuantDMError(
+                f"recipe: component {name!r} is no further model of the {type(pipe).__name__}; it has "
+                f"{', '.join(models) or 'none'} (the denoiser's rules stand at the top)"
+            )
+        targets.append((part, recipe.component(name), None))
+    return targets
+
+
+def _check_activations(model: nn.Module, spec: ActivationSpec | None) -> None:
+    if spec is None:
+        return
+    if isinstance(model, PreTrainedModel):
         raise QuantDMError(
             f"activations: are quantized in denoisers only, got a {type(model).__name__}; leave them out"
         )
-    if config.activations is not None:
-        layer_bits(model, config.activations)  # a glob that matches nothing raises before anything is changed
-    set_activation_bits_(model, None)
-    try:
-        quantize_layers_(
-            model, config.schemes, bank=bank, what=f"recipe for {config.model}" if config.model else "config"
-        )
-    except BaseException:
-        set_activation_bits_(model, before)
-        raise
-    set_activation_bits_(model, config.activations)
-    _mark_quantized_(model, config)
-    return pipe_or_denoiser
+    layer_bits(model, spec)  # a glob that matches nothing raises before anything is changed
 
 
 def _mark_quantized_(model: Any, config: QuantDMConfig) -> None:

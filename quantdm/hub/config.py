@@ -1,6 +1,6 @@
 """`QuantDMConfig`: what stands under `quantization_config` in config.json, for diffusers and transformers alike."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from pydantic import ValidationError
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from quantdm.errors import QuantDMError
-from quantdm.recipe import ActivationSpec, Recipe, load_recipe
+from quantdm.recipe import ActivationSpec, Layer, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
 
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 
 
 class QuantizationMethod(StrEnum):
@@ -30,6 +30,7 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
 
     Args:
         recipe: a recipe, its file, or a config layer -> scheme; None in the config of a saved model.
+        component: quantize by the rules of this component of the recipe, e.g. "text_encoder" (default: the denoiser's).
         activations: dynamic activation quantization, re-applied after loading (default: the recipe's).
         model: the model that the recipe is for (default: the recipe's).
         avg_bits: average bits per weight, for people who read config.json.
@@ -47,6 +48,7 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
         model: str | None = None,
         avg_bits: float | None = None,
         version: int = EXPORT_VERSION,
+        component: str | None = None,
         **future: object,
     ) -> None:
         if version != EXPORT_VERSION:
@@ -56,6 +58,10 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
             )
         if isinstance(recipe, (str, Path)):
             recipe = load_recipe(recipe)
+        if component is not None:
+            if not isinstance(recipe, Recipe):
+                raise QuantDMError(f"component: got {component!r} without a recipe; expected recipe=... that has it")
+            recipe = recipe.component(component)
         if isinstance(activations, Mapping):
             try:
                 activations = ActivationSpec.model_validate(activations)
@@ -74,9 +80,21 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
         self.version = version
 
     @property
-    def schemes(self) -> QuantConfig | None:
-        """What an on-the-fly quantization is asked to do: layer name -> Scheme."""
-        return self.recipe.config if isinstance(self.recipe, Recipe) else self.recipe
+    def what(self) -> str:
+        """How errors name the recipe."""
+        return f"recipe for {self.model}" if self.model else "config"
+
+    def schemes_for(self, layers: Iterable[Layer]) -> QuantConfig:
+        """Return what an on-the-fly quantization is asked to do: layer name -> Scheme.
+
+        Raises:
+            QuantDMError: there is no recipe, or it does not fit the layers.
+        """
+        if self.recipe is None:
+            raise QuantDMError(
+                "quantization_config: has no recipe; pass QuantDMConfig(recipe=...) to quantize while loading"
+            )
+        return self.recipe.resolve(layers, what=self.what) if isinstance(self.recipe, Recipe) else self.recipe
 
     def to_dict(self) -> dict[str, Any]:
         """Return what is written into config.json: compact, without the layers."""

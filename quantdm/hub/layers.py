@@ -1,5 +1,8 @@
 """Quantize the layers of a model all at once or not at all."""
 
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -7,6 +10,8 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from quantdm.denoisers.blocks import weights_below
+from quantdm.denoisers.graph import op_type_of
 from quantdm.denoisers.layers import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
 from quantdm.modules.layers import (
@@ -17,9 +22,9 @@ from quantdm.modules.layers import (
     packed_layers,
     quantize_module_,
 )
-from quantdm.quantizers import QuantizedWeight, quantize_weight
+from quantdm.quantizers import QuantizedWeight, count_bits, quantize_weight
 from quantdm.recipe import check_layers
-from quantdm.schemes import QuantConfig, Scheme
+from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
 
 
 class Bank(Protocol):
@@ -30,15 +35,41 @@ class Bank(Protocol):
         ...
 
 
-def seams(model: nn.Module) -> dict[str, int | None]:
-    """Return the quantizable layers of a model: name -> input channel where a concatenated input is split, or None.
+@dataclass(frozen=True)
+class PlainLayer:
+    """One Linear or Conv of a model that is not traced."""
 
-    Text encoders have no long skips: there, every Linear and Conv layer is one.
+    name: str
+    op_type: str
+    shape: tuple[int, ...]
+    split: None = None
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the layer, without its bias."""
+        return math.prod(self.shape)
+
+
+def model_layers(model: nn.Module) -> Sequence[LayerRecord | PlainLayer]:
+    """Return the quantizable layers of a denoiser, VAE or text encoder.
+
+    Text encoders have no long skips and are not traced: there, every Linear and Conv layer is one.
     """
-    if isinstance(model, PreTrainedModel):
-        return {n: None for n, m in model.named_modules() if isinstance(m, tuple(PACKED_CLASSES))}
-    records: tuple[LayerRecord, ...] = list_layers(model)
-    return {record.name: record.split for record in records}
+    if not isinstance(model, PreTrainedModel):
+        return list_layers(model)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, tuple(PACKED_CLASSES))}
+    below = weights_below(found)
+    return [PlainLayer(n, op_type_of(n, below), tuple(m.weight.shape)) for n, m in found.items()]  # type: ignore[union-attr,arg-type]
+
+
+def average_bits(layers: Sequence[LayerRecord | PlainLayer], config: QuantConfig) -> float:
+    """Return the bits per weight of a config, overhead included; unquantized layers count ORIGINAL_BITS."""
+    bits = [
+        layer.num_weights * ORIGINAL_BITS if scheme is None else count_bits(layer.shape, scheme, layer.split)
+        for layer in layers
+        for scheme in (config[layer.name],)
+    ]
+    return sum(bits) / sum(layer.num_weights for layer in layers)
 
 
 def quantize_layers_(model: nn.Module, config: QuantConfig, *, bank: Bank | None = None, what: str = "recipe") -> None:
@@ -48,7 +79,18 @@ def quantize_layers_(model: nn.Module, config: QuantConfig, *, bank: Bank | None
         QuantDMError: the config is for another model, the model is quantized already, its weights are not loaded,
             contain NaN, or its layers carry hooks. The model is unchanged then.
     """
-    splits = seams(model)
+    set_packed_(model, pack_layers(model, config, bank=bank, what=what))
+
+
+def pack_layers(
+    model: nn.Module, config: QuantConfig, *, bank: Bank | None = None, what: str = "recipe"
+) -> dict[str, QuantizedWeight]:
+    """Return the packed weight of every layer that has a scheme; the model stays as it is.
+
+    Raises:
+        QuantDMError: as `quantize_layers_`.
+    """
+    splits = {layer.name: layer.split for layer in model_layers(model)}
     check_layers(config, splits, what=what)
     done = packed_layers(model)
     if done:
@@ -76,8 +118,13 @@ def quantize_layers_(model: nn.Module, config: QuantConfig, *, bank: Bank | None
         shape = tuple(model.get_submodule(name).weight.shape)  # type: ignore[union-attr,arg-type]
         if tuple(quantized[name].shape) != shape:
             raise QuantDMError(f"{name}: the bank has the shape {tuple(quantized[name].shape)}, expected {shape}")
-    for name in names:
-        quantize_module_(model, name, quantized[name])
+    return quantized
+
+
+def set_packed_(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> None:
+    """Put packed layers in the places of those that `pack_layers` packed."""
+    for name, weight in quantized.items():
+        quantize_module_(model, name, weight)
 
 
 def dequantize_layers_(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """The plug-ins: how diffusers and transformers load, save and undo a quantdm model."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,30 +11,31 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
+from quantdm.denoisers.stored import HEADER_KEY, SUFFIX
 from quantdm.errors import QuantDMError
 from quantdm.hub.checkpoint import (
-    HEADER_KEY,
-    SUFFIX,
+    Header,
     LayerEntry,
+    check_bytes,
+    check_filled,
     check_keys,
     check_loaded,
-    encode_table,
+    check_sizes,
+    encode_header,
+    expected_checksums,
     layer_table,
+    place_of,
     prepare_layers_,
     read_headers,
 )
 from quantdm.hub.config import QuantDMConfig
-from quantdm.hub.layers import dequantize_layers_, quantize_layers_
+from quantdm.hub.layers import dequantize_layers_, model_layers, quantize_layers_
 from quantdm.modules.activations import set_activation_bits_
 from quantdm.modules.layers import PackedLayer, packed_layers
 
 
 def _quantize_loaded_(model: nn.Module, config: QuantDMConfig) -> None:
-    if config.schemes is None:
-        raise QuantDMError(
-            "quantization_config: has no recipe; pass QuantDMConfig(recipe=...) to quantize while loading"
-        )
-    quantize_layers_(model, config.schemes, what=f"recipe for {config.model}" if config.model else "recipe")
+    quantize_layers_(model, config.schemes_for(model_layers(model)), what=config.what)
 
 
 class QuantDMQuantizer(DiffusersQuantizer):
@@ -46,34 +48,46 @@ class QuantDMQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: QuantDMConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
         self.table: dict[str, LayerEntry] = {}
-        self._loaded_keys: list[str] | None = None
+        self._header: Header | None = None
+        self._where = ""
+        self._places: dict[str, Path] = {}  # tensor -> its file
+        self._loaded_keys: Iterable[str] = ()
+        self._checksums: dict[str, int] = {}
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
         """Read the layer table before the skeleton is prepared; a shard's true keys count, not those of the index."""
         if self.pre_quantized:
-            self.table, keys = read_headers(checkpoint_files)
-            self._loaded_keys = keys if len(checkpoint_files) > 1 else loaded_keys
+            self._header, self._places = read_headers(checkpoint_files)
+            self._where = place_of(checkpoint_files)
+            self.table = self._header.table
+            self._loaded_keys = self._places if len(checkpoint_files) > 1 else loaded_keys
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Notice a dense single file, which diffusers announces as quantized: it is quantized on the fly."""
-        if self._loaded_keys is None and self.pre_quantized:
+        """Check the bytes of a file; notice a dense single file, which diffusers announces as quantized.
+
+        That one is quantized on the fly.
+        """
+        if self._header is None and self.pre_quantized:
             if any(key.endswith(SUFFIX) for key in state_dict):
                 raise QuantDMError(
                     "from_single_file: the file is a quantdm export; open its directory with from_pretrained"
                 )
             self.pre_quantized = False
+        check_bytes(state_dict, self._checksums, self._places)
         return state_dict
 
     def _process_model_before_weight_loading(
         self, model: Any, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if not self.pre_quantized:
+        if self._header is None:  # on the fly
             return
-        prepare_layers_(model, self.table, keep_in_fp32=keep_in_fp32_modules or ())
+        prepare_layers_(model, self.table, self._where, keep_in_fp32=keep_in_fp32_modules or ())
         ignored = model._keys_to_ignore_on_load_unexpected or []
-        loaded = [key for key in self._loaded_keys or [] if not any(re.search(pattern, key) for pattern in ignored)]
-        check_keys(model.state_dict(), loaded)
+        loaded = [key for key in self._loaded_keys if not any(re.search(pattern, key) for pattern in ignored)]
+        keys = model.state_dict().keys()
+        check_keys(keys, loaded, self._where)
+        self._checksums = expected_checksums(self._header, keys, self._where)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: torch.Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
@@ -111,13 +125,16 @@ class QuantDMQuantizer(DiffusersQuantizer):
             raw = raw.clone()
         layer._parameters["packed"] = nn.Parameter(raw, requires_grad=False)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if self.pre_quantized:
             check_loaded(model)
         else:
+            check_filled(model)
             _quantize_loaded_(model, self.quantization_config)
             self.table = layer_table(model)
             self.pre_quantized = True
+            # from_single_file does not: the model would be saved as if it were dense, and opened with random weights.
+            model.register_to_config(quantization_config=self.quantization_config)
         set_activation_bits_(model, self.quantization_config.activations)
 
     def get_state_dict_and_metadata(
@@ -133,9 +150,9 @@ class QuantDMQuantizer(DiffusersQuantizer):
             different = sorted(packed ^ set(self.table))[:3]
             raise QuantDMError(
                 f"save_pretrained: layers were added, removed or wrapped after quantization, first "
-                f"{', '.join(different)}; unload  adapters before saving"
+                f"{', '.join(different)}; unload adapters before saving"
             )
-        return state_dict, {HEADER_KEY: encode_table(self.table)}
+        return state_dict, {HEADER_KEY: encode_header(self.table, state_dict)}
 
     def _dequantize(self, model: Any) -> Any:
         set_activation_bits_(model, None)
@@ -171,6 +188,11 @@ class QuantDMHfQuantizer(HfQuantizer):
 
     quantization_config: QuantDMConfig
 
+    def __init__(self, quantization_config: QuantDMConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
+        super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        self._header: Header | None = None
+        self._where = ""
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
@@ -178,34 +200,52 @@ class QuantDMHfQuantizer(HfQuantizer):
             return
         if not checkpoint_files or any(Path(file).suffix != ".safetensors" for file in checkpoint_files):
             raise QuantDMError("checkpoint: got no safetensors files, expected those that save_pretrained wrote")
-        table, keys = read_headers(checkpoint_files)
+        self._header, places = read_headers(checkpoint_files)
+        self._where = place_of(checkpoint_files)
         kept = model._get_dtype_plan(model.dtype)
-        prepare_layers_(model, table, keep_in_fp32={name for key in kept for name in re.findall(r"\w+", key)})
+        fp32 = {name for key in kept for name in re.findall(r"\w+", key)}
+        prepare_layers_(model, self._header.table, self._where, keep_in_fp32=fp32)
         # Names in the file may have another prefix, which transformers maps: what must agree is how many there are.
-        packed = sum(key.endswith(SUFFIX) for key in keys)
+        packed, layers = sum(key.endswith(SUFFIX) for key in places), len(self._header.table)
         expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
-        if packed != len(table) or len(keys) < len(expected):
+        if packed != layers or len(places) < len(expected):
             raise QuantDMError(
-                f"checkpoint does not fit its layer table: got {packed} packed tensors of {len(keys)}, expected "
-                f"{len(table)} of {len(expected)}; export it again"
+                f"{self._where}: checkpoint does not fit its layer table: got {packed} packed tensors of "
+                f"{len(places)}, expected {layers} of {len(expected)}; export it again"
             )
+        check_sizes(model, places)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        if self.pre_quantized:
-            for name, layer in packed_layers(model).items():
-                if not getattr(layer.packed, "_is_hf_initialized", False):  # transformers' mark of what a file gave
-                    raise QuantDMError(f"{name}: its packed weight was not in the checkpoint; export it again")
+        if self._header is not None:
+            tensors = model.state_dict(keep_vars=True)
+            for name, tensor in tensors.items():
+                # transformers' mark of what a file gave; offloaded tensors (meta) arrive when they are needed
+                if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+                    raise QuantDMError(f"{name}: was not in the checkpoint {self._where}; export it again")
+            expected = {f"{name}{SUFFIX}": value for name, value in self._header.packed.items()}
+            check_bytes(
+                {key: tensor for key, tensor in tensors.items() if not tensor.is_meta},
+                expected,
+                dict.fromkeys(expected, self._where),
+            )
             check_loaded(model)
         elif self.quantization_config.activations is not None:
             raise QuantDMError("activations: are quantized in denoisers only, not in text encoders; leave them out")
         else:
+            for layer in model_layers(model):
+                if not getattr(model.get_submodule(layer.name).weight, "_is_hf_initialized", False):
+                    raise QuantDMError(f"{layer.name}: its weight was not in the checkpoint; copy or download it again")
             _quantize_loaded_(model, self.quantization_config)
             self.pre_quantized = True
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Add the layer table to the header of every file."""
-        return None, {HEADER_KEY: encode_table(layer_table(model))}
+        """Add the layer table to the header of every file.
+
+        Its checksums are those of the packed weights alone: transformers may rename or rearrange other tensors.
+        """
+        packed = {f"{name}{SUFFIX}": layer.packed for name, layer in packed_layers(model).items()}
+        return None, {HEADER_KEY: encode_header(layer_table(model), packed)}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         dequantize_layers_(model)

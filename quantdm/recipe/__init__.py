@@ -1,0 +1,42 @@
+"""The recipe: the chosen config with activations, correction and where it comes from."""
+
+from collections.abc import Iterable
+
+from quantdm.recipe.reading import load_recipe
+from quantdm.recipe.rules import Layer, check_names, pattern_matcher
+from quantdm.recipe.schema import (
+    ORIGINAL,
+    PUBLISHED_INSIGHT,
+    RECIPE_VERSION,
+    ActivationSpec,
+    Provenance,
+    Recipe,
+    Rules,
+    recipe_schema,
+)
+from quantdm.schemes import QuantConfig
+
+
+def check_layers(config: QuantConfig, layer_names: Iterable[str], *, what: str = "recipe") -> None:
+    """Check that a config covers exactly the layers of a denoiser.
+
+    Raises:
+        QuantDMError: names the first layers that differ.
+    """
+    check_names(config, list(layer_names), what=what)
+
+
+__all__ = [
+    "ORIGINAL",
+    "PUBLISHED_INSIGHT",
+    "RECIPE_VERSION",
+    "ActivationSpec",
+    "Layer",
+    "Provenance",
+    "Recipe",
+    "Rules",
+    "check_layers",
+    "load_recipe",
+    "pattern_matcher",
+    "recipe_schema",
+]
