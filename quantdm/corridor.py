@@ -19,6 +19,7 @@ from quantdm.export import denoiser_bytes, export_pipeline
 from quantdm.modules import default_keep_8bit
 from quantdm.recipe import ActivationSpec, load_recipe
 from quantdm.report import write_report
+from quantdm.report.insight_files import save_insights
 from quantdm.search import final, stages
 from quantdm.search.bank import WeightBank
 from quantdm.search.run import Run
@@ -84,6 +85,7 @@ def demo(
     say("[9/9] export and report")
     export = export_run(run, run.path("export"))
     report = write_report(run.folder)
+    save_insights(run.folder)
     show_table(summary)
     say(f"export:  {export}  (denoiser {denoiser_bytes(export, pipe) / 1e6:.2f} MB on disk)")
     say(f"report:  {report}")

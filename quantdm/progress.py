@@ -15,4 +15,5 @@ def bar(total: int, description: str, *, unit: str = "") -> tqdm:
         bar_format="{desc} {bar} {n_fmt}/{total_fmt} {elapsed}<{remaining}" + (f" {unit}" if unit else ""),
         mininterval=0.5,
         dynamic_ncols=False,
+        unit_scale=total >= 10**6,
     )

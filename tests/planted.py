@@ -1,28 +1,28 @@
-"""A search space on the traced graph of a digits-dit sized DiT, and labels whose causes are known."""
+"""A search space on the traced graph of a denoiser (by default one of digits-dit's size), and planted labels."""
 
 from functools import cache
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DiTTransformer2DModel
 
 from quantdm.denoisers.graph import trace_graph
 from quantdm.denoisers.layers import list_layers
 from quantdm.schemes import DEFAULT_OPTIONS
 from quantdm.search.sampling import sample_configs, sample_frontier
-from quantdm.surrogates.space import SearchSpace
+from quantdm.surrogates import BlockScores, SearchSpace, select
+from tests.architectures import DIGITS, PUBLIC
 
 FLOOR, LABEL_NOISE = 0.02, 0.06  # fid_fp of two equal models, and the noise of log fid_fp: performance.md section 5
 METHOD_EFFECT = {("uniform", "channel"): 1.0, ("kmeans", "channel"): 0.5, ("kmeans", "tensor"): 1.6}
 
 
 @cache
-def planted_space(options=DEFAULT_OPTIONS) -> SearchSpace:
+def planted_space(options=DEFAULT_OPTIONS, model: str = "digits-dit") -> SearchSpace:
     """Bits as they are counted; errors fall fourfold per bit, differ by method, and scatter over layers."""
+    kind, config = {**DIGITS, **PUBLIC}[model]
     with torch.device("meta"):
-        denoiser = DiTTransformer2DModel(
-            num_attention_heads=5, attention_head_dim=32, in_channels=4, num_layers=6, sample_size=8, patch_size=2
-        )
+        denoiser = getattr(diffusers, kind)(**config)
     layers, rng = list_layers(denoiser), np.random.default_rng(0)
     bits = np.array([[_bits(layer, option) for option in options] for layer in layers])
     shape = np.array([METHOD_EFFECT[o.method, o.granularity] * 4.0**-o.bits for o in options])
@@ -65,6 +65,18 @@ class PlantedTruth:
             part = terms[:, members]
             total = total + self.interaction * (np.sqrt(part).sum(axis=1) ** 2 - part.sum(axis=1)) / len(members)
         return -np.log(FLOOR + 0.1 * total)
+
+    def optimum(self, target_bits: float) -> float:
+        """Return the largest noiseless label at a size, exactly: errors and interactions are additive over blocks."""
+        found = []
+        for block, members in zip(self.space.graph.blocks, self.blocks, strict=True):
+            rows = np.array(list(np.ndindex(*[len(self.space.options)] * len(members))))
+            part = self.terms[members, rows]
+            cross = (np.sqrt(part).sum(axis=1) ** 2 - part.sum(axis=1)) / len(members)
+            scores = -(part.sum(axis=1) + self.interaction * cross)
+            found.append(BlockScores(block.name, tuple(members), rows, scores[None]))
+        none = np.zeros(self.space.bits.shape)
+        return float(self.y(select(self.space, none, blocks=found, target_bits=target_bits))[0])
 
     def trials(self, count: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Half random, half near the frontier at 3 bits, with label noise: choices [T, L] and y [T]."""

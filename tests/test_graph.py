@@ -12,25 +12,11 @@ from torch import nn
 
 from quantdm.denoisers.graph import Graph, trace_graph
 from quantdm.errors import QuantDMError
-from tests.architectures import PUBLIC
+from tests.architectures import DIGITS, PUBLIC
 
 MODELS = {
     **PUBLIC,
-    "digits-dit": (
-        "DiTTransformer2DModel",
-        {
-            "num_attention_heads": 5, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4, "num_layers": 6,
-            "sample_size": 8, "patch_size": 2,
-        },
-    ),
-    "digits-sd": (
-        "UNet2DConditionModel",
-        {
-            "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (64, 160),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "layers_per_block": 1, "norm_num_groups": 16,
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 160, "attention_head_dim": 5,
-        },
-    ),
+    **DIGITS,
     "unet2d": ("UNet2DModel", {"sample_size": 32, "block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8}),
     "sd3": (
         "SD3Transformer2DModel",

@@ -1,8 +1,13 @@
 """What the report says: verdicts, insights, the next bit, all against brute force and planted effects."""
 
+import xml.etree.ElementTree as ET
+
 import numpy as np
 import pytest
 
+from quantdm.errors import QuantDMError
+from quantdm.files import read_json
+from quantdm.report.insight_files import save_insights
 from quantdm.report.insights import (
     group_layers,
     headline,
@@ -14,7 +19,7 @@ from quantdm.report.insights import (
     verdict,
 )
 from quantdm.surrogates import SearchSpace
-from tests.report_run import ROWS, SENSITIVE, make_space, row
+from tests.report_run import ROWS, SENSITIVE, make_run, make_space, row
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,33 @@ def test_bytes_read_in_the_unit_that_fits(count: float, text: str) -> None:
 )
 def test_figures_show_two_digits_of_their_spread(mean: float, sd: float, text: str) -> None:
     assert plus_minus({"fid_fp": mean, "fid_fp_sd": sd}).replace("\u00a0", " ") == text
+
+
+def test_insights_are_saved_as_files_that_agree_with_the_records(space: SearchSpace, tmp_path) -> None:
+    run = make_run(tmp_path / "run", space)
+    paths = save_insights(run)
+    assert {path.suffix for path in paths} == {".json", ".svg"}
+    assert {path.parent for path in paths} == {run / "insights"}
+    for path in paths[1:]:
+        assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    record = read_json(paths[0], version=1)
+    assert len(record["sentences"]) == 3
+    assert record["sentences"][0].startswith(f"Protect {SENSITIVE}: ")
+    assert record["source"] == "tree"
+    assert 0 < len(record["one_more_bit"]) <= 10
+    for key in ("by_op_type", "by_block"):
+        assert sum(row["layers"] for row in record[key]) == len(space.layers)
+        assert sum(row["weight_share"] for row in record[key]) == pytest.approx(1)
+        assert all(sum(row["schemes"].values()) == pytest.approx(1) for row in record[key])
+    worst = max(record["by_op_type"], key=lambda row: row["noise_error_quantiles"]["uniform-channel-2"][2])
+    assert worst["name"] == SENSITIVE
+    before = [path.read_bytes() for path in paths]
+    assert [path.read_bytes() for path in save_insights(run)] == before
+
+
+@pytest.mark.parametrize("name", ["space.json", "recipe.yaml", "attribution.json"])
+def test_insights_name_the_record_they_lack(space: SearchSpace, tmp_path, name: str) -> None:
+    run = make_run(tmp_path / "run", space)
+    (run / name).unlink()
+    with pytest.raises(QuantDMError, match=f"{name} is missing"):
+        save_insights(run)

@@ -8,7 +8,10 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from quantdm.errors import QuantDMError
-from quantdm.surrogates.selection import budget_of, hull_steps, pareto, select, solve_knapsack
+from quantdm.schemes import DEFAULT_OPTIONS
+from quantdm.surrogates import BlockScores
+from quantdm.surrogates.selection import hull_steps, pareto, select, select_lambda, solve_knapsack
+from quantdm.surrogates.units import budget_of, build_units
 from tests.planted import PlantedTruth, planted_space
 
 
@@ -125,6 +128,122 @@ def test_pins_and_ties_hold_and_cost_value(space, values):
     assert space.avg_bits(tied)[0] <= 3.0
 
 
+@pytest.mark.parametrize("forbidden", [{"uniform-channel-2", "kmeans-tensor-2"}, {"proj_out_1": ["kmeans-channel-4"]}])
+def test_forbidden_schemes_are_not_taken_and_cost_value(space, values, forbidden):
+    free = select(space, values, target_bits=3.0)
+    barred = select(space, values, target_bits=3.0, forbidden=forbidden)
+    rows = forbidden if isinstance(forbidden, dict) else dict.fromkeys(space.layer_names, forbidden)
+    priced, _ = select_lambda(space, values, price=0.0, forbidden=forbidden)
+    for choice in (barred, priced, *pareto(space, values, num=6, forbidden=forbidden)):
+        chosen = space.config(choice)
+        assert all(chosen[name].label not in labels for name, labels in rows.items())
+    assert space.gather(values, barred).sum() <= space.gather(values, free).sum() + 1e-12
+
+
+def test_what_pins_ties_and_forbidden_schemes_hold_is_named(space, values):
+    wide = [label for label in space.labels if not label.endswith("4")]
+    with pytest.raises(QuantDMError, match="without pins, ties and forbidden schemes from"):
+        select(space, values, target_bits=3.0, forbidden=wide)
+
+
+# ------------------------------------------------------------------------------------------------------- λ and blocks
+
+
+@pytest.mark.parametrize("target", [2.2, 2.7, 3.0, 3.5, 4.4])
+def test_lambda_is_the_lowest_that_meets_the_size(space, values, target):
+    choice, price = select_lambda(space, values, target_bits=target)
+    assert space.avg_bits(choice)[0] <= target
+    again, _ = select_lambda(space, values, price=price)
+    assert (again == choice).all()
+    if price > 0:
+        cheaper, _ = select_lambda(space, values, price=price * (1 - 1e-6))
+        assert space.avg_bits(cheaper)[0] > target
+    # the knapsack has the same budget and no need of one price for all
+    best = space.gather(values, select(space, values, target_bits=target)).sum()
+    assert space.gather(values, choice).sum() <= best + 1e-12
+    priced = values - price * space.bits / space.num_weights.sum()
+    taken = space.gather(priced, choice)[0]
+    assert taken == pytest.approx(priced.max(axis=1), abs=1e-9 * np.abs(priced).max())
+
+
+def test_a_higher_price_buys_fewer_bits(space, values):
+    sizes = [space.total_bits(select_lambda(space, values, price=price)[0])[0] for price in (0, 0.1, 1, 10, 1e9)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == space.bits.min(axis=1).sum()
+    free, _ = select_lambda(space, values, price=0)
+    assert space.gather(values, free).sum() == pytest.approx(values.max(axis=1).sum())
+
+
+def block_scores(space, seed=0, width=3):
+    """Random scores of all assignments of the blocks of two or three layers."""
+    rng, found = np.random.default_rng(seed), []
+    for block in space.graph.blocks:
+        if 2 <= len(block.layers) <= width:
+            layers = tuple(space.layer_index[name] for name in block.layers)
+            rows = np.array(list(np.ndindex(*[len(space.options)] * len(layers))))
+            found.append(BlockScores(block.name, layers, rows, rng.normal(size=(2, len(rows)))))
+    return found
+
+
+def total(space, values, blocks, choice):
+    """The value of a choice, by the definition."""
+    found = space.gather(values, choice).sum()
+    for block in blocks:
+        row = int(np.flatnonzero((block.assignments == choice[list(block.layers)]).all(axis=1))[0])
+        found += block.scores.mean(axis=0)[row]
+    return found
+
+
+def test_whole_blocks_are_chosen_to_the_optimum(space, values):
+    blocks = block_scores(space)
+    budget = budget_of(space, 3.0)
+    units = build_units(space, values, blocks=blocks)
+    assert sorted(int(layer) for unit in units for layer in unit.layers) == list(range(len(space.layers)))
+    choice = select(space, values, blocks=blocks, target_bits=3.0)
+    assert space.total_bits(choice)[0] <= budget
+    worth = sum(unit.values[_row(unit, choice)] for unit in units)
+    assert worth == pytest.approx(total(space, values, blocks, choice))
+    # the Lagrangian bound: nothing within the budget is worth more
+    _, price = select_lambda(space, values, blocks=blocks, target_bits=3.0)
+    rate = price / space.num_weights.sum()
+    bound = sum((unit.values - rate * unit.bits).max() for unit in units) + rate * budget
+    reach = sum(np.ptp(unit.values) for unit in units)
+    assert 0 <= bound - worth <= 1e-3 * reach
+    single = select(space, values, target_bits=3.0)
+    assert total(space, values, blocks, single) <= worth + 1e-9
+
+
+def _row(unit, choice):
+    return int(np.flatnonzero((unit.assignments == choice[unit.layers]).all(axis=1))[0])
+
+
+def test_additive_block_scores_choose_as_single_layers_do(space, values):
+    blocks = [
+        BlockScores(b.name, b.layers, b.assignments, values[list(b.layers), b.assignments].sum(axis=1)[None])
+        for b in block_scores(space)
+    ]
+    rest = values.copy()
+    rest[[layer for block in blocks for layer in block.layers]] = 0
+    one = select(space, rest, blocks=blocks, target_bits=3.0)
+    other = select(space, values, target_bits=3.0)
+    assert space.gather(values, one).sum() == pytest.approx(space.gather(values, other).sum(), abs=1e-9)
+
+
+def test_pins_ties_and_forbidden_schemes_hold_inside_blocks(space, values):
+    blocks = block_scores(space)
+    first, second = (space.layer_names[layer] for layer in blocks[0].layers[:2])
+    choice = select(
+        space, values, blocks=blocks, target_bits=3.2, pins={first: "uniform-channel-4"}, ties=[[first, second]],
+        forbidden={"kmeans-tensor-2"},
+    )  # fmt: skip
+    config = space.config(choice)
+    assert config[first].label == config[second].label == "uniform-channel-4"
+    assert "kmeans-tensor-2" not in {scheme.label for scheme in config.values() if scheme is not None}
+    other = space.layer_names[blocks[1].layers[0]]
+    with pytest.raises(QuantDMError, match="tie layers within a block"):
+        select(space, values, blocks=blocks, target_bits=3.2, ties=[[first, other]])
+
+
 def test_infeasible_budgets_state_the_range(space, values):
     low = int(space.bits.min(axis=1).sum())
     assert space.total_bits(select(space, values, max_bits=low))[0] == low
@@ -148,12 +267,46 @@ def test_infeasible_budgets_state_the_range(space, values):
             },
             "tied layers are pinned",
         ),
+        ({"target_bits": 3.0, "forbidden": "uniform-channel-4"}, "expected a set of scheme labels"),
+        ({"target_bits": 3.0, "forbidden": ["uniform-channel-9"]}, "forbidden: 'uniform-channel-9' is no option"),
+        ({"target_bits": 3.0, "forbidden": {"nowhere": ["uniform-channel-4"]}}, "not in this model"),
+        ({"target_bits": 3.0, "forbidden": [o.label for o in DEFAULT_OPTIONS]}, "nothing is left for layer"),
+        (
+            {
+                "target_bits": 3.0,
+                "pins": {"proj_out_1": "uniform-channel-4"},
+                "forbidden": {"proj_out_1": ["uniform-channel-4"]},
+            },
+            "is forbidden there",
+        ),
     ],
-    ids=["no budget", "two budgets", "nan budget", "unknown layer", "unknown option", "pins against ties"],
+    ids=[
+        "no budget",
+        "two budgets",
+        "nan budget",
+        "unknown layer",
+        "unknown option",
+        "pins against ties",
+        "forbidden string",
+        "unknown forbidden option",
+        "unknown forbidden layer",
+        "all forbidden",
+        "pin forbidden",
+    ],
 )
 def test_bad_requests_are_one_clear_error(space, values, arguments, message):
     with pytest.raises(QuantDMError, match=message):
         select(space, values, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({}, "exactly one"), ({"price": 1.0, "target_bits": 3.0}, "not both"), ({"price": -1.0}, "0 or more"),
+     ({"price": float("nan")}, "0 or more"), ({"target_bits": 1.0}, "can be reached")],
+)  # fmt: skip
+def test_bad_prices_are_one_clear_error(space, values, arguments, message):
+    with pytest.raises(QuantDMError, match=message):
+        select_lambda(space, values, **arguments)
 
 
 def test_bad_values_are_one_clear_error(space, values):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from sklearn.metrics import ndcg_score
 
 from quantdm.errors import QuantDMError
 from quantdm.schemes import Scheme
@@ -21,7 +22,7 @@ from quantdm.surrogates import (
 )
 from quantdm.surrogates.features import pool
 from quantdm.surrogates.graph_net import hop_scores
-from quantdm.surrogates.losses import hybrid_loss, ndcg, ndcg_loss, soft_rank, srcc_loss
+from quantdm.surrogates.losses import hybrid_loss, ndcg, ndcg_loss, relevance, soft_rank, srcc_loss
 from quantdm.surrogates.plan import layers_below, make_plan
 from quantdm.surrogates.space import spearman
 from tests.planted import PlantedTruth, planted_space
@@ -165,6 +166,15 @@ def test_rank_metrics_equal_their_definitions():
     discount = 1 / np.log2(np.arange(10) + 2)
     by_hand = (r[np.argsort(-s)[:10]] * discount).sum() / (np.sort(r)[::-1][:10] * discount).sum()
     assert ndcg(r, s) == pytest.approx(by_hand)
+    tied = rng.integers(0, 4, size=30)
+    assert ndcg(r, tied) == pytest.approx(ndcg_score(r[None], tied[None], k=10))
+
+
+def test_relevance_runs_from_0_to_50_over_the_known_labels():
+    known = np.linspace(-3, -1, 101)
+    assert relevance(known, known).min() == 0
+    assert (relevance(known, known) == 0).mean() == pytest.approx(0.2, abs=0.02)
+    assert relevance([-9.0, -1.8, 7.0], known) == pytest.approx([0, 50 * 0.8 / 1.6, 50])
 
 
 # ------------------------------------------------------------------------------------------------------ planted truth
@@ -175,8 +185,10 @@ def test_planted_truth_is_ranked(fitted, held_out, name):
     choices, y = held_out
     assert fitted[name].score(choices, y) >= 0.9
     assert fitted[name].score(choices[100:], y[100:]) >= 0.9  # those near the budget
-    assert len(fitted[name].cv_scores_) == 5
+    assert len(fitted[name].cv_scores_) == len(fitted[name].cv_ndcg_) == 5
     assert np.mean(fitted[name].cv_scores_) >= 0.85
+    assert np.mean(fitted[name].cv_ndcg_) >= 0.85
+    assert max(fitted[name].cv_ndcg_) <= 1
 
 
 def test_additive_predicts_labels_better_than_their_noise(fitted, held_out):
@@ -195,14 +207,62 @@ def test_additive_finds_the_planted_effects(explained, space, truth):
     assert spearman([found[t] for t in matters], [truth.type_effect[t] for t in matters]) >= 0.85
 
 
-@pytest.mark.parametrize(("name", "regret"), [("additive", 0.03), ("tree", 0.1), ("ridge", 0.12), ("graph", 0.15)])
-def test_selection_approaches_the_optimum_of_the_true_values(explained, space, truth, name, regret):
-    """Regret in units of the gap between the optimum and random configurations of the same size."""
-    best = truth.y(select(space, -truth.terms, target_bits=3.0))[0]
-    random = sample_configs(space, 200, seed=3, target_bits=3.0)
-    usual = np.median(truth.y(random[space.avg_bits(random) <= 3.0]))
+@pytest.mark.parametrize("name", ["additive", "tree", "graph"])
+def test_planted_effects_are_ranked(explained, space, truth, name):
+    """Per operation type, method and bits: every option of every type, and the options over all layers."""
+    planted = -(truth.terms - truth.terms.mean(axis=1, keepdims=True))
+    types = np.array([layer.op_type for layer in space.layers])
+    found = explained[name]
+    by_type = np.stack([planted[types == op_type].mean(axis=0) for op_type in found.by_op_type])
+    assert spearman(np.array([list(row.values()) for row in found.by_op_type.values()]).ravel(), by_type.ravel()) >= 0.9
+    assert spearman(found.values.mean(axis=0), planted.mean(axis=0)) >= 0.9
+
+
+@pytest.mark.parametrize("name", ["additive", "tree", "graph"])
+def test_selection_is_within_3_percent_of_the_true_optimum(explained, space, truth, name):
+    best = truth.optimum(3.0)
     chosen = truth.y(select(space, explained[name].values, target_bits=3.0))[0]
-    assert best - chosen <= regret * (best - usual)
+    assert best - 0.03 * abs(best) <= chosen <= best + 1e-9
+
+
+def test_ridge_selects_better_than_chance(explained, space, truth):
+    """Regret in units of the gap between the optimum and random configurations of the same size."""
+    random = sample_configs(space, 200, seed=3, target_bits=3.0)
+    usual, best = np.median(truth.y(random[space.avg_bits(random) <= 3.0])), truth.optimum(3.0)
+    assert best - truth.y(select(space, explained["ridge"].values, target_bits=3.0))[0] <= 0.15 * (best - usual)
+
+
+def test_block_selection_of_the_networks_is_near_the_optimum_too(fitted, space, truth):
+    zero, blocks = score_blocks(fitted["graph"])
+    choice = select(space, zero.mean(axis=0), blocks=blocks, target_bits=3.0)
+    assert space.avg_bits(choice)[0] <= 3.0
+    # it is the best that the surrogate can predict at this size
+    other = select(space, attribute(fitted["graph"]).values, target_bits=3.0)
+    assert fitted["graph"].predict(choice)[0] >= fitted["graph"].predict(other)[0] - 1e-6
+    assert truth.optimum(3.0) - truth.y(choice)[0] <= 0.05 * truth.optimum(3.0)
+
+
+def test_the_tree_finds_the_planted_truth_on_pixart():
+    """28 blocks, 287 layers, 300 trials; the graph surrogate's figures are in eval/results/planted_pixart.json."""
+    space = planted_space(model="pixart-xl-2")
+    truth = PlantedTruth(space)
+    choices, _ = truth.trials(100, seed=9)
+    found = TreeSurrogate(space).fit(*truth.trials(300))
+    assert found.score(choices, truth.y(choices)) >= 0.9
+    explained = attribute(found)
+    planted = -(truth.terms - truth.terms.mean(axis=1, keepdims=True))
+    assert spearman(explained.values.ravel(), planted.ravel()) >= 0.9
+    assert spearman(explained.values.mean(axis=0), planted.mean(axis=0)) >= 0.9
+    best = truth.optimum(3.0)
+    assert truth.y(select(space, explained.values, target_bits=3.0))[0] >= best - 0.03 * abs(best)
+
+
+@pytest.mark.parametrize("name", ["tree", "graph"])
+def test_without_the_prior_they_learn_on_their_own(space, trials, held_out, name):
+    settings = {"epochs": 20} if name == "graph" else {}
+    alone = KINDS[name](space, prior=False, **settings).fit(*trials)
+    assert alone.score(*held_out) >= 0.9
+    assert np.isfinite(alone.fold_values()).all()
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -218,8 +278,10 @@ def test_shuffled_labels_teach_nothing(space, trials, name):
 
 def test_tree_contributions_and_bias_sum_to_the_prediction(fitted, held_out):
     parts = fitted["tree"].contributions(held_out[0])
-    assert parts.shape[1] == len(fitted["tree"].features.names) + 1
+    assert parts.shape[1] == len(fitted["tree"].features.names) + 2  # and the prior's, and the bias
     assert parts.sum(axis=1) == pytest.approx(fitted["tree"].predict(held_out[0]), abs=1e-4)
+    assert np.ptp(parts[:, -1]) < 1e-4
+    assert np.abs(parts[:, :-2]).max() > 0.01
 
 
 def test_pooled_features_are_what_they_say(space, trials):
@@ -331,6 +393,7 @@ def test_surrogate_survives_a_round_trip_and_refuses_another_space(fitted, space
     again = KINDS[name].load(tmp_path / "surrogate", space)
     assert (again.predict(held_out[0]) == fitted[name].predict(held_out[0])).all()
     assert again.cv_scores_ == fitted[name].cv_scores_
+    assert again.cv_ndcg_ == fitted[name].cv_ndcg_
     if name != "graph":
         assert (again.fold_values() == fitted[name].fold_values()).all()
     other = planted_space(tuple(Scheme(method="uniform", bits=bits) for bits in (2, 3)))

@@ -37,7 +37,7 @@ def sensitivities(records: Records) -> str:
     floor = " (errors below a millionth of the largest are drawn there)" if clipped else ""
     html = ""
     for by, title in (("op_type", "operation type"), ("block", "block")):
-        groups, order = _ordered_groups(space, by)
+        groups, order = ordered_groups(space, by)
         caption = (
             f"Boxes span the quartiles over the layers of one {title}, lines their range, the dark tick is the median; "
             f"{order}. Left: relative squared error of the denoiser's output when a single layer is quantized, on "
@@ -57,7 +57,8 @@ def sensitivities(records: Records) -> str:
     return html
 
 
-def _ordered_groups(space: SearchSpace, by: str) -> tuple[list[Group], str]:
+def ordered_groups(space: SearchSpace, by: str) -> tuple[list[Group], str]:
+    """Return the groups of layers by `op_type` or `block` as a chart shows them, and a phrase that says the order."""
     groups, width = insights.group_layers(space, by), insights.widths(space)[0]
     error = insights.least_error(space, width)
     order = "in data-flow order"

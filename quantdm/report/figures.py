@@ -23,6 +23,7 @@ HUES = {
     ("kmeans", "channel"): "#1f5f99",
     ("kmeans", "tensor"): "#6d55a3",
     ("kmeans", "group"): "#33808f",
+    ("kmeans", "shared"): "#2b7f6b",
     ("log2", "channel"): "#4f7d3a",
     ("log2", "tensor"): "#6b8f4e",
     ("log2", "group"): "#3d6b52",

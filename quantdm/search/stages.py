@@ -24,6 +24,7 @@ from quantdm.surrogates import (
     AdditiveSurrogate,
     Attribution,
     GraphSurrogate,
+    RidgeSurrogate,
     SearchSpace,
     TreeSurrogate,
     attribute,
@@ -57,7 +58,7 @@ def describe(run: Run, denoiser: nn.Module) -> tuple[tuple[LayerRecord, ...], Gr
 def build_bank(run: Run, denoiser: nn.Module) -> WeightBank:
     """Write bank/: every layer under every option."""
     layers = list_layers(denoiser)
-    with bar(len(layers), "bank: layers x options") as progress:
+    with bar(sum(layer.num_weights for layer in layers), "bank: weights x options") as progress:
         return WeightBank(run.path("bank"), layers, run.settings.schemes).build(denoiser, progress=progress.update)
 
 
@@ -204,23 +205,29 @@ def _distinct(choices: np.ndarray) -> np.ndarray:
 
 
 def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    """Write surrogate.json (held-out rank correlations) and one file per surrogate; return the fitted surrogates."""
-    fitted, scores = {}, {}
-    with bar(len(SURROGATES), "surrogates: five folds each") as progress:
-        for name, kind in SURROGATES.items():
+    """Write surrogate.json: held-out rank quality of every surrogate; return the fitted ones that explain.
+
+    Ridge regression is fitted as a yardstick only.
+    """
+    fitted: dict[str, Any] = {}
+    with bar(len(SURROGATES) + 1, "surrogates: five folds each") as progress:
+        for name, kind in {**SURROGATES, "ridge": RidgeSurrogate}.items():
             fitted[name] = kind(space, random_state=run.settings.seed).fit(choices, y)
-            scores[name] = [float(score) for score in fitted[name].cv_scores_]
             progress.update()
     null = {
         "average bits": spearman(space.avg_bits(choices), y),
         "sum of noise errors": spearman(-space.gather(space.noise_error, choices).sum(axis=1), y),
         "sum of weight errors": spearman(-space.gather(space.weight_error, choices).sum(axis=1), y),
     }
-    write_json(
-        run.path("surrogate.json"),
-        {"version": RECORD_VERSION, "trials": len(y), "held_out_spearman": scores, "without_learning": null},
-    )
-    return fitted
+    record = {
+        "version": RECORD_VERSION,
+        "trials": len(y),
+        "held_out_spearman": {name: [float(score) for score in s.cv_scores_] for name, s in fitted.items()},
+        "held_out_ndcg": {name: [float(score) for score in s.cv_ndcg_] for name, s in fitted.items()},
+        "without_learning": null,
+    }
+    write_json(run.path("surrogate.json"), record)
+    return {name: surrogate for name, surrogate in fitted.items() if name in SURROGATES}
 
 
 def explain(run: Run, fitted: dict[str, Any]) -> dict[str, Attribution]:

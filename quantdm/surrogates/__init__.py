@@ -2,21 +2,29 @@
 
 from quantdm.surrogates.additive import AdditiveSurrogate, RidgeSurrogate
 from quantdm.surrogates.attribution import Attribution, attribute
-from quantdm.surrogates.block_scores import score_blocks
+from quantdm.surrogates.block_scores import BlockScores, score_blocks
+from quantdm.surrogates.comparison import agreement, agreement_with_truth
+from quantdm.surrogates.explainers import explain_by_shapley, explain_by_swaps
 from quantdm.surrogates.graph_surrogate import GraphSurrogate
-from quantdm.surrogates.selection import pareto, select
+from quantdm.surrogates.selection import pareto, select, select_lambda
 from quantdm.surrogates.space import SearchSpace
 from quantdm.surrogates.tree import TreeSurrogate
 
 __all__ = [
     "AdditiveSurrogate",
     "Attribution",
+    "BlockScores",
     "GraphSurrogate",
     "RidgeSurrogate",
     "SearchSpace",
     "TreeSurrogate",
+    "agreement",
+    "agreement_with_truth",
     "attribute",
+    "explain_by_shapley",
+    "explain_by_swaps",
     "pareto",
     "score_blocks",
     "select",
+    "select_lambda",
 ]

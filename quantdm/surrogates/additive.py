@@ -6,6 +6,7 @@ errors. `RidgeSurrogate` is the baseline: linear in the pooled features.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,13 +14,14 @@ from numpy.typing import ArrayLike, NDArray
 from quantdm.errors import QuantDMError
 from quantdm.files import write_json
 from quantdm.surrogates.features import band_index, pool, type_index
+from quantdm.surrogates.losses import ndcg, relevance
 from quantdm.surrogates.space import SearchSpace, check_trials, read_record, single_thread, spearman, split_folds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 FOLDS, MIN_TRIALS = 5, 10
 WHY = "five folds need at least two held-out trials each"
-ADDITIVE_VERSION = 2
+ADDITIVE_VERSION = 3
 NOISE_SD = 0.1  # unit of the penalty: label noise of log(fid_fp), performance.md section 5
 STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 # Standard deviations, in log units, by which the parts of a layer's weight may differ before the data speak. Chosen on
@@ -57,7 +59,8 @@ class AdditiveSurrogate:
         self.space = space
         self.random_state = random_state
         self._design = _design(space)
-        self.cv_scores_: list[float] = []
+        self.cv_scores_: list[float] = []  # held-out Spearman of every fold
+        self.cv_ndcg_: list[float] = []  # held-out NDCG@10
         self.strength_: float | None = None
         self._theta: Floats | None = None
         self._fold_thetas: Floats | None = None
@@ -71,7 +74,7 @@ class AdditiveSurrogate:
         """
         choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
         folds = split_folds(len(labels), FOLDS, self.random_state)
-        errors, thetas, scores = [], [], []
+        errors, thetas, predicted = [], [], []
         with single_thread():
             for strength in STRENGTHS:
                 held_out, found = np.empty(len(labels)), []
@@ -81,9 +84,10 @@ class AdditiveSurrogate:
                     held_out[fold] = -_predict(self._design, found[-1], choices[fold])
                 errors.append(float((weights * (held_out - labels) ** 2).sum()))
                 thetas.append(np.stack(found))
-                scores.append([spearman(held_out[fold], labels[fold]) for fold in folds])
+                predicted.append(held_out)
             best = int(np.argmin(errors))
-            self.strength_, self._fold_thetas, self.cv_scores_ = STRENGTHS[best], thetas[best], scores[best]
+            self.strength_, self._fold_thetas = STRENGTHS[best], thetas[best]
+            self.cv_scores_, self.cv_ndcg_ = _judge(predicted[best], labels, folds)
             self._theta = _solve(self._design, choices, -labels, weights, self.strength_)
         self._reference = choices[np.argsort(labels)[len(labels) // 2]]
         return self
@@ -91,6 +95,12 @@ class AdditiveSurrogate:
     def predict(self, choices: ArrayLike) -> Floats:
         """Predict y = -log(fid_fp): [T, L] -> [T]."""
         return -_predict(self._design, self._fitted, self.space.check(choices))
+
+    def predict_folds(self, choices: ArrayLike) -> Floats:
+        """Predict y with the final fit and with each fold's, which has not seen that fold: [T, L] -> [1+K, T]."""
+        final, rows = self._fitted, self.space.check(choices)
+        assert self._fold_thetas is not None
+        return np.stack([-_predict(self._design, theta, rows) for theta in (final, *self._fold_thetas)])
 
     def score(self, choices: ArrayLike, y: ArrayLike) -> float:
         """Return Spearman's rank correlation of the prediction with y."""
@@ -105,12 +115,12 @@ class AdditiveSurrogate:
         assert self._fold_thetas is not None
         return np.stack([self._terms(theta) for theta in (final, *self._fold_thetas)])
 
-    def save(self, path: str | Path) -> None:
-        """Write the fitted surrogate as JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fitted surrogate as a JSON record with a version."""
         final = self._fitted
         assert self._fold_thetas is not None
         assert self._reference is not None
-        record = {
+        return {
             "version": ADDITIVE_VERSION,
             "space": self.space.digest,
             "random_state": self.random_state,
@@ -119,8 +129,21 @@ class AdditiveSurrogate:
             "fold_thetas": self._fold_thetas.tolist(),
             "reference": self._reference.tolist(),
             "cv_scores": self.cv_scores_,
+            "cv_ndcg": self.cv_ndcg_,
         }
-        write_json(path, record)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], space: SearchSpace) -> "AdditiveSurrogate":
+        """Build a surrogate from `to_dict`'s record; its space must be `space`."""
+        self = cls(space, random_state=record["random_state"])
+        self.strength_, self.cv_scores_, self.cv_ndcg_ = record["strength"], record["cv_scores"], record["cv_ndcg"]
+        self._theta, self._fold_thetas = np.array(record["theta"]), np.array(record["fold_thetas"])
+        self._reference = np.array(record["reference"])
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Write the fitted surrogate as JSON."""
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path, space: SearchSpace) -> "AdditiveSurrogate":
@@ -129,12 +152,7 @@ class AdditiveSurrogate:
         Raises:
             QuantDMError: damaged, or fitted on another space.
         """
-        record = read_record(path, space, ADDITIVE_VERSION)
-        self = cls(space, random_state=record["random_state"])
-        self.strength_, self.cv_scores_ = record["strength"], record["cv_scores"]
-        self._theta, self._fold_thetas = np.array(record["theta"]), np.array(record["fold_thetas"])
-        self._reference = np.array(record["reference"])
-        return self
+        return cls.from_dict(read_record(path, space, ADDITIVE_VERSION), space)
 
     @property
     def _fitted(self) -> Floats:
@@ -158,7 +176,8 @@ class RidgeSurrogate:
         self.space = space
         self.random_state = random_state
         self._features = pool(space, logarithms=False)
-        self.cv_scores_: list[float] = []
+        self.cv_scores_: list[float] = []  # held-out Spearman of every fold
+        self.cv_ndcg_: list[float] = []  # held-out NDCG@10
         self._coefficients: Floats | None = None  # [1 + folds, F + 1], slopes per s_f and the intercept
 
     def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "RidgeSurrogate":
@@ -185,7 +204,7 @@ class RidgeSurrogate:
             if error < best_error:
                 best_error = error
                 self._coefficients = np.stack([_ridge(x, labels, weights, strength), *found])
-                self.cv_scores_ = [spearman(held_out[fold], labels[fold]) for fold in folds]
+                self.cv_scores_, self.cv_ndcg_ = _judge(held_out, labels, folds)
 
     def predict(self, choices: ArrayLike) -> Floats:
         """Predict y: [T, L] -> [T]."""
@@ -213,6 +232,7 @@ class RidgeSurrogate:
             "random_state": self.random_state,
             "coefficients": self._coefficients.tolist(),
             "cv_scores": self.cv_scores_,
+            "cv_ndcg": self.cv_ndcg_,
         }
         write_json(path, record)
 
@@ -225,8 +245,19 @@ class RidgeSurrogate:
         """
         record = read_record(path, space, ADDITIVE_VERSION)
         self = cls(space, random_state=record["random_state"])
-        self._coefficients, self.cv_scores_ = np.array(record["coefficients"]), record["cv_scores"]
+        self._coefficients = np.array(record["coefficients"])
+        self.cv_scores_, self.cv_ndcg_ = record["cv_scores"], record["cv_ndcg"]
         return self
+
+
+def _judge(held_out: Floats, labels: Floats, folds: list[Ints]) -> tuple[list[float], list[float]]:
+    """Return Spearman's correlation and NDCG@10 of every fold's held-out predictions."""
+    known = [np.delete(labels, fold) for fold in folds]
+    gains = [relevance(labels[fold], rest) for fold, rest in zip(folds, known, strict=True)]
+    return (
+        [spearman(held_out[fold], labels[fold]) for fold in folds],
+        [ndcg(gain, held_out[fold]) for fold, gain in zip(folds, gains, strict=True)],
+    )
 
 
 def _design(space: SearchSpace) -> _Design:

@@ -32,7 +32,7 @@ class BlockScores:
 
 
 def score_blocks(surrogate: GraphSurrogate) -> tuple[Floats, list[BlockScores]]:
-    """Return the values of single layers at hop 0 [K, L, O], and every block's scores in units of y.
+    """Return the values of single layers at hop 0 (and of the prior) [K, L, O], and every block's scores, as y.
 
     Their sum over layers and blocks plus a constant is the prediction of each fold's network, exactly. Blocks with more
     than 20,000 assignments get a sample of them: for every layer and option the same random completions.
@@ -85,7 +85,11 @@ def _hop_zero(surrogate: GraphSurrogate, fold: int, encoded: torch.Tensor) -> Fl
     """Return what every cell adds to the prediction at hop 0: [L, O]."""
     shape = surrogate.space.bits.shape
     norm = encoded[: shape[0] * shape[1]].abs().sum(dim=1)
-    return norm.double().numpy().reshape(shape) * _unit(surrogate, fold, 0)
+    found = norm.double().numpy().reshape(shape) * _unit(surrogate, fold, 0)
+    if surrogate.prior_values_ is not None:
+        stats, weights = surrogate.fitted()
+        found += surrogate.prior_values_[fold] * (weights[-1] / stats[fold, 1, -1])
+    return found
 
 
 def _unit(surrogate: GraphSurrogate, fold: int, hop: int) -> float:
@@ -110,4 +114,5 @@ def _assignments(space: SearchSpace, layers: tuple[int, ...], seed: int) -> Ints
             part = completions.copy()
             part[:, column] = option
             found.append(part)
+    found.append(np.repeat(np.arange(count)[:, None], len(layers), axis=1))  # one scheme for all: cheapest, widest
     return np.concatenate(found)

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
+from quantdm.surrogates.additive import AdditiveSurrogate
 from quantdm.surrogates.graph_net import CellTable, GraphNet, hop_scores
-from quantdm.surrogates.losses import RankLoss, rank_loss
+from quantdm.surrogates.losses import RankLoss, ndcg, rank_loss, relevance
 from quantdm.surrogates.plan import make_plan
 from quantdm.surrogates.space import SearchSpace, check_trials, single_thread, spearman, split_folds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Progress = Callable[[int, int], object]
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 FOLDS, MIN_TRIALS = 5, 20
 WHY = "five folds rank at least four held-out trials each, and a fifth of the rest decides when to stop"
 LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-6
@@ -32,12 +33,15 @@ class GraphSurrogate:
 
     The prediction is intercept + mean over folds of sum_m w_m · (‖h_G^m‖₁ - μ_m) / σ_m: hop scores, exactly additive
     over the roots of blocks, so what predicts is what is explained. w_m >= 0 weighs the hops by how they explain
-    held-out trials together (non-negative least squares). The regressor shapes the embeddings only.
+    held-out trials together (non-negative least squares). The regressor shapes the embeddings only. With `prior` the
+    terms of the additive surrogate, fitted to the same training trials, are one more score of the sum: it knows that
+    errors multiply, which a few hundred trials do not teach a network; the networks add what happens inside blocks.
 
     Args:
         space: layers, options, graph and cheap errors.
         epochs: upper limit; training stops after `patience` epochs without a better validation loss.
         ranking: "srcc", "ndcg" or "hybrid".
+        prior: whether the additive surrogate's score joins those of the hops.
         progress: called as progress(done, total) in units of epochs.
     """
 
@@ -52,18 +56,23 @@ class GraphSurrogate:
         batch_size: int = 128,
         patience: int = 50,
         ranking: RankLoss = "srcc",
+        prior: bool = True,
         progress: Progress | None = None,
     ) -> None:
         self.space = space
         self.random_state = random_state
         self.epochs, self.batch_size, self.patience = epochs, batch_size, patience
         self.ranking: RankLoss = ranking
+        self.prior = prior
         self.progress = progress
         self.plan = make_plan(space.graph, space.graph.blocks, all_weights=True)
-        self.cv_scores_: list[float] = []
+        self.cv_scores_: list[float] = []  # held-out Spearman of every fold
+        self.cv_ndcg_: list[float] = []  # held-out NDCG@10
         self.cv_hop_scores_: Floats | None = None  # [K, M] held-out Spearman of every hop alone
         self.networks_: list[GraphNet] = []
-        self.hop_stats_: Floats | None = None  # [K, 2, M] mean and standard deviation of hop scores on training trials
+        self.prior_values_: Floats | None = None  # [K, L, O] the additive surrogate's terms in units of y
+        # M counts the hops that have roots, and the prior behind them
+        self.hop_stats_: Floats | None = None  # [K, 2, M] mean and standard deviation of the scores on training trials
         self.hop_weights_: Floats | None = None  # [M] w_m >= 0
         self.intercept_: float = 0.0
         self.usage_: Floats | None = None  # [L, O] how often the training trials used every option
@@ -76,11 +85,14 @@ class GraphSurrogate:
         """
         choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
         folds = split_folds(len(labels), FOLDS, self.random_state)
-        self.networks_, stats, held_out = [], [], None
+        self.networks_, self.prior_values_, stats, held_out = [], None, [], None
+        if self.prior:  # it splits the trials into the same folds
+            additive = AdditiveSurrogate(self.space, random_state=self.random_state).fit(choices, labels, weights)
+            self.prior_values_ = additive.fold_values()[1:]
         for index, fold in enumerate(folds):
             train = np.setdiff1d(np.arange(len(labels)), fold)
             network = self._train(index, choices[train], labels[train], weights[train])
-            scores = self._hop_scores(network, choices)
+            scores = self._scores(index, network, choices)
             mean, spread = scores[train].mean(axis=0), np.maximum(scores[train].std(axis=0), 1e-6)
             stats.append(np.stack([mean, spread]))
             held_out = np.empty_like(scores) if held_out is None else held_out
@@ -88,16 +100,17 @@ class GraphSurrogate:
             self.networks_.append(network)
         assert held_out is not None
         self.hop_stats_ = np.stack(stats)
-        self.intercept_ = float(np.average(labels, weights=weights))
-        target = labels - self.intercept_
-        self.hop_weights_ = _hop_weights(held_out, target, weights)
+        if self.prior:  # its terms are linear around the median trial: the better half tells what they are worth
+            weights = np.where(labels >= np.median(labels), weights, 0.0)
+        self.hop_weights_, self.intercept_ = _hop_weights(held_out, labels, weights)
         counts = (choices[:, :, None] == np.arange(len(self.space.options))).sum(axis=0)
         self.usage_ = (counts + 1) / (len(choices) + len(self.space.options))
-        self.cv_scores_ = []
+        self.cv_scores_, self.cv_ndcg_ = [], []
         for fold in folds:  # the weights of the hops must not have seen the fold they are judged on
             rest = np.setdiff1d(np.arange(len(labels)), fold)
-            own = _hop_weights(held_out[rest], target[rest], weights[rest])
+            own, _ = _hop_weights(held_out[rest], labels[rest], weights[rest])
             self.cv_scores_.append(spearman(held_out[fold] @ own, labels[fold]))
+            self.cv_ndcg_.append(ndcg(relevance(labels[fold], labels[rest]), held_out[fold] @ own))
         self.cv_hop_scores_ = np.array([[spearman(z, labels[fold]) for z in held_out[fold].T] for fold in folds])
         return self
 
@@ -106,8 +119,8 @@ class GraphSurrogate:
         choices = self.space.check(choices)
         stats, weights = self.fitted()
         predictions = [
-            ((self._hop_scores(network, choices) - mean) / spread) @ weights
-            for network, (mean, spread) in zip(self.networks_, stats, strict=True)
+            ((self._scores(index, network, choices) - mean) / spread) @ weights
+            for index, (network, (mean, spread)) in enumerate(zip(self.networks_, stats, strict=True))
         ]
         return self.intercept_ + np.mean(predictions, axis=0)
 
@@ -167,11 +180,14 @@ class GraphSurrogate:
                 "batch_size": self.batch_size,
                 "patience": self.patience,
                 "ranking": self.ranking,
+                "prior": self.prior,
             },
+            "prior_values": None if self.prior_values_ is None else self.prior_values_.tolist(),
             "hop_stats": stats.tolist(),
             "hop_weights": weights.tolist(),
             "intercept": self.intercept_,
             "cv_scores": self.cv_scores_,
+            "cv_ndcg": self.cv_ndcg_,
             "cv_hop_scores": self.cv_hop_scores_.tolist(),
             "usage": self.usage_.tolist(),
         }
@@ -197,7 +213,10 @@ class GraphSurrogate:
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             self.networks_.append(network.eval())
         self.hop_stats_, self.hop_weights_ = np.array(metadata["hop_stats"]), np.array(metadata["hop_weights"])
-        self.cv_scores_, self.cv_hop_scores_ = metadata["cv_scores"], np.array(metadata["cv_hop_scores"])
+        self.cv_scores_, self.cv_ndcg_ = metadata["cv_scores"], metadata["cv_ndcg"]
+        self.cv_hop_scores_ = np.array(metadata["cv_hop_scores"])
+        if metadata["prior_values"] is not None:
+            self.prior_values_ = np.array(metadata["prior_values"])
         self.intercept_, self.usage_ = metadata["intercept"], np.array(metadata["usage"])
         return self
 
@@ -210,8 +229,7 @@ class GraphSurrogate:
         """Train one network; a sixth of its trials decides when to stop and which state is kept."""
         network = self._network(fold)
         generator = torch.Generator().manual_seed(self.random_state * FOLDS + fold)
-        low, high = np.quantile(labels, 0.2), labels.max()
-        r = torch.from_numpy(50 * np.clip((labels - low) / (high - low), 0, 1)).float()  # method.md section 5
+        r = torch.from_numpy(relevance(labels, labels)).float()
         scale = float(r.std(correction=0))
         w = torch.from_numpy(weights).float()
         cells = self.cells(choices, self.plan.levels[0])
@@ -259,9 +277,16 @@ class GraphSurrogate:
             self.progress((fold + 1) * self.epochs, FOLDS * self.epochs)
         return network.eval()
 
+    def _scores(self, fold: int, network: GraphNet, choices: Ints) -> Floats:
+        """Return the hop scores of one network, and the prior's score [T, M]."""
+        found = self._hop_scores(network, choices)
+        if self.prior_values_ is None:
+            return found
+        return np.column_stack([found, self.space.gather(self.prior_values_[fold], choices).sum(axis=1)])
+
     @torch.no_grad()
     def _hop_scores(self, network: GraphNet, choices: Ints) -> Floats:
-        """Return the hop scores [T, M] of one network."""
+        """Return the hop scores of one network [T, hops that have roots]."""
         found = []
         with single_thread():
             encoded = network.encode()
@@ -271,15 +296,15 @@ class GraphSurrogate:
         return torch.cat(found).double().numpy()
 
 
-def _hop_weights(z: Floats, target: Floats, weights: Floats) -> Floats:
-    """Return w_m >= 0 that minimise sum_t weight · (z[t] · w - target)^2; least squares, so the score has y's unit."""
-    root = np.sqrt(weights)
-    found, _ = nnls(root[:, None] * z, root * target)
-    return found
+def _hop_weights(z: Floats, y: Floats, weights: Floats) -> tuple[Floats, float]:
+    """Return w_m >= 0 and the intercept that minimise sum_t weight · (z[t] · w + intercept - y[t])^2, in y's unit."""
+    root, mean, offset = np.sqrt(weights), np.average(z, axis=0, weights=weights), np.average(y, weights=weights)
+    found, _ = nnls(root[:, None] * (z - mean), root * (y - offset))
+    return found, float(offset - mean @ found)
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    known = {"random_state", "epochs", "batch_size", "patience", "ranking"}
+    known = {"random_state", "epochs", "batch_size", "patience", "ranking", "prior"}
     if set(record) != known:
         raise QuantDMError(f"graph surrogate: settings {sorted(record)}, expected {sorted(known)}; fit again")
     return record

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,6 +56,16 @@ def soft_rank(s: Tensor) -> Tensor:
     """Return 1 + sum over the others of sigmoid((s_i - s_j) / τ), with τ in units of the spread: [B] -> [B]."""
     z = _standardised(s)
     return 0.5 + torch.sigmoid((z[:, None] - z[None]) / TEMPERATURE).sum(dim=1)
+
+
+def relevance(y: ArrayLike, known: ArrayLike) -> NDArray[np.float64]:
+    """Return r = 50 · clip((y - q20) / (max - q20), 0, 1), with q20 and max of the labels `known`.
+
+    `known` are the training labels, so nothing about held-out trials enters (method.md section 5).
+    """
+    labels = np.asarray(known, dtype=np.float64)
+    low, high = np.quantile(labels, 0.2), labels.max()
+    return 50 * np.clip((np.asarray(y) - low) / max(high - low, 1e-12), 0, 1)
 
 
 def ndcg(r: ArrayLike, s: ArrayLike, k: int = 10) -> float:

@@ -1,18 +1,24 @@
 """From values to a configuration: the exact multiple-choice knapsack, and the whole Pareto set at once.
 
 Cost and value are additive over layers, so the best configuration under a budget is a multiple-choice knapsack
-(method.md section 6): maximise sum of values subject to sum of bits <= budget, one option per layer.
+(method.md section 6): maximise sum of values subject to sum of bits <= budget, one option per layer, or one assignment
+per block. The paper's own rule, an independent argmax at a price per bit, is there for comparison.
 """
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from quantdm.errors import QuantDMError, nearest
+from quantdm.errors import QuantDMError
 from quantdm.surrogates.space import SearchSpace
+from quantdm.surrogates.units import Forbidden, Unit, assemble, budget_for, build_units
+from quantdm.surrogates.units import check_values as check_values  # the search asks for it here
+
+if TYPE_CHECKING:
+    from quantdm.surrogates.block_scores import BlockScores
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -25,82 +31,105 @@ def select(
     *,
     target_bits: float | None = None,
     max_bits: int | None = None,
+    blocks: Sequence["BlockScores"] = (),
     pins: Mapping[str, str] | None = None,
     ties: Sequence[Sequence[str]] = (),
+    forbidden: Forbidden = (),
 ) -> Ints:
     """Choose the options with the largest total value within the budget, exactly.
 
     `values` [L, O], larger is better. The budget is `target_bits` (average per weight, overhead included) or `max_bits`
-    (total). `pins` fixes layers (name -> scheme label); the layers of one entry of `ties` take the same option.
+    (total). With `blocks` (their scores, see `score_blocks`) whole blocks are chosen: one assignment each, worth its
+    score plus the values of its layers. `pins` fixes layers (name -> scheme label); the layers of one entry of `ties`
+    take the same option; `forbidden` bars schemes everywhere (labels) or per layer (name -> labels).
     Returns the choice [L].
 
     Raises:
-        QuantDMError: no or two budgets, unknown pins or ties, or a budget outside the reachable range.
+        QuantDMError: no or two budgets, unknown or contradicting pins, ties or forbidden schemes, or a budget outside
+            the reachable range.
     """
-    table = check_values(space, values)
-    if (target_bits is None) == (max_bits is None):
-        raise QuantDMError("select: give exactly one of target_bits (average) and max_bits (total)")
-    budget = int(max_bits) if max_bits is not None else budget_of(space, float(target_bits))  # type: ignore[arg-type]
-    groups, allowed = _constraints(space, pins or {}, ties)
-    group_values = [table[members][:, options].sum(axis=0) for members, options in zip(groups, allowed, strict=True)]
-    group_bits = [space.bits[members][:, options].sum(axis=0) for members, options in zip(groups, allowed, strict=True)]
-    low = sum(int(bits.min()) for bits in group_bits)
-    if budget < low:
-        total, high = int(space.num_weights.sum()), sum(int(bits.max()) for bits in group_bits)
-        raise QuantDMError(
-            f"budget: got {budget / total:.4f} bits per weight ({budget} bits), but with these options, pins and ties "
-            f"{low / total:.4f} to {high / total:.4f} can be reached; raise the budget or add options with fewer bits"
-        )
-    picked = solve_knapsack(group_values, group_bits, budget)
-    choice = np.empty(len(space.layers), dtype=np.int64)
-    for members, options, pick in zip(groups, allowed, picked, strict=True):
-        choice[members] = options[pick]
+    units = build_units(space, values, blocks=blocks, pins=pins, ties=ties, forbidden=forbidden)
+    budget = budget_for(space, units, target_bits, max_bits)
+    picked = solve_knapsack([unit.values for unit in units], [unit.bits for unit in units], budget)
+    choice = assemble(space, units, picked)
     assert int(space.total_bits(choice)[0]) <= budget
     return choice
 
 
-def pareto(space: SearchSpace, values: ArrayLike, num: int = 50) -> list[Ints]:
-    """Return up to `num` choices on the convex hull of (bits, value), fewest bits first.
+def select_lambda(
+    space: SearchSpace,
+    values: ArrayLike,
+    *,
+    price: float | None = None,
+    target_bits: float | None = None,
+    max_bits: int | None = None,
+    blocks: Sequence["BlockScores"] = (),
+    pins: Mapping[str, str] | None = None,
+    ties: Sequence[Sequence[str]] = (),
+    forbidden: Forbidden = (),
+) -> tuple[Ints, float]:
+    """Choose by the paper's rule: every layer or block alone takes its largest value - λ · bits.
 
-    Sweeps the Lagrangian max sum(value - lambda * bits): for every lambda the layers decouple, so each choice is the
+    λ is `price`, in value per average bit of the whole denoiser (the paper's y = -FID - λ · bits), or the lowest λ
+    whose choice meets `target_bits` or `max_bits`. A tie goes to fewer bits. Other arguments are those of `select`,
+    whose choice has at least the value of this one at the same budget.
+    Returns the choice [L] and λ.
+
+    Raises:
+        QuantDMError: as `select`; a price that is negative or not finite, or beside a budget.
+    """
+    units = build_units(space, values, blocks=blocks, pins=pins, ties=ties, forbidden=forbidden)
+    total = int(space.num_weights.sum())
+    if price is not None:
+        if target_bits is not None or max_bits is not None:
+            raise QuantDMError("select_lambda: give a price or a budget (target_bits or max_bits), not both")
+        if not np.isfinite(price) or price < 0:
+            raise QuantDMError(f"price: got {price}, expected the value of one average bit, 0 or more")
+        return assemble(space, units, _argmax_at(units, price / total)), float(price)
+    budget = budget_for(space, units, target_bits, max_bits)
+    start, steps = hull_steps([unit.values for unit in units], [unit.bits for unit in units])
+    spent, rate = sum(int(unit.bits[item]) for unit, item in zip(units, start, strict=True)), 0.0
+    for step in steps:
+        spent += step.extra
+        if spent > budget:
+            rate = step.rate
+            break
+    picked = _argmax_at(units, rate)
+    margin = 1e-15
+    # at its own rate a step is a tie, which rounding may decide either way: raise λ by the least that decides it
+    while sum(int(unit.bits[pick]) for unit, pick in zip(units, picked, strict=True)) > budget:
+        picked = _argmax_at(units, rate := rate * (1 + margin) + 1e-300)
+        margin *= 2
+    return assemble(space, units, picked), rate * total
+
+
+def pareto(
+    space: SearchSpace,
+    values: ArrayLike,
+    num: int = 50,
+    *,
+    blocks: Sequence["BlockScores"] = (),
+    pins: Mapping[str, str] | None = None,
+    ties: Sequence[Sequence[str]] = (),
+    forbidden: Forbidden = (),
+) -> list[Ints]:
+    """Return up to `num` choices on the convex hull of (bits, value), fewest bits first (arguments as for `select`).
+
+    Sweeps the Lagrangian max sum(value - lambda * bits): for every lambda the units decouple, so each choice is the
     exact optimum at its own size.
     """
-    table = check_values(space, values)
-    start, steps = hull_steps(list(table), list(space.bits))
+    units = build_units(space, values, blocks=blocks, pins=pins, ties=ties, forbidden=forbidden)
+    start, steps = hull_steps([unit.values for unit in units], [unit.bits for unit in units])
     bits = np.concatenate([[0], np.cumsum([step.extra for step in steps])]) if steps else np.zeros(1)
     # evenly in bits, not in steps: large layers take few steps
     wanted = np.unique(np.searchsorted(bits, np.linspace(0, bits[-1], num)))
-    choices, choice = [], start.copy()
+    choices, picked = [], start.copy()
     for index in range(len(steps) + 1):
         if index:
-            choice[steps[index - 1].index] = steps[index - 1].item
+            picked[steps[index - 1].index] = steps[index - 1].item
         if index in wanted:
-            choices.append(choice.copy())
+            choices.append(assemble(space, units, picked))
     return choices
-
-
-def budget_of(space: SearchSpace, target_bits: float) -> int:
-    """Return the total bits that an average of `target_bits` per weight allows, rounded down."""
-    if not np.isfinite(target_bits) or target_bits <= 0:
-        raise QuantDMError(f"target_bits: got {target_bits}, expected a positive number of bits per weight")
-    total = int(space.num_weights.sum())
-    budget = int(np.floor(target_bits * total))
-    return budget + int((budget + 1) / total <= target_bits)  # a target computed as bits / weights must allow itself
-
-
-def check_values(space: SearchSpace, values: ArrayLike) -> Floats:
-    """Return values as float64 [L, O].
-
-    Raises:
-        QuantDMError: wrong shape or not finite.
-    """
-    table = np.asarray(values, dtype=np.float64)
-    shape = (len(space.layers), len(space.options))
-    if table.shape != shape:
-        raise QuantDMError(f"values: got shape {table.shape}, expected [layers, options] = {shape}")
-    if not np.isfinite(table).all():
-        raise QuantDMError(f"values: {int((~np.isfinite(table)).sum())} of {table.size} are NaN or infinite")
-    return table
 
 
 class Step(NamedTuple):
@@ -217,27 +246,10 @@ def _undominated(value: Floats, bits: Ints) -> Ints:
     return order[keep]
 
 
-def _constraints(
-    space: SearchSpace, pins: Mapping[str, str], ties: Sequence[Sequence[str]]
-) -> tuple[list[Ints], list[Ints]]:
-    """Return the groups of layers that choose together, and the options that each group may choose."""
-    for name in [*pins, *(name for tie in ties for name in tie)]:
-        if name not in space.layer_index:
-            raise QuantDMError(f"layer {name!r} is not in this model; {nearest(name, space.layer_names)}")
-    for name, label in pins.items():
-        if label not in space.labels:
-            raise QuantDMError(f"pin of {name!r}: {label!r} is no option; {nearest(label, space.labels)}")
-    group_of = np.arange(len(space.layers))
-    for tie in ties:
-        members = np.array([space.layer_index[name] for name in tie], dtype=np.int64)
-        group_of[np.isin(group_of, group_of[members])] = group_of[members].min(initial=len(group_of))
-    groups = [np.flatnonzero(group_of == group) for group in np.unique(group_of)]
-    allowed = []
-    for members in groups:
-        wanted = {space.layer_names[m]: pins[space.layer_names[m]] for m in members if space.layer_names[m] in pins}
-        if len(set(wanted.values())) > 1:
-            raise QuantDMError(f"pins: tied layers are pinned to different schemes: {wanted}")
-        allowed.append(
-            np.array([space.labels.index(label) for label in set(wanted.values())] or range(len(space.options)))
-        )
-    return groups, allowed
+def _argmax_at(units: Sequence[Unit], rate: float) -> list[int]:
+    """Return the item of every unit with the largest value - rate · bits, of equal ones that with the fewest bits."""
+    picked = []
+    for unit in units:
+        priced = unit.values - rate * unit.bits
+        picked.append(int(np.lexsort((unit.bits, -priced))[0]))
+    return picked

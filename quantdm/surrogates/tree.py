@@ -1,4 +1,8 @@
-"""The tree surrogate: gradient-boosted trees on pooled features, explained by exact TreeSHAP."""
+"""The tree surrogate: gradient-boosted trees on pooled features, explained by exact TreeSHAP.
+
+Trees average, so few trials place them well but cannot teach them that errors multiply. They start from the additive
+surrogate, which knows that (`prior`), and learn what it misses.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +12,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from quantdm.errors import QuantDMError
 from quantdm.files import write_json
+from quantdm.surrogates.additive import AdditiveSurrogate
 from quantdm.surrogates.features import pool
+from quantdm.surrogates.losses import ndcg, relevance
 from quantdm.surrogates.space import SearchSpace, check_trials, read_record, spearman, split_folds
 
 Floats = NDArray[np.float64]
 FOLDS, MIN_TRIALS = 5, 10
 WHY = "five folds need at least two held-out trials each"
-TREE_VERSION = 1
-ROUNDS = 300
+TREE_VERSION = 2
+ROUNDS = 150
 PARAMETERS: dict[str, Any] = {
     "objective": "reg:squarederror",
     "eta": 0.05,
@@ -30,16 +36,24 @@ PARAMETERS: dict[str, Any] = {
 
 
 class TreeSurrogate:
-    """Predict y with XGBoost from pooled features (`features.pool`), one model on all trials and one per fold."""
+    """Predict y with XGBoost from pooled features (`features.pool`), one model on all trials and one per fold.
+
+    With `prior` the trees start from the additive surrogate fitted to the same trials (fold by fold, so what a fold is
+    judged on stays unseen) and learn the rest; without it they start from the mean label.
+    """
 
     name = "tree"
 
-    def __init__(self, space: SearchSpace, *, random_state: int = 0, rounds: int = ROUNDS) -> None:
+    def __init__(self, space: SearchSpace, *, random_state: int = 0, rounds: int = ROUNDS, prior: bool = True) -> None:
         self.space = space
         self.random_state = random_state
         self.rounds = rounds
+        self.prior = prior
         self.features = pool(space, logarithms=True)
-        self.cv_scores_: list[float] = []
+        self.prior_: AdditiveSurrogate | None = None
+        self.cv_scores_: list[float] = []  # held-out Spearman of every fold
+        self.cv_ndcg_: list[float] = []  # held-out NDCG@10
+        self._offset = 0.0  # mean over the training trials of what the final model starts from
         self._boosters: list[Any] = []  # all trials, then one per fold
         self._background: NDArray[np.int64] | None = None  # the training choices: where the explanation looks
 
@@ -50,27 +64,43 @@ class TreeSurrogate:
             QuantDMError: fewer than 10 trials, or trials that do not fit the space.
         """
         choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
-        x = self.features.transform(choices)
-        self._boosters, self.cv_scores_ = [self._boost(x, labels, weights)], []
-        for fold in split_folds(len(labels), FOLDS, self.random_state):
+        x, folds = self.features.transform(choices), split_folds(len(labels), FOLDS, self.random_state)
+        self.prior_ = None
+        if self.prior:  # it splits the trials into the same folds
+            self.prior_ = AdditiveSurrogate(self.space, random_state=self.random_state).fit(choices, labels, weights)
+        self._offset = float(np.average(labels, weights=weights))
+        start = self._start(choices)
+        self._offset = float(start[0].mean())
+        self._boosters, self.cv_scores_, self.cv_ndcg_ = [self._boost(x, labels, weights, start[0])], [], []
+        for index, fold in enumerate(folds, start=1):
             train = np.setdiff1d(np.arange(len(labels)), fold)
-            booster = self._boost(x[train], labels[train], weights[train])
+            booster = self._boost(x[train], labels[train], weights[train], start[index][train])
             self._boosters.append(booster)
-            self.cv_scores_.append(spearman(booster.inplace_predict(x[fold]), labels[fold]))
+            held_out = self._raw(booster, x[fold], start[index][fold])
+            self.cv_scores_.append(spearman(held_out, labels[fold]))
+            self.cv_ndcg_.append(ndcg(relevance(labels[fold], labels[train]), held_out))
         self._background = choices
         return self
 
     def predict(self, choices: ArrayLike) -> Floats:
         """Predict y: [T, L] -> [T]."""
-        return self._fitted()[0].inplace_predict(self.features.transform(choices)).astype(np.float64)
+        booster, rows = self._fitted()[0], self.space.check(choices)
+        return self._raw(booster, self.features.transform(rows), self._start(rows)[0])
 
     def score(self, choices: ArrayLike, y: ArrayLike) -> float:
         """Return Spearman's rank correlation of the prediction with y."""
         return spearman(self.predict(choices), np.asarray(y, dtype=np.float64))
 
     def contributions(self, choices: ArrayLike) -> Floats:
-        """Return the exact TreeSHAP values of every feature, the bias last: [T, F + 1]; rows sum to the prediction."""
-        return self._contributions(self._fitted()[0], self.features.transform(choices))
+        """Return the exact TreeSHAP values of every feature, what the prior adds, and the bias: [T, F + 2].
+
+        Rows sum to the prediction. The prior's column is its prediction less its mean over the training trials.
+        """
+        booster, rows = self._fitted()[0], self.space.check(choices)
+        start = self._start(rows)[0]
+        parts = self._contributions(booster, self.features.transform(rows), start)
+        prior = start - self._offset
+        return np.column_stack([parts[:, :-1], prior, parts[:, -1] - prior])
 
     def fold_values(self) -> Floats:
         """Return the values of layers and options, for the final model and each fold: [1+K, L, O].
@@ -78,7 +108,8 @@ class TreeSurrogate:
         A pooled feature s_f is a sum over layers, so its TreeSHAP value, seen as a function of s_f over the training
         choices, splits over layers once it is a line: φ_f ≈ α_f + β_f·s_f (least squares), and layer l with option o
         owns β_f·c_f[l, o]. For logarithmic features the line is in log s_f and is linearised at the mean of s_f. Swaps
-        of single layers are no alternative: trees are piecewise constant and most swaps cross no threshold.
+        of single layers are no alternative: trees are piecewise constant and most swaps cross no threshold. The terms
+        of the prior are added as they are.
         """
         boosters = self._fitted()
         assert self._background is not None
@@ -89,10 +120,10 @@ class TreeSurrogate:
         per_sum = np.where(self.features.is_log, 1 / np.maximum(sums.mean(axis=0), 1e-30), 1.0)
         found = []
         for booster in boosters:
-            phi = self._contributions(booster, x)[:, :-1]
+            phi = self._contributions(booster, x, np.zeros(len(x)))[:, :-1]
             slopes = np.where(usable, (centred * phi).mean(axis=0) / np.where(usable, variance, 1.0), 0.0)
             found.append(self.features.project(slopes * per_sum))
-        return np.stack(found)
+        return np.stack(found) + (0.0 if self.prior_ is None else self.prior_.fold_values())
 
     def save(self, path: str | Path) -> None:
         """Write the fitted surrogate as JSON (XGBoost's own JSON model inside)."""
@@ -103,7 +134,10 @@ class TreeSurrogate:
             "space": self.space.digest,
             "random_state": self.random_state,
             "rounds": self.rounds,
+            "prior": None if self.prior_ is None else self.prior_.to_dict(),
+            "offset": self._offset,
             "cv_scores": self.cv_scores_,
+            "cv_ndcg": self.cv_ndcg_,
             "background": self._background.tolist(),
             "boosters": [booster.save_raw("json").decode() for booster in boosters],
         }
@@ -119,21 +153,37 @@ class TreeSurrogate:
         import xgboost
 
         record = read_record(path, space, TREE_VERSION)
-        self = cls(space, random_state=record["random_state"], rounds=record["rounds"])
-        self.cv_scores_, self._background = record["cv_scores"], np.array(record["background"])
+        prior = record["prior"]
+        self = cls(space, random_state=record["random_state"], rounds=record["rounds"], prior=prior is not None)
+        self.prior_ = None if prior is None else AdditiveSurrogate.from_dict(prior, space)
+        self._offset = record["offset"]
+        self.cv_scores_, self.cv_ndcg_ = record["cv_scores"], record["cv_ndcg"]
+        self._background = np.array(record["background"])
         self._boosters = [xgboost.Booster({"nthread": 1}, model_file=bytearray(b.encode())) for b in record["boosters"]]
         return self
 
-    def _boost(self, x: Floats, y: Floats, weights: Floats) -> Any:
+    def _start(self, choices: NDArray[np.int64]) -> Floats:
+        """Return where the final model and each fold's start from, [1+K, T]: the prior, or the mean label."""
+        if self.prior_ is not None:
+            return self.prior_.predict_folds(choices)
+        return np.full((1 + FOLDS, len(choices)), self._offset)
+
+    def _boost(self, x: Floats, y: Floats, weights: Floats, start: Floats) -> Any:
         import xgboost
 
-        data = xgboost.DMatrix(x, label=y, weight=weights, nthread=1)
+        data = xgboost.DMatrix(x, label=y, weight=weights, base_margin=start, nthread=1)
         return xgboost.train({**PARAMETERS, "seed": self.random_state}, data, num_boost_round=self.rounds)
 
-    def _contributions(self, booster: Any, x: Floats) -> Floats:
+    def _raw(self, booster: Any, x: Floats, start: Floats) -> Floats:
         import xgboost
 
-        return booster.predict(xgboost.DMatrix(x, nthread=1), pred_contribs=True).astype(np.float64)
+        return booster.predict(xgboost.DMatrix(x, base_margin=start, nthread=1)).astype(np.float64)
+
+    def _contributions(self, booster: Any, x: Floats, start: Floats) -> Floats:
+        import xgboost
+
+        data = xgboost.DMatrix(x, base_margin=start, nthread=1)
+        return booster.predict(data, pred_contribs=True).astype(np.float64)
 
     def _fitted(self) -> list[Any]:
         if not self._boosters:

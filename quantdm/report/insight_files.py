@@ -1,0 +1,95 @@
+"""The insights of a run as files beside its report: charts and the coloured graph as SVG, everything as one JSON."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdm.errors import QuantDMError
+from quantdm.files import write_json, write_text
+from quantdm.report import charts
+from quantdm.report.drawing import draw_graph
+from quantdm.report.explanations import ordered_groups
+from quantdm.report.insights import Group, group_layers, insights, one_more_bit, width_value, widths
+from quantdm.report.records import MADE_BY, read_records
+from quantdm.surrogates import SearchSpace
+
+FOLDER, RECORD, INSIGHTS_VERSION = "insights", "insights.json", 1
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the distribution over a group's layers: range, quartiles, median
+
+
+def save_insights(run_dir: str | Path) -> list[Path]:
+    """Write what a run teaches into RUN_DIR/insights and return the paths; equal records give equal files.
+
+    insights.json holds three sentences to act on, where one more bit buys most, and per operation type and block the
+    distribution of one-layer errors and learned values, the bits and the chosen schemes. The SVG files show the same:
+    box plots per operation type and block, methods and bits per operation type and per layer, and the data-flow graph
+    coloured by bits and by what more bits are worth.
+
+    Raises:
+        QuantDMError: no run there, or its search space, recipe or attributions are not made yet.
+    """
+    records = read_records(run_dir)
+    space, choice, explanation = records.space, records.choice, records.explanation
+    if space is None or choice is None or explanation is None:
+        lacking = "space.json" if space is None else "recipe.yaml" if choice is None else "attribution.json"
+        raise QuantDMError(f"insights: {lacking} is missing in {run_dir}; make it with `{MADE_BY[lacking]}`")
+    source, values = explanation[0], explanation[1].values
+    learned = width_value(space, values)
+    folder = Path(run_dir) / FOLDER
+    drawings = {
+        **{
+            f"sensitivity_per_{by}.svg": charts.sensitivity(space, ordered_groups(space, by)[0], learned, title)
+            for by, title in (("op_type", "operation type"), ("block", "block"))
+        },
+        "methods.svg": charts.methods(space, values),
+        "bits_per_op_type.svg": charts.shares_per_type(space, choice),
+        "bits_per_layer.svg": charts.bits_per_layer(space, choice),
+    }
+    for name, svg in drawings.items():
+        write_text(folder / name, svg)
+    bits = space.gather(space.bits, choice)[0] / space.num_weights
+    narrow, wide = widths(space)[0], widths(space)[-1]
+    graphs = {
+        "graph_bits.svg": (bits, "bits per weight of the recipe, all counted"),
+        "graph_worth.svg": (learned, f"worth of {wide} instead of {narrow} bits in −log FID ({source} surrogate)"),
+    }
+    for name, (per_layer, label) in graphs.items():
+        colours = dict(zip(space.layer_names, per_layer.tolist(), strict=True))
+        draw_graph(space.graph, values=colours, label=label, path=folder / name)
+    record = {
+        "version": INSIGHTS_VERSION,
+        "model": records.settings.model,
+        "source": source,
+        "sentences": insights(space, choice, values),
+        "one_more_bit": [asdict(step) for step in one_more_bit(space, values, choice)],
+        "by_op_type": [_row(space, choice, learned, group) for group in group_layers(space, "op_type", choice)],
+        "by_block": [_row(space, choice, learned, group) for group in group_layers(space, "block", choice)],
+    }
+    write_json(folder / RECORD, record)
+    return [folder / name for name in (RECORD, *drawings, *graphs)]
+
+
+def _row(space: SearchSpace, choice: NDArray[np.int64], learned: NDArray[np.float64], group: Group) -> dict[str, Any]:
+    """Return the figures of one group of layers: quantiles over its layers, shares of its weights."""
+    error = {
+        label: np.quantile(space.noise_error[group.members, option], SHARES).tolist()
+        for option, label in enumerate(space.labels)
+    }
+    weights, taken = space.num_weights[group.members], choice[group.members]
+    schemes = {
+        space.labels[option]: float(weights[taken == option].sum() / weights.sum())
+        for option in np.unique(taken).tolist()
+    }
+    return {
+        "name": group.name,
+        "layers": len(group.members),
+        "weight_share": group.weight_share,
+        "avg_bits": group.avg_bits,
+        "bit_share": group.bit_share,
+        "schemes": schemes,
+        "noise_error_quantiles": error,
+        "worth_quantiles": np.quantile(learned[group.members], SHARES).tolist(),
+    }
