@@ -9,33 +9,50 @@ from pydantic import BaseModel, field_validator, model_validator
 from quantdm.errors import QuantDMError, nearest
 
 Method = Literal["uniform", "kmeans", "log2"]
-Granularity = Literal["tensor", "channel", "group"]
+Granularity = Literal["tensor", "channel", "group", "shared"]
 MIN_BITS, MAX_BITS = 2, 8
+ERROR_POWER = 2.4  # of the papers: the range of a row minimises mean|w - w_hat|^p
 ORIGINAL_BITS = 16  # P of the papers: the precision of an unquantized weight when bits are counted
 
 Table = Literal["int8", "fp16"]  # how the entries of a codebook are stored
+Calibration = Literal["importance", "feedback"]  # what the second moments of a layer's inputs are used for
 
 _LABEL = re.compile(
-    r"(?P<method>[a-z0-9]+)-(?P<granularity>tensor|channel|group)(?P<group>\d*)-(?P<bits>\d+)(?:-(?P<table>int8|fp16))?"
+    r"(?P<method>[a-z0-9]+)-(?P<granularity>tensor|channel|group|shared)(?P<group>\d*)-(?P<bits>\d+)"
+    r"(?P<symmetric>-symmetric)?(?P<half_steps>-halfsteps)?(?P<p>-p2)?"
+    r"(?:-(?P<table>int8|fp16))?(?:-(?P<calibration>importance|feedback))?"
 )
 
 
 class Scheme(BaseModel, frozen=True, extra="forbid"):
     """How one weight tensor is quantized: `Scheme(method="kmeans", bits=4, granularity="channel")`.
 
-    `group_size` is the number of consecutive weights of one output channel that share a scale or codebook; it is
-    required for granularity "group" and refused elsewhere. The last group of a channel may be shorter.
+    `granularity` says which weights share a scale or codebook: the whole tensor, an output channel, or a group of
+    `group_size` consecutive weights of one, of which the last of a channel may be shorter. "shared" (k-means) is one
+    learned codebook for the tensor with a scale per channel or, with `group_size`, per group in 8 bits.
+
+    `symmetric` (uniform) stores no zero point; the grid is scale·{-2^(b-1) .. 2^(b-1) - 1} and the scale has a sign.
+    `half_steps` (log2) takes powers of sqrt(2). `p` (uniform, log2) is the power of the error that the search for the
+    range minimises; 2.4 as the papers have it, or 2. Calibrated schemes minimise the squared error of the output.
 
     `table` says how k-means codebooks are stored: "int8" with an fp16 scale per row, or "fp16". The int8 table takes
     half the bits and costs 0.01 to 0.07 dB up to 4 bits; it is the default of rows. A single table per tensor weighs
-    nothing, so there fp16 is the default.
+    nothing, so there fp16 is the default (and the only one of shared tables).
+
+    `calibration` says how the second moments of the layer's inputs are used: "importance" weights the error of every
+    weight by E[x^2] of its input, "feedback" moves the error of every column on to those still to be quantized as well.
+    What is stored, and how it is decoded, does not depend on it.
     """
 
     method: Method
     bits: int
     granularity: Granularity = "channel"
     group_size: int | None = None
+    symmetric: bool = False
+    half_steps: bool = False
+    p: float = ERROR_POWER
     table: Table | None = None
+    calibration: Calibration | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -52,20 +69,42 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
         return bits
 
     @model_validator(mode="after")
-    def _check_group(self) -> "Scheme":
-        if (self.granularity == "group") != (self.group_size is not None):
+    def _check(self) -> "Scheme":
+        if self.granularity != "shared" and (self.granularity == "group") != (self.group_size is not None):
             raise ValueError(f"group_size={self.group_size} does not fit granularity {self.granularity!r}")
         if self.group_size is not None and self.group_size < 2:
             raise ValueError(f"group_size: got {self.group_size}, expected 2 or more")
-        if self.table is not None and self.method != "kmeans":
-            raise ValueError(f"table={self.table!r} belongs to kmeans, not to {self.method}")
+        if self.p not in (ERROR_POWER, 2):
+            raise ValueError(f"p: got {self.p}, expected {ERROR_POWER} or 2")
+        uses = (
+            ("granularity='shared'", self.granularity == "shared", self.method == "kmeans"),
+            (f"table={self.table!r}", self.table is not None, self.method == "kmeans"),
+            ("table='int8'", self.table == "int8", self.granularity != "shared"),
+            ("symmetric", self.symmetric, self.method == "uniform"),
+            ("half_steps", self.half_steps, self.method == "log2"),
+            ("p=2", self.p == 2, self.method != "kmeans" and self.calibration is None),
+        )
+        for option, given, fits in uses:
+            if given and not fits:
+                calibration = "" if self.calibration is None else f" with {self.calibration}"
+                raise ValueError(f"{option} does not fit {self.method} per {self.granularity}{calibration}")
         return self
 
     @property
     def label(self) -> str:
-        """The scheme as one word, e.g. `kmeans-channel-4` or `uniform-group64-3`."""
-        usual = self.table is None or self.table == _default_table(self.granularity)
-        return f"{self.method}-{self.granularity}{self.group_size or ''}-{self.bits}{'' if usual else f'-{self.table}'}"
+        """The scheme as one word: METHOD-GRANULARITY-BITS, then what is not the default, in the order of the fields.
+
+        E.g. `kmeans-channel-4`, `uniform-group64-3-symmetric`, `kmeans-channel-3-fp16-feedback`, `kmeans-shared64-4`.
+        """
+        options = (
+            "symmetric" if self.symmetric else None,
+            "halfsteps" if self.half_steps else None,
+            "p2" if self.p == 2 else None,
+            None if self.table == _default_table(self.granularity) else self.table,
+            self.calibration,
+        )
+        parts = (self.method, f"{self.granularity}{self.group_size or ''}", str(self.bits), *options)
+        return "-".join(part for part in parts if part is not None)
 
     @classmethod
     def parse(cls, label: str) -> "Scheme":
@@ -83,9 +122,17 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
         if not MIN_BITS <= bits <= MAX_BITS:
             raise QuantDMError(f"scheme {label!r}: {bits} bits, expected {MIN_BITS} to {MAX_BITS}")
         try:
-            group = int(match["group"]) if match["group"] else None
-            kind = {"granularity": match["granularity"], "group_size": group, "table": match["table"]}
-            fields = {"method": method, "bits": bits, **kind}
+            fields = {
+                "method": method,
+                "bits": bits,
+                "granularity": match["granularity"],
+                "group_size": int(match["group"]) if match["group"] else None,
+                "symmetric": match["symmetric"] is not None,
+                "half_steps": match["half_steps"] is not None,
+                "p": 2 if match["p"] else ERROR_POWER,
+                "table": match["table"],
+                "calibration": match["calibration"],
+            }
             return cls.model_validate(fields)
         except ValueError as error:
             raise QuantDMError(f"scheme {label!r}: {error}") from None
@@ -95,7 +142,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
 
 
 def _default_table(granularity: str) -> Table:
-    return "fp16" if granularity == "tensor" else "int8"
+    return "fp16" if granularity in ("tensor", "shared") else "int8"
 
 
 # The search space of the paper, here at 2, 3 and 4 bits.

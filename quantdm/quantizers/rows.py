@@ -2,7 +2,8 @@
 
 A weight [C_out, C_in/groups, *kernel], or one half of it, is a matrix [C, n]: one line per output channel. Its
 granularity turns it into rows: "tensor" one row of C·n, "channel" C rows of n, "group" rows of `group_size` consecutive
-weights of a channel. When the group size does not divide n, the last group of every channel is shorter.
+weights of a channel; rows of a "shared" codebook are those of its scales, channels or groups. When the group size does
+not divide n, the last group of every channel is shorter.
 Parameters of rows have the shape [lines, groups, ...]: [1, 1], [C, 1] or [C, ceil(n / group_size)].
 """
 

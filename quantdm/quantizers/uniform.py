@@ -1,18 +1,21 @@
-"""Uniform affine quantization (UAQ): asymmetric, an integer zero point, a searched range.
+"""Uniform quantization: affine (UAQ) with an integer zero point, or symmetric; the range is searched.
 
 For alpha in {1, .9, ..., .1}: Delta = alpha(max - min)/(2^b - 1), z = round(-alpha·min/Delta),
 q = clip(round(w/Delta) + z, 0, 2^b - 1), w_hat = (q - z)·Delta; the alpha that minimises mean|w - w_hat|^2.4 is kept
 (Qua2SeDiMo, arXiv 2412.14628, section 3; PTQ4DM and Q-Diffusion use the same search). Delta is rounded to the stored
 fp16 before anything else is computed, so the error that is searched is the error that is kept.
+
+Symmetric: z = 2^(b-1) for every row, and Delta = +-alpha·max|w| / 2^(b-1). The grid reaches one step further at its
+lower end; the sign of Delta, searched too, says which end of the row that is.
 """
 
 import torch
 from torch import Tensor
 
 from quantdm.quantizers.rows import block_pieces, piece_budget, pieces
+from quantdm.schemes import ERROR_POWER
 
 ALPHAS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-ERROR_POWER = 2.4
 MAX_ZERO = 2**14  # |z| stays below 2^15 and a constant row of fp16 numbers stays exact
 MIN_SCALE = 2.0**-24  # the least positive fp16
 
@@ -30,8 +33,10 @@ def candidate_grids(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tenso
     return step, torch.round(-alpha * low / step)
 
 
-def search_range(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Search the range of every row [R, n] on mean|w - w_hat|^2.4.
+def search_range(
+    rows: Tensor, bits: int, *, importance: Tensor | None = None, p: float = ERROR_POWER
+) -> tuple[Tensor, Tensor]:
+    """Search the range of every row [R, n] on mean|w - w_hat|^p, every weight counted `importance` [R, n] times.
 
     Returns the scale fp16 [R] and the zero point int16 [R].
     """
@@ -40,15 +45,34 @@ def search_range(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     error = torch.zeros(step.shape, dtype=torch.float64, device=rows.device)
     for lines, columns in pieces(rows.shape[0], rows.shape[1], piece_budget(rows.device)):
         piece = rows[lines, columns]
+        weight = None if importance is None else importance[lines, columns]
         scaled, grid = torch.empty_like(piece), torch.empty_like(piece)
         for a in range(len(ALPHAS)):
             z = zero[a, lines, None]
             torch.div(piece, step[a, lines, None], out=scaled)
             torch.round(scaled, out=grid).clamp_(-z, 2**bits - 1 - z)
-            error[a, lines] += power_sum(grid.sub_(scaled))
-    error *= step.double() ** ERROR_POWER  # the errors above are in units of the step
+            error[a, lines] += power_sum(grid.sub_(scaled), p, weight)
+    error *= step.double() ** p  # the errors above are in units of the step
     best = error.argmin(dim=0, keepdim=True)
     return step.gather(0, best)[0].half(), zero.gather(0, best)[0].to(torch.int16)
+
+
+def search_symmetric(rows: Tensor, bits: int, *, importance: Tensor | None = None, p: float = ERROR_POWER) -> Tensor:
+    """Search the signed scale fp16 [R] of the symmetric grid of every row [R, n], as `search_range` does."""
+    largest = rows.gather(1, rows.abs().argmax(dim=1, keepdim=True))[:, 0]
+    alpha = torch.tensor((*ALPHAS, *(-a for a in ALPHAS)), device=rows.device)[:, None]
+    step = -alpha * largest / 2 ** (bits - 1)
+    step = torch.where(step.abs() < MIN_SCALE, MIN_SCALE, step).half().float()
+    error = torch.zeros(step.shape, dtype=torch.float64, device=rows.device)
+    for lines, columns in pieces(rows.shape[0], rows.shape[1], piece_budget(rows.device)):
+        piece = rows[lines, columns]
+        weight = None if importance is None else importance[lines, columns]
+        for a in range(len(step)):
+            scaled = piece / step[a, lines, None]
+            grid = scaled.round().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            error[a, lines] += power_sum(grid.sub_(scaled), p, weight)
+    error *= step.abs().double() ** p
+    return step.gather(0, error.argmin(dim=0, keepdim=True))[0].half()
 
 
 def encode(rows: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -67,7 +91,7 @@ def decode_(out: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bits:
     `scale` is float32 with the factor already in it; values beyond +-limit are saturated.
     """
     zero = zero_point.float()
-    reach = torch.maximum(zero.abs(), (2**bits - 1 - zero).abs()).mul_(scale)
+    reach = torch.maximum(zero.abs(), (2**bits - 1 - zero).abs()).mul_(scale.abs())
     # Needed only when a weight is at the edge of its dtype; on a GPU asking would cost more than doing it.
     saturate = codes.is_cuda or not bool((reach <= limit).all())
     buffer = torch.empty(0, device=codes.device)
@@ -78,9 +102,12 @@ def decode_(out: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, bits:
         out[index] = buffer.clamp_(-limit, limit) if saturate else buffer
 
 
-def power_sum(difference: Tensor, p: float = ERROR_POWER) -> Tensor:
-    """Return sum |d|^p over the last axis; overwrites its argument.
+def power_sum(difference: Tensor, p: float = ERROR_POWER, weight: Tensor | None = None) -> Tensor:
+    """Return sum |d|^p over the last axis, weighted when asked; overwrites its first argument.
 
     exp(p/2·log(d^2)) is six times faster than `pow`, and zero stays zero: exp(-inf) = 0.
     """
-    return difference.square_().log_().mul_(p / 2).exp_().sum(dim=-1).double()
+    power = difference.square_()
+    if p != 2:
+        power = power.log_().mul_(p / 2).exp_()
+    return (power if weight is None else power.mul_(weight)).sum(dim=-1).double()

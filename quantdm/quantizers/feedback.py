@@ -1,0 +1,103 @@
+"""Error feedback: quantize the columns of a weight in turn and let the later ones make up for the errors of the former.
+
+The output error of one row is e H e^T with e = w - w_hat and H = E[x x^T]. With H = R R^T, R upper triangular and
+U = R / diag(R) per column, it is sum_j R_jj^2 (e_j + sum_(i<j) e_i U_ij)^2. So column j takes the entry of its grid
+nearest to w_j + sum_(i<j) e_i U_ij: the choice of OBQ and GPTQ (Frantar et al., 2022) in the form of LDLQ (Chee et al.,
+2023), which needs no inverse. It works with any grid, because the grid only answers which entry is nearest.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantdm.errors import QuantDMError
+from quantdm.quantizers.moments import Moments
+
+DAMPING = 0.01  # of the mean diagonal, raised tenfold until the factorization succeeds
+BLOCK = 128  # columns whose errors are handed on together
+
+
+@dataclass(frozen=True, eq=False)
+class InputFactor:
+    """The unit upper triangular `factor` U [G, n, n] of the second moments, columns in the `order` [G, n]."""
+
+    order: Tensor
+    factor: Tensor
+
+
+def factorize(moments: Moments, name: str) -> InputFactor:
+    """Factorize second moments, the columns of the largest inputs first: they have the others left to correct them.
+
+    Inputs that are always zero are taken as independent of the others; then their columns are simply rounded.
+
+    Raises:
+        QuantDMError: not a matrix of second moments, however much it is damped.
+    """
+    second = moments.second.float().clone()
+    diagonal = second.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(dim=1, keepdim=True)
+    mean = torch.where(mean > 0, mean, 1.0)
+    diagonal.copy_(torch.where(diagonal > 0, diagonal, mean))
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    n = order.shape[1]
+    second = second.gather(1, order[:, :, None].expand(-1, n, n)).gather(2, order[:, None].expand(-1, n, n)).flip(1, 2)
+    diagonal, damping, info = second.diagonal(dim1=1, dim2=2), DAMPING, None
+    while damping <= 10:
+        diagonal += damping * mean
+        lower, info = torch.linalg.cholesky_ex(second)
+        if not bool(info.any()):
+            upper = lower.flip(1, 2)
+            return InputFactor(order, upper.div_(upper.diagonal(dim1=1, dim2=2)[:, None].clone()))
+        damping *= 10
+    raise QuantDMError(f"{name}: got moments that are not positive, expected E[x x^T]; calibrate in float32 or bf16")
+
+
+def feedback_codes(matrix: Tensor, table: Tensor, length: int, factor: InputFactor) -> Tensor:
+    """Return the uint8 codes [C, n] of a weight matrix [C, n] under tables [lines, groups, k], ascending or descending.
+
+    Lines are C or 1; a group is `length` consecutive columns (all of them where there is one group).
+    """
+    down = table[:, :, 0] > table[:, :, -1]
+    flip = (down.long() * (table.shape[2] - 1)).t().contiguous()  # [groups, lines]; only tables of 2^b entries descend
+    table = torch.where(down[:, :, None], table.flip(2), table)
+    G, n = factor.order.shape
+    C, lines = len(matrix), len(table)
+    columns = matrix.view(G, C // G, n).transpose(1, 2)  # [G, n, c]
+    columns = columns.gather(1, factor.order[:, :, None].expand(-1, -1, C // G))
+    group = factor.order // length if table.shape[1] > 1 else torch.zeros_like(factor.order)
+    middle = ((table[:, :, 1:] + table[:, :, :-1]) / 2).transpose(0, 1).contiguous()  # [groups, lines, k - 1]
+    values = table.transpose(0, 1).contiguous()
+    error = torch.empty_like(columns)
+    codes = torch.empty(G, n, C // G, dtype=torch.uint8, device=matrix.device)
+    for first in range(0, n, BLOCK):
+        last = min(first + BLOCK, n)
+        wanted = columns[:, first:last]
+        if first:
+            wanted = torch.baddbmm(wanted, factor.factor[:, :first, first:last].transpose(1, 2), error[:, :first])
+        for j in range(first, last):
+            target = wanted[:, j - first : j - first + 1]
+            if j > first:
+                share = factor.factor[:, first:j, j].unsqueeze(1)
+                target = torch.baddbmm(target, share, error[:, first:j])
+            kept, code = _nearest(target.reshape(lines, -1).contiguous(), middle, values, flip, group[:, j])
+            codes[:, j] = code.view(G, -1)
+            error[:, j] = columns[:, j] - kept.view(G, -1)
+    result = torch.empty_like(codes).scatter_(1, factor.order[:, :, None].expand(-1, -1, C // G), codes)
+    return result.transpose(1, 2).reshape(C, n)
+
+
+def _nearest(target: Tensor, middle: Tensor, values: Tensor, flip: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entries nearest to `target` [lines, count], and their codes, under the tables of one column.
+
+    `group` [G] is the column's group of weights in each convolution group; they differ where the order does.
+    """
+    lines = len(target)
+    if len(group) == 1 or len(values) == 1:
+        at, entries, turned = middle[group[0]], values[group[0]], flip[group[0]]
+    else:  # each convolution group has an order of its own
+        line = torch.arange(lines, device=group.device)
+        of_line = group.repeat_interleave(lines // len(group))
+        at, entries, turned = middle[of_line, line], values[of_line, line], flip[of_line, line]
+    codes = torch.searchsorted(at, target)
+    return entries.gather(1, codes), codes ^ turned[:, None]

@@ -1,0 +1,236 @@
+"""Quantize a weight: fit the grid of every row, then choose the codes by rounding or with error feedback."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from quantdm.errors import QuantDMError
+from quantdm.quantizers import kmeans, log2, shared, uniform
+from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
+from quantdm.quantizers.moments import Moments, check_moments
+from quantdm.quantizers.packing import pack_codes
+from quantdm.quantizers.rows import row_blocks, row_layout
+from quantdm.quantizers.tables import nearest_codes, round_codebook
+from quantdm.quantizers.weight import QuantizedWeight, factor_of, halves, parameters_of, tables_of
+from quantdm.schemes import Scheme
+
+
+def quantize_weight(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    split: int | None = None,
+    name: str = "weight",
+    moments: Moments | None = None,
+    exact: bool = False,
+) -> QuantizedWeight:
+    """Quantize one weight [C_out, C_in/groups, *kernel] of any float dtype.
+
+    `split` is the input channel at which a long-skip concatenation is seamed; `name` appears in errors. `moments` are
+    those of the layer's whole input; a calibrated scheme needs them, others ignore them. `exact` asks for the optimal
+    codebooks of rows, at some ten times the time.
+
+    Raises:
+        QuantDMError: NaN or infinite weights, not a float tensor of two or more dimensions, `split` outside dim 1, a
+            calibrated scheme without moments, or moments of another layer.
+    """
+    return quantize_options(weight, (scheme,), split=split, name=name, moments=moments, exact=exact)[0]
+
+
+def quantize_options(
+    weight: Tensor,
+    schemes: Sequence[Scheme],
+    *,
+    split: int | None = None,
+    name: str = "weight",
+    moments: Moments | None = None,
+    exact: bool = False,
+) -> list[QuantizedWeight]:
+    """Quantize one weight under every scheme, in their order.
+
+    Bit-widths of one granularity share the sorted rows, schemes with feedback the factorized moments.
+
+    Raises:
+        QuantDMError: as `quantize_weight`.
+    """
+    matrix = _check_weight(weight, split, name)
+    shape = tuple(weight.shape)
+    calibrated = [scheme for scheme in schemes if scheme.calibration is not None]
+    if calibrated and moments is None:
+        raise QuantDMError(
+            f"{name}: got {calibrated[0]} without moments, expected those of the layer's inputs; calibrate"
+        )
+    if calibrated and moments is not None:
+        check_moments(moments, shape, name)
+    stored: list[dict[str, Tensor]] = [{} for _ in schemes]
+    for suffix, columns in halves(shape, split):
+        half = matrix[:, columns]
+        factor = factor_of(half)
+        half = half.mul(1 / factor).contiguous()  # exact: the factor is a power of two
+        inputs = moments.part(columns) if calibrated and moments is not None else None
+        for i, parameters in _fit_half(half, schemes, inputs, name, exact=exact):
+            parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=weight.device)
+            stored[i] |= {key + suffix: parameters[key] for key in parameters_of(schemes[i])}
+    return [QuantizedWeight(s, shape, split, weight.dtype, t) for s, t in zip(schemes, stored, strict=True)]
+
+
+def _fit_half(
+    half: Tensor, schemes: Sequence[Scheme], moments: Moments | None, name: str, *, exact: bool
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield (index of the scheme, its stored tensors) for one quantizer's matrix [C, n]."""
+    kinds = [(s.granularity, s.group_size, s.calibration is not None) for s in schemes]
+    inputs: InputFactor | None = None
+    for kind in dict.fromkeys(kinds):
+        same = [i for i in range(len(schemes)) if kinds[i] == kind]
+        is_shared = kind[0] == "shared"
+        importance = moments.importance_of(len(half)) if kind[2] and moments is not None else None
+        weights: list[Tensor | None]
+        if is_shared:
+            rows, weight = _padded_rows(half, importance, schemes[same[0]])
+            blocks, weights = [rows], [weight]
+        else:
+            blocks = _rows(half, schemes[same[0]])
+            weights = [None] * len(blocks) if importance is None else [*_rows(importance, schemes[same[0]])]
+        is_kmeans = not is_shared and any(schemes[i].method == "kmeans" for i in same)
+        ordered = [kmeans.sort_rows(*pair) for pair in zip(blocks, weights, strict=True)] if is_kmeans else []
+        for i in same:
+            if is_shared:
+                parameters = _fit_shared(blocks[0], weights[0], schemes[i], len(half))
+            else:
+                parameters = _fit(schemes[i], blocks, weights, ordered, half.shape, exact=exact)
+            if schemes[i].calibration == "feedback" and moments is not None:
+                inputs = inputs or factorize(moments, name)
+                length = row_layout(half.shape[0], half.shape[1], schemes[i])[2]
+                codes = feedback_codes(half, tables_of(schemes[i], parameters), length, inputs)
+            else:
+                codes = _round(schemes[i], blocks, parameters, half.shape[1])
+            parameters["codes"] = pack_codes(codes.reshape(-1), schemes[i].bits)
+            yield i, parameters
+
+
+def _rows(matrix: Tensor, scheme: Scheme) -> list[Tensor]:
+    """Return the rows [R, length] of a matrix [C, n]; two blocks when the last group of a channel is shorter."""
+    return [block.reshape(-1, block.shape[2]).contiguous() for block in row_blocks(matrix, scheme)]
+
+
+def _padded_rows(matrix: Tensor, importance: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None]:
+    """Return rows [R, length] of a matrix [C, n] and their importance; a shorter last group is filled up with zeros."""
+    _, groups, length = row_layout(matrix.shape[0], matrix.shape[1], scheme)
+    padding = (0, groups * length - matrix.shape[1])
+    if padding[1] and importance is None:
+        importance = torch.ones_like(matrix)
+    if importance is not None:
+        importance = torch.nn.functional.pad(importance, padding).view(-1, length)
+    return torch.nn.functional.pad(matrix, padding).view(-1, length), importance
+
+
+def _fit_shared(rows: Tensor, importance: Tensor | None, scheme: Scheme, lines: int) -> dict[str, Tensor]:
+    parameters = shared.fit_shared(rows, importance, scheme.bits, grouped=scheme.group_size is not None)
+    return parameters | {
+        "codebook": parameters["codebook"].view(1, 1, -1),
+        "scale": parameters["scale"].view(lines, -1),
+    }
+
+
+def _fit_uniform(
+    rows: Tensor, importance: Tensor | None, ordered: kmeans.SortedRows | None, scheme: Scheme, exact: bool
+) -> dict[str, Tensor]:
+    p = scheme.p if scheme.calibration is None else 2
+    if scheme.symmetric:
+        return {"scale": uniform.search_symmetric(rows, scheme.bits, importance=importance, p=p)}
+    scale, zero_point = uniform.search_range(rows, scheme.bits, importance=importance, p=p)
+    return {"scale": scale, "zero_point": zero_point}
+
+
+def _fit_kmeans(
+    rows: Tensor, importance: Tensor | None, ordered: kmeans.SortedRows | None, scheme: Scheme, exact: bool
+) -> dict[str, Tensor]:
+    assert ordered is not None
+    codebook, counts = kmeans.fit_codebook(ordered, scheme.bits, exact=exact)
+    if scheme.table == "int8":
+        table, scale = round_codebook(codebook, counts)
+        return {"codebook": table, "scale": scale}
+    return {"codebook": codebook.half()}
+
+
+def _fit_log2(
+    rows: Tensor, importance: Tensor | None, ordered: kmeans.SortedRows | None, scheme: Scheme, exact: bool
+) -> dict[str, Tensor]:
+    p = scheme.p if scheme.calibration is None else 2
+    scale = log2.search_scale(rows, scheme.bits, half_steps=scheme.half_steps, importance=importance, p=p)
+    return {"scale": scale}
+
+
+_FIT: dict[str, Callable[[Tensor, Tensor | None, kmeans.SortedRows | None, Scheme, bool], dict[str, Tensor]]] = {
+    "uniform": _fit_uniform,
+    "kmeans": _fit_kmeans,
+    "log2": _fit_log2,
+}
+
+
+def _fit(
+    scheme: Scheme,
+    blocks: list[Tensor],
+    weights: list[Tensor | None],
+    ordered: list[kmeans.SortedRows],
+    size: torch.Size,
+    *,
+    exact: bool,
+) -> dict[str, Tensor]:
+    """Fit the blocks of equal rows and join their parameters to [lines, groups, ...]."""
+    lines, _, length = row_layout(size[0], size[1], scheme)
+    fits = [
+        _FIT[scheme.method](rows, weights[i], ordered[i] if ordered else None, scheme, exact)
+        for i, rows in enumerate(blocks)
+    ]
+    k = min(2**scheme.bits, length)
+    joined = {}
+    for key in fits[0]:
+        values = [fit[key] for fit in fits]
+        if key == "codebook":  # a shorter last group may have fewer weights than entries: its last entry is repeated
+            values = [torch.cat([v, v[:, -1:].expand(-1, k - v.shape[1])], dim=1) for v in values]
+        shape = (lines, -1) if key != "codebook" else (lines, -1, k)
+        joined[key] = torch.cat([v.reshape(shape) for v in values], dim=1).contiguous()
+    return joined
+
+
+def _round(scheme: Scheme, blocks: list[Tensor], parameters: dict[str, Tensor], columns: int) -> Tensor:
+    """Return the codes of the nearest entries, uint8 [C, n] (flat for a single row)."""
+    if scheme.granularity == "shared":
+        scale = shared.scales_of(parameters["scale"], parameters.get("scale_step"))
+        codes = shared.encode(blocks[0], scale.view(-1), parameters["codebook"].float().view(-1))
+        return codes.view(len(scale), -1)[:, :columns]
+    table = None if scheme.method == "uniform" else tables_of(scheme, parameters)
+    lines = len(parameters["codebook" if scheme.method == "kmeans" else "scale"])
+    codes, first = [], 0
+    for rows in blocks:
+        groups = slice(first, first + len(rows) // lines)
+        first = groups.stop
+        if table is None:
+            scale = parameters["scale"][:, groups].reshape(-1)
+            if scheme.symmetric:
+                zero_point = torch.full_like(scale, 2 ** (scheme.bits - 1))
+            else:
+                zero_point = parameters["zero_point"][:, groups].reshape(-1)
+            found = uniform.encode(rows, scale, zero_point, scheme.bits)
+        else:
+            found = nearest_codes(rows, table[:, groups].reshape(len(rows), -1))
+        codes.append(found.view(lines, -1))
+    return torch.cat(codes, dim=1)
+
+
+def _check_weight(weight: Tensor, split: int | None, name: str) -> Tensor:
+    """Return the weight as a float32 matrix [C_out, n] after checking it."""
+    if not weight.is_floating_point() or weight.dim() < 2 or weight.numel() == 0:
+        got = f"{weight.dtype} {tuple(weight.shape)}"
+        raise QuantDMError(f"{name}: got {got}, expected a float tensor [C_out, C_in, ...] that is not empty")
+    if weight.is_meta:
+        raise QuantDMError(f"{name}: got a tensor on the meta device, expected one with values; load the weights first")
+    if split is not None and not 0 < split < weight.shape[1]:
+        raise QuantDMError(f"{name}: got split={split}, expected an input channel between 1 and {weight.shape[1] - 1}")
+    matrix = weight.detach().to(torch.float32).reshape(weight.shape[0], -1)
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise QuantDMError(f"{name}: got {bad} NaN or infinite weights of {weight.numel()}, expected finite ones")
+    return matrix
