@@ -115,6 +115,7 @@ def measure_size(
         (n for n in configs if n.startswith(NO_SEARCH) and "weight error" not in n), key=lambda name: verified[name]
     )
     jobs = {
+        "fp": (Job(Draw(0, 0, 0)), "full precision"),
         "recipe": (Job(Draw(0, 0, 0), configs[chosen]), chosen),
         "best learned": (Job(Draw(0, 0, 0), configs[learned]), learned),
         "recipe A6": (Job(Draw(0, 0, 0), configs[chosen], spec.model_dump(mode="json")), "6-bit activations"),

@@ -1,89 +1,99 @@
-"""Publish finished demo runs: recipes/, eval/results/, the README's table and pictures.
+"""Publish finished allocation studies: the README's tables, and pictures of the same noises in docs/.
 
-python eval/publish_results.py runs/digits-dit-3bit runs/digits-sd-3bit
+python eval/publish_results.py digits-dit digits-sd        # after eval/allocation_study.py of both
 """
 
 import argparse
-import datetime
-import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import torch
 
-from quantdm import load_recipe
-from quantdm.files import atomic_path, load_tensors, read_json, write_json, write_text
+from quantdm import Recipe, apply_recipe, generate, load_pipeline, load_protocol, load_recipe
+from quantdm.files import atomic_path, read_json, write_text
 from quantdm.inspection import image_grid
-from quantdm.search.run import Run, cores
+from quantdm.search.evaluation import real_floor
 
 ROOT = Path(__file__).resolve().parents[1]
+PICTURED, COLUMNS, SEED = "3", 20, 101 * 10**6
 ROWS = {
-    "fp": "full precision",
-    "uniform-w4": "uniform, 4 bits",
-    "kmeans-w4": "k-means per channel, 4 bits",
-    "uniform-same-size": "uniform, same size",
-    "sensitivity-same-size": "one-layer sensitivities, same size",
     "recipe": "**recipe**",
-    "recipe+a6": "recipe, 6-bit activations",
-    "recipe+a6+correction": "recipe, 6-bit activations, corrected",
+    "recipe A6": "recipe, 6-bit activations",
+    "uniform": "uniform, next width",
+    "one-layer sensitivity": "one-layer sensitivities (knapsack)",
+    "least weight error": "least weight error (knapsack)",
+    "best of all sampled": "best of the 400 trials",
+    "lambda mode": "the paper's λ mode",
 }
 
 
-def draw_samples(run: Run, out: Path, *, columns: int = 20) -> None:
-    """Draw the same noises under full precision, uniform bits and the recipe, one strip each."""
-    samples, _ = load_tensors(run.path("samples.safetensors"))
-    names = [name for name in ("fp", "uniform-same-size", "recipe") if name in samples]
-    fig, axes = plt.subplots(len(names), 1, figsize=(10, 0.62 * len(names)), layout="constrained")
-    rows = {row["name"]: row for row in read_json(run.path("summary.json"))["rows"]}
-    for axis, name in zip(axes, names, strict=True):
-        axis.imshow(image_grid(samples[name][:columns], columns))
-        label = rows[name]["note"] if name == "uniform-same-size" else ROWS[name].strip("*")
-        axis.set_ylabel(f"{label}\n{rows[name]['avg_bits']:.1f} bits", rotation=0, ha="right", va="center", fontsize=9)
+def draw_samples(model: str, rows: dict[str, Any], out: Path) -> None:
+    """Draw the same noises in full precision, with the best uniform scheme and with the recipe, one strip each."""
+    uniform = rows["uniform"]
+    recipes = {
+        "full precision\n16 bits": None,
+        f"{uniform['note']}\n{uniform['avg_bits']:.2f} bits": Recipe(model=model, default=uniform["note"]),
+        f"recipe\n{rows['recipe']['avg_bits']:.2f} bits": load_recipe(
+            ROOT / "recipes" / f"{model}-{float(PICTURED):.1f}bit-a16.yaml"
+        ),
+    }
+    fig, axes = plt.subplots(len(recipes), 1, figsize=(10, 0.62 * len(recipes)), layout="constrained")
+    for axis, (label, recipe) in zip(axes, recipes.items(), strict=True):
+        pipe = load_pipeline(model)
+        if recipe is not None:
+            apply_recipe(pipe, recipe)
+        images = generate(pipe, load_protocol(model), range(SEED, SEED + COLUMNS))
+        axis.imshow(image_grid((images.clamp(0, 1) * 255).round().to(torch.uint8), COLUMNS))
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xticks=[], yticks=[])
     with atomic_path(out) as temporary:
         fig.savefig(temporary, format="png", dpi=130)
     plt.close(fig)
 
 
-def table(summary: dict) -> str:
-    """Return a summary as a Markdown table."""
-    protocol, noise = summary["protocol"], summary["fp_noise"]["mean"]
+def table(result: dict[str, Any]) -> str:
+    """Return a study as a Markdown table: one column per size."""
+    sizes = {size: {row["name"]: row for row in rows} for size, rows in result["sizes"].items()}
+    floor = real_floor(load_protocol(result["model"]))
+    fp = next(iter(sizes.values()))["fp"]
     lines = [
-        f"`{summary['model']}`, {len(protocol['draws'])} draws of {protocol['images']} images, "
-        f"{protocol['steps']} steps. Two full-precision draws of different noises are {noise:.3f} apart; "
-        f"the real training digits are {summary['fid_floor']:.3f} from the real test digits.",
+        f"`{result['model']}`: `fid_fp`, mean ± standard deviation over three draws of 1,000 images, 20 steps. Two "
+        f"full-precision draws of different noises are {result['sampling_noise']['mean']:.3f} apart.",
         "",
-        "| weights | bits | denoiser | fid_fp | PSNR | FID to real digits |",
-        "|---|---|---|---|---|---|",
+        f"| average bits | {' | '.join(f'{float(size):.1f}' for size in sizes)} |",
+        "|---|" + "---|" * len(sizes),
     ]
-    for row in summary["rows"]:
-        note = f" ({row['note']})" if row["name"] == "uniform-same-size" else ""
-        psnr = "" if row["psnr_fp"] is None else f"{row['psnr_fp']:.1f} dB"
-        lines.append(
-            f"| {ROWS[row['name']]}{note} | {row['avg_bits']:.2f} | {row['denoiser_bytes'] / 1e6:.2f} MB | "
-            f"{row['fid_fp']:.3f} ± {row['fid_fp_sd']:.3f} | {psnr} | {row['fid_real']:.3f} |"
-        )
+    for name, label in ROWS.items():
+        cells = []
+        for rows in sizes.values():
+            note = f" ({rows[name]['note']}, {rows[name]['avg_bits']:.2f} b)" if name == "uniform" else ""
+            cells.append(f"{rows[name]['fid_fp']:.3f} ± {rows[name]['fid_fp_sd']:.3f}{note}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    recipes = [rows["recipe"] for rows in sizes.values()]
+    lines += [
+        f"| recipe: PSNR to full precision | {' | '.join(f'''{row['psnr_fp']:.1f} dB''' for row in recipes)} |",
+        f"| recipe: FID to real digits (full precision {fp['fid_real']:.3f}, real against real {floor:.3f}) | "
+        f"{' | '.join(f'''{row['fid_real']:.3f}''' for row in recipes)} |",
+        f"| recipe: denoiser on disk (16 bits: {fp['denoiser_bytes'] / 1e6:.1f} MB) | "
+        f"{' | '.join(f'''{row['denoiser_bytes'] / 1e6:.2f} MB''' for row in recipes)} |",
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("models", nargs="+", choices=["digits-dit", "digits-sd"])
     tables = []
-    for folder in parser.parse_args().runs:
-        run = Run.open(folder)
-        model, target = run.settings.model, run.settings.target_bits
-        summary = read_json(run.path("summary.json"))
-        load_recipe(run.path("recipe.yaml")).save(ROOT / "recipes" / f"{model}-{target:.1f}bit.yaml")
-        machine = f"{platform.machine()}, {cores()} cores, {run.settings.dtype}"
-        record = summary | {"machine": machine, "date": datetime.date.today().isoformat()}
-        record |= {"candidates": read_json(run.path("selection.json"))["candidates"]}
-        write_json(ROOT / "eval" / "results" / f"demo_{model}_{target:.1f}bit.json", record)
-        draw_samples(run, ROOT / "docs" / f"{model}.png")
-        tables.append(table(summary))
+    for model in parser.parse_args().models:
+        result = read_json(ROOT / "eval" / "results" / f"allocation_{model}.json", version=1)
+        rows = {row["name"]: row for row in result["sizes"][PICTURED]}
+        draw_samples(model, rows, ROOT / "docs" / f"{model}.png")
+        tables.append(table(result))
     readme = (ROOT / "README.md").read_text()
     block = "<!-- results:begin -->\n" + "\n\n".join(tables) + "\n<!-- results:end -->"
     write_text(
