@@ -9,24 +9,28 @@ from quantdm.modules.activations import (
     set_activation_bits_,
 )
 from quantdm.modules.layers import (
+    RESIDENCIES,
     PackedLayer,
     QuantConv1d,
     QuantConv2d,
     QuantConv3d,
     QuantLinear,
-    dense_weights,
+    Residency,
     dequantize_module_,
     packed_layers,
     quantize_module_,
 )
+from quantdm.modules.residency import dense_weights, set_residency
 
 __all__ = [
     "KEEP_8BIT",
+    "RESIDENCIES",
     "PackedLayer",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
     "QuantLinear",
+    "Residency",
     "activation_spec",
     "default_keep_8bit",
     "dense_weights",
@@ -36,4 +40,5 @@ __all__ = [
     "packed_layers",
     "quantize_module_",
     "set_activation_bits_",
+    "set_residency",
 ]

@@ -6,10 +6,8 @@ under sequential and group offload, and one tensor per layer keeps the checkpoin
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,9 +15,13 @@ from torch.nn import functional as F
 
 from quantdm.errors import QuantDMError
 from quantdm.modules.blob import join_tensors, split_blob
+from quantdm.modules.int8 import Int8Weight, int8_form, moved
 from quantdm.modules.view import WeightView
 from quantdm.quantizers import QuantizedWeight
 from quantdm.schemes import Scheme
+
+Residency = Literal["packed", "int8", "dense"]
+RESIDENCIES: tuple[str, ...] = get_args(Residency)
 
 _scratch = threading.local()
 
@@ -70,7 +72,11 @@ class PackedLayer(nn.Module):
     split: int | None
     original_dtype: torch.dtype
     weight_dtype: torch.dtype
-    _dense: torch.Tensor | None
+    _kept: torch.Tensor | Int8Weight | None  # what is held beside the bytes, see `residency`
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Make a torch layer when called like one: PEFT builds the two convolutions of a LoRA as `type(layer)(...)`."""
+        return _torch_class(cls)(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def pack_(self, quantized: QuantizedWeight, weight_dtype: torch.dtype, device: torch.device) -> None:
         """Hold this quantized weight from now on."""
@@ -92,7 +98,7 @@ class PackedLayer(nn.Module):
         self.scheme, self.label, self.weight_shape, self.split = scheme, scheme.label, tuple(shape), split
         self.original_dtype, self.weight_dtype = original_dtype, weight_dtype
         self.packed = nn.Parameter(packed, requires_grad=False)
-        self._dense = None
+        self._kept = None
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -105,18 +111,43 @@ class PackedLayer(nn.Module):
         return self.quantized.dequantize(dtype=dtype or self.weight_dtype)
 
     def dense_weight(self) -> torch.Tensor:
-        """Return the weight for one forward pass: cached in dense residency, else decoded into a shared buffer."""
-        if self._dense is not None:
-            return self._dense
+        """Return the weight for one forward pass: kept in dense residency, else decoded into a shared buffer.
+
+        Raises:
+            QuantDMError: the bytes were moved by an offload hook, what is kept beside them was not.
+        """
+        kept = self._kept
+        if kept is not None and kept.device != self.packed.device:
+            raise QuantDMError(
+                f"{self.residency} residency: the weight is kept on {kept.device}, but its bytes were offloaded and "
+                f"came back on {self.packed.device}; set_residency(model, 'packed') before offloading"
+            )
+        if isinstance(kept, torch.Tensor):
+            return kept
         if torch.compiler.is_compiling():
+            if kept is not None:
+                return kept.traced(self.weight_dtype).view(self.weight_shape)
             meaning = (self.label, list(self.weight_shape), self.split, self.original_dtype, self.weight_dtype)
             return _decode(self.packed, *meaning)
         out = _scratch_out(self.weight_shape, self.weight_dtype) if self.packed.device.type == "cpu" else None
-        return self.quantized.dequantize(dtype=self.weight_dtype, out=out)
+        if kept is None:
+            return self.quantized.dequantize(dtype=self.weight_dtype, out=out)
+        if out is None:
+            out = torch.empty(self.weight_shape, dtype=self.weight_dtype, device=kept.device)
+        return kept.decode(out)
 
-    def keep_dense_(self, dense: bool) -> None:
-        """Keep the decoded weight beside the bytes (dense residency) or drop it; it is never saved."""
-        self._dense = self.dequantize() if dense else None
+    @property
+    def residency(self) -> Residency:
+        """The form in which the weight is kept beside the bytes."""
+        return "packed" if self._kept is None else "dense" if isinstance(self._kept, torch.Tensor) else "int8"
+
+    def keep_(self, residency: Residency) -> None:
+        """Keep the weight in another form beside the bytes, or in none; int8 stays packed where it is not exact."""
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable under autograd
+            self._kept = {"packed": lambda: None, "int8": self._int8, "dense": self.dequantize}[residency]()
+
+    def _int8(self) -> Int8Weight | None:
+        return int8_form(self.quantized)
 
     @property
     def weight(self) -> WeightView:
@@ -137,14 +168,24 @@ class PackedLayer(nn.Module):
         if fn(torch.empty(0, dtype=torch.uint8)).dtype != torch.uint8:
             raise QuantDMError("packed layer: .type() would cast its bytes; use .to(dtype)")
         super()._apply(fn, recurse)
-        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        if self._dense is not None:
-            self.keep_dense_(True)
+        before, self.weight_dtype = self.weight_dtype, fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        if isinstance(self._kept, torch.Tensor) and self.weight_dtype != before:
+            self.keep_("dense")
+        elif isinstance(self._kept, torch.Tensor):
+            self._kept = moved(self._kept, self.packed.device)
+        elif self._kept is not None:
+            self._kept = self._kept.to(self.packed.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self._kept is not None:  # it was made from the bytes before
+            self.keep_(self.residency)
 
     def extra_repr(self) -> str:
         """Show the scheme behind the arguments of the torch layer."""
-        return f"{super().extra_repr()}, scheme={self.scheme}"
+        kept = "" if self._kept is None else f", residency={self.residency}"
+        return f"{super().extra_repr()}, scheme={self.scheme}{kept}"
 
 
 class QuantLinear(PackedLayer, nn.Linear):
@@ -190,6 +231,11 @@ def _packed_class(base: type[nn.Module]) -> type[PackedLayer]:
     return type(f"Quant{base.__name__}", (PackedLayer, base), {})
 
 
+def _torch_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a packed class was made from."""
+    return next(base for base in cls.__mro__ if issubclass(base, nn.Module) and not issubclass(base, PackedLayer))
+
+
 def check_replaceable(layer: nn.Module, name: str) -> None:
     """Check that replacing a layer loses nothing that others attached to it.
 
@@ -209,7 +255,7 @@ def new_packed_layer(layer: nn.Module) -> PackedLayer:
     nn.Module.__init__(packed)
     own = packed.__dict__.keys()
     packed.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in own})
-    packed.__dict__["_dense"] = None
+    packed.__dict__["_kept"] = None
     packed.training = layer.training
     packed._parameters["bias"] = layer._parameters.get("bias")
     return packed
@@ -245,7 +291,7 @@ def dequantize_module_(parent: nn.Module, name: str) -> nn.Module:
     packed = parent.get_submodule(name)
     if not isinstance(packed, PackedLayer):
         raise QuantDMError(f"{name}: got {type(packed).__name__}, expected a packed layer")
-    base = next(cls for cls in type(packed).__mro__ if issubclass(cls, nn.Module) and not issubclass(cls, PackedLayer))
+    base = _torch_class(type(packed))
     layer = base.__new__(base)
     nn.Module.__init__(layer)
     described = layer.__dict__.keys() | PackedLayer.__annotations__.keys()
@@ -259,16 +305,3 @@ def dequantize_module_(parent: nn.Module, name: str) -> nn.Module:
 def packed_layers(denoiser: nn.Module) -> dict[str, PackedLayer]:
     """Return the packed layers of a model by dotted name, in `named_modules` order."""
     return {name: module for name, module in denoiser.named_modules() if isinstance(module, PackedLayer)}
-
-
-@contextmanager
-def dense_weights(denoiser: nn.Module) -> Iterator[None]:
-    """Keep every packed weight decoded inside the block: many forwards run at the speed of the dense model."""
-    layers = [layer for layer in packed_layers(denoiser).values() if layer._dense is None]
-    for layer in layers:
-        layer.keep_dense_(True)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.keep_dense_(False)
