@@ -52,7 +52,7 @@ def main() -> None:
     settings = make_settings(pipe, target_bits=3.0, target_bytes=None, trials=TRIALS, seed=0)
     run = Run.create(arguments.run_dir, settings)
     stages.describe(run, denoiser)
-    bank = stages.build_bank(run, denoiser)
+    bank = stages.build_bank(run, pipe)
     with Engine(run, workers=arguments.workers) as engine:
         space = stages.measure_space(run, engine, denoiser, bank)
         stages.run_trials(run, engine, space, targets=SIZES, proposers=tuple(stages.SURROGATES))

@@ -14,7 +14,7 @@ from quantdm.denoisers.protocol import Protocol, load_protocol
 from quantdm.errors import QuantDMError
 from quantdm.export import export_pipeline
 from quantdm.hub import QuantDMConfig, apply_recipe, register
-from quantdm.modules import set_activation_bits_
+from quantdm.modules import set_activation_bits_, set_residency
 from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe import ActivationSpec, Recipe, load_recipe
 from quantdm.report import write_report
@@ -63,6 +63,7 @@ __all__ = [
     "search",
     "select",
     "set_activation_bits_",
+    "set_residency",
     "trace_graph",
     "write_report",
 ]

@@ -97,7 +97,7 @@ def bank(
         model, run_dir, target_bits=target_bits, target_bytes=target_bytes, trials=trials, seed=seed, protocol=protocol
     )
     stages.describe(run, get_denoiser(pipe))
-    stages.build_bank(run, get_denoiser(pipe))
+    stages.build_bank(run, pipe)
     typer.echo(f"bank: {run.path('bank')}")
 
 

@@ -62,7 +62,7 @@ def demo(
     with open_engine(run, pipe, workers=workers) as engine:
         say(f"[2/9] quantize every layer with {len(run.settings.options)} options")
         stages.describe(run, denoiser)
-        bank = stages.build_bank(run, denoiser)
+        bank = stages.build_bank(run, pipe)
         say("[3/9] how sensitive is each layer?")
         space = stages.measure_space(run, engine, denoiser, bank)
         say(f"[4/9] measure {trials} sampled configurations (processes: {engine.workers})")

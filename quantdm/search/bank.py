@@ -1,67 +1,142 @@
 """The bank: every layer quantized with every option, once; a configuration is swapped in by moving pointers."""
 
+import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Condition
+from typing import Any
 
 import torch
 from torch import nn
 
 from quantdm.denoisers.layers import LayerRecord
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
-from quantdm.quantizers import QuantizedWeight, quantize_options, weight_error
+from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, weight_error
 from quantdm.schemes import Scheme
+from quantdm.search.run import cores
+from quantdm.search.weights import weight_reader
 
-BANK_VERSION = 2
+BANK_VERSION = 3
 INDEX = "index.json"
+CACHE_BYTES = 2**31
+# Weights that threads work on at a time, at 40 to 60 bytes each while they are sorted. A larger layer goes alone.
+IN_FLIGHT = 2**25
 
 
 class WeightBank:
     """All options of all layers of one denoiser, packed on disk, one safetensors file per layer.
 
-    Files are addressed by the content of the weight and the options, so building again costs nothing and a changed
-    weight is never confused with an old one.
+    Files are addressed by the content of the weight, the options and the moments, so building again costs a hash and a
+    changed weight is never confused with an old one. They are memory-mapped when a layer is asked for. Decoded weights
+    are kept up to `cache_bytes`, the least recently used ones are dropped first.
     """
 
-    def __init__(self, folder: str | Path, layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        layers: Sequence[LayerRecord],
+        options: Sequence[Scheme],
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.folder = Path(folder)
         self.layers = {layer.name: layer for layer in layers}
         self.options = tuple(options)
+        self.cache_bytes = cache_bytes
         self._files: dict[str, Path] = {}
         self._loaded: dict[str, dict[str, QuantizedWeight]] = {}
         self._errors: dict[str, dict[str, float]] = {}
-        self._dense: dict[tuple[str, Scheme, torch.dtype], torch.Tensor] = {}
+        self._dense: OrderedDict[tuple[str, Scheme, torch.dtype, torch.device], torch.Tensor] = OrderedDict()
+        self._dense_bytes = 0
 
-    def build(self, denoiser: nn.Module, *, progress: Callable[[], object] | None = None) -> "WeightBank":
-        """Quantize what is not on disk yet, layer by layer; `progress` is called after every layer."""
-        for name, layer in self.layers.items():
-            weight = denoiser.get_parameter(f"{name}.weight").detach()
-            path = self._path(name, weight)
-            if not path.is_file():
-                self._write(path, layer, weight)
-            self._files[name] = path
-            if progress is not None:
-                progress()
-        write_json(
-            self.folder / INDEX, {"version": BANK_VERSION, "layers": {n: p.name for n, p in self._files.items()}}
-        )
+    def build(
+        self,
+        source: nn.Module | str | Path,
+        *,
+        moments: Mapping[str, Moments] | None = None,
+        workers: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> "WeightBank":
+        """Quantize what is not on disk yet, layer by layer; nothing of a finished layer stays in memory.
+
+        Args:
+            source: the denoiser, or its safetensors file or folder of them.
+            moments: of the inputs of every layer; needed when an option is calibrated.
+            workers: threads, one layer each, the largest layers first (None: one per core). Files are the same for any
+                number. Torch runs one thread per layer meanwhile.
+            progress: called with the number of weights of every layer that is done.
+
+        Raises:
+            QuantDMError: a weight is missing, of another shape, NaN or infinite; moments are missing or of another
+                layer. Layers that are written stay.
+        """
+        read = weight_reader(source)
+        if moments is not None:
+            missing = [name for name in self.layers if name not in moments]
+            if missing:
+                raise QuantDMError(f"moments: none for {missing[0]}; {nearest(missing[0], moments)}")
+        gate = _Gate(IN_FLIGHT)
+
+        def work(layer: LayerRecord) -> tuple[LayerRecord, Path]:
+            with gate.room(layer.num_weights):
+                weight = read(f"{layer.name}.weight")
+                if tuple(weight.shape) != layer.shape:
+                    raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
+                known = moments[layer.name] if moments is not None and self._calibrated else None
+                path = self._path(layer, weight, known)
+                if not path.is_file():
+                    self._write(path, layer, weight, known)
+                return layer, path
+
+        largest_first = sorted(self.layers.values(), key=lambda layer: -layer.num_weights)
+        with _one_torch_thread(), ThreadPoolExecutor(workers or cores()) as pool:
+            try:
+                for future in as_completed([pool.submit(work, layer) for layer in largest_first]):
+                    layer, path = future.result()
+                    self._files[layer.name] = path
+                    if progress is not None:
+                        progress(layer.num_weights)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        files = {name: self._files[name].name for name in self.layers}
+        write_json(self.folder / INDEX, {"version": BANK_VERSION, "layers": files})
         return self
 
     @classmethod
-    def open(cls, folder: str | Path, layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> "WeightBank":
+    def open(
+        cls,
+        folder: str | Path,
+        layers: Sequence[LayerRecord],
+        options: Sequence[Scheme],
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> "WeightBank":
         """Open a bank that was built before, without the weights it was built from."""
-        bank = cls(folder, layers, options)
+        bank = cls(folder, layers, options, cache_bytes=cache_bytes)
         files = read_json(bank.folder / INDEX, version=BANK_VERSION)["layers"]
+        missing = [name for name in bank.layers if name not in files]
+        if missing:
+            raise QuantDMError(f"bank {bank.folder}: no layer {missing[0]!r}; it was built for another denoiser")
         bank._files = {name: bank.folder / files[name] for name in bank.layers}
         return bank
 
-    def _path(self, name: str, weight: torch.Tensor) -> Path:
-        labels = [scheme.label for scheme in self.options]
-        return self.folder / f"{digest(BANK_VERSION, name, labels, self.layers[name].split, weight)}.safetensors"
+    @property
+    def _calibrated(self) -> bool:
+        return any(scheme.calibration is not None for scheme in self.options)
 
-    def _write(self, path: Path, layer: LayerRecord, weight: torch.Tensor) -> None:
-        quantized = quantize_options(weight, self.options, split=layer.split, name=layer.name)
+    def _path(self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> Path:
+        parts: list[Any] = [BANK_VERSION, layer.name, [scheme.label for scheme in self.options], layer.split, weight]
+        if moments is not None:
+            parts += [moments.second, moments.count]
+        return self.folder / f"{digest(*parts)}.safetensors"
+
+    def _write(self, path: Path, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> None:
+        quantized = quantize_options(weight, self.options, split=layer.split, name=layer.name, moments=moments)
         tensors, errors = {}, {}
         for scheme, item in zip(self.options, quantized, strict=True):
             tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
@@ -96,7 +171,7 @@ class WeightBank:
         return self._loaded[name]
 
     def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
-        """Return one layer under one scheme."""
+        """Return one layer under one scheme, memory-mapped."""
         options = self._open(layer_name)
         if scheme.label not in options:
             raise QuantDMError(f"bank: {layer_name} has no option {scheme.label}; the bank holds {', '.join(options)}")
@@ -107,24 +182,63 @@ class WeightBank:
         self._open(name)
         return self._errors[name][scheme.label]
 
-    def dense(self, name: str, scheme: Scheme, dtype: torch.dtype) -> torch.Tensor:
-        """Return the decoded weight, decoded once and kept."""
-        key = (name, scheme, dtype)
-        if key not in self._dense:
-            self._dense[key] = self.get(name, scheme).dequantize(dtype=dtype)
-        return self._dense[key]
+    def dense(self, name: str, scheme: Scheme, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the decoded weight on a device; decoded there, and kept while `cache_bytes` allow."""
+        key = (name, scheme, dtype, torch.device(device))
+        if key in self._dense:
+            self._dense.move_to_end(key)
+            return self._dense[key]
+        stored = self.get(name, scheme)
+        on_device = {k: tensor.to(device) for k, tensor in stored.tensors.items()}
+        weight = dataclasses.replace(stored, tensors=on_device).dequantize(dtype=dtype)
+        if weight.nbytes <= self.cache_bytes:
+            self._dense[key] = weight
+            self._dense_bytes += weight.nbytes
+            while self._dense_bytes > self.cache_bytes:
+                self._dense_bytes -= self._dense.popitem(last=False)[1].nbytes
+        return weight
 
     @contextmanager
     def applied(self, denoiser: nn.Module, config: Mapping[str, Scheme | None]) -> Iterator[nn.Module]:
         """Point the denoiser's weights at the bank's while the context is open; only pointers move."""
-        originals: dict[str, torch.Tensor] = {}
+        originals: list[tuple[nn.Parameter, torch.Tensor]] = []
         try:
             for name, scheme in config.items():
                 if scheme is not None:
                     parameter = denoiser.get_parameter(f"{name}.weight")
-                    originals[name] = parameter.data
-                    parameter.data = self.dense(name, scheme, parameter.dtype).to(parameter.device)
+                    originals.append((parameter, parameter.data))
+                    parameter.data = self.dense(name, scheme, parameter.dtype, parameter.device)
             yield denoiser
         finally:
-            for name, data in originals.items():
-                denoiser.get_parameter(f"{name}.weight").data = data
+            for parameter, data in reversed(originals):  # two names may share one parameter
+                parameter.data = data
+
+
+class _Gate:
+    """Lets threads in while the weights they work on stay below a limit; one that exceeds it alone goes in alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.inside, self.changed = limit, 0, Condition()
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.inside == 0 or self.inside + size <= self.limit)
+            self.inside += size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.inside -= size
+                self.changed.notify_all()
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Give every thread of ours one of torch's: results do not depend on their number, and none of them spins."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -127,7 +127,7 @@ def find_recipe(run: Run, engine: Engine, pipe: DiffusionPipeline) -> Recipe:
     """Run every stage of the search that has no record yet."""
     denoiser = get_denoiser(pipe)
     stages.describe(run, denoiser)
-    bank = stages.build_bank(run, denoiser)
+    bank = stages.build_bank(run, pipe)
     space = stages.measure_space(run, engine, denoiser, bank)
     stages.run_trials(run, engine, space)
     fitted = stages.fit_surrogates(run, space, *stages.load_trials(run, space))

@@ -8,11 +8,13 @@ from torch import nn
 
 from quantdm.denoisers.graph import Graph, trace_graph
 from quantdm.denoisers.layers import LayerRecord, list_layers
+from quantdm.denoisers.pipeline import DiffusionPipeline, get_denoiser
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
 from quantdm.search.bank import WeightBank
+from quantdm.search.calibration import calibration_calls, gather_moments
 from quantdm.search.engine import Engine
 from quantdm.search.evaluation import Draw
 from quantdm.search.evaluator import Job
@@ -37,6 +39,8 @@ SURROGATES = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": Gra
 # Shares of the trials: drawn over the whole space, near the frontier of the one-layer sensitivities, and near the
 # frontier of what was learned so far. Trials pay most where the answer lies.
 RANDOM_SHARE, FRONTIER_SHARE = 0.35, 0.3
+# Images whose trajectories calibrate, and their base seed: outside those of every draw.
+CALIBRATION_IMAGES, CALIBRATION_SEED = 16, 900
 BATCH = 70  # learned trials that are chosen at once
 PROPOSERS = ("additive", "tree")  # the network takes a minute to fit, these take seconds
 
@@ -55,11 +59,19 @@ def describe(run: Run, denoiser: nn.Module) -> tuple[tuple[LayerRecord, ...], Gr
     return layers, graph
 
 
-def build_bank(run: Run, denoiser: nn.Module) -> WeightBank:
-    """Write bank/: every layer under every option."""
-    layers = list_layers(denoiser)
+def build_bank(run: Run, pipe: DiffusionPipeline) -> WeightBank:
+    """Write bank/: every layer under every option; calibrated options see the inputs of CALIBRATION_IMAGES images."""
+    denoiser = get_denoiser(pipe)
+    layers, settings = list_layers(denoiser), run.settings
+    moments = None
+    if any(scheme.calibration is not None for scheme in settings.schemes):
+        first = (settings.seed * 1000 + CALIBRATION_SEED) * 10**6
+        seeds = range(first, first + CALIBRATION_IMAGES)
+        calls = calibration_calls(pipe, settings.protocol, seeds, steps=settings.label_steps)
+        moments = gather_moments(denoiser, calls, [layer.name for layer in layers], folder=run.path("moments"))
     with bar(sum(layer.num_weights for layer in layers), "bank: weights x options") as progress:
-        return WeightBank(run.path("bank"), layers, run.settings.schemes).build(denoiser, progress=progress.update)
+        bank = WeightBank(run.path("bank"), layers, settings.schemes)
+        return bank.build(denoiser, moments=moments, progress=progress.update)
 
 
 # ----------------------------------------------------------------------------------------------------- search space

@@ -1,0 +1,82 @@
+"""The quantizers beside their peers, side by side in one run; writes eval/results/bench_quantizers.json.
+
+    python -m venv /tmp/peers
+    /tmp/peers/bin/pip install -c constraints.txt torch diffusers transformers accelerate scikit-learn numba \\
+        flash1dkmeans bitsandbytes sdnq hqq torchao optimum-quanto
+    python eval/bench_quantizers.py --peers /tmp/peers/bin/python             # all parts
+    python eval/bench_quantizers.py --peers /tmp/peers/bin/python --parts rows models
+
+rows: per-channel k-means against the exact optimum, scikit-learn and flash1dkmeans. models: output SQNR of whole
+denoisers at equal bytes. images: fid_fp of 2 and 3 bits with and without error feedback. Times are CPU seconds of one
+thread. What is run again replaces its figures in the record.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_images import measure_images
+from bench_models import compare_models
+from bench_rows import compare_rows
+
+from quantdm.files import read_json, write_json
+from quantdm.search.run import cores, versions
+
+OUT = Path(__file__).parent / "results" / "bench_quantizers.json"
+VERSION = 1
+PEER_PACKAGES = ("bitsandbytes", "sdnq", "hqq", "torchao", "optimum-quanto", "scikit-learn", "flash1dkmeans", "torch")
+
+
+def peer_versions(python: Path) -> dict[str, str]:
+    """Return the versions of the peers in their environment."""
+    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {PEER_PACKAGES!r}}}))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+MODELS = ("digits-dit", "digits-sd", "random-dit")
+PARTS: dict[str, Callable[[Path, Path, Sequence[str]], dict[str, Any]]] = {
+    "rows": compare_rows,
+    "models": compare_models,
+    "images": measure_images,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, required=True, help="the python of the peers' environment")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which denoisers")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    record: dict[str, Any] = {"version": VERSION, "parts": {}}
+    if OUT.is_file():
+        record = read_json(OUT, version=VERSION)
+    for part in arguments.parts:
+        load = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory(prefix="bench_quantizers.") as folder:
+            figures = PARTS[part](arguments.peers, Path(folder), arguments.models)
+        record["parts"][part] = {
+            **record["parts"].get(part, {}),
+            **figures,
+            "date": datetime.date.today().isoformat(),
+            "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
+        }
+        record |= {
+            "machine": f"{platform.machine()}, {cores()} cores",
+            "versions": versions(),
+            "peers": peer_versions(arguments.peers),
+        }
+        write_json(OUT, record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Moments of the inputs: equal to X^T X of what the layers see, gathered in groups, and worth their trouble."""
+
+import pytest
+import torch
+from torch import nn
+
+from quantdm import QuantDMError, Scheme, get_denoiser, list_layers, load_protocol
+from quantdm.denoisers.pipeline import Call, replay
+from quantdm.metrics import relative_error
+from quantdm.search import calibration
+from quantdm.search.bank import WeightBank
+from quantdm.search.calibration import calibration_calls, gather_moments, input_vectors
+
+LAYERS = {
+    "linear": (nn.Linear(6, 5), (3, 7, 6)),
+    "conv1d": (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "conv2d stride padding": (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), (2, 4, 7, 6)),
+    "conv2d grouped dilated": (nn.Conv2d(6, 9, 3, groups=3, dilation=2, padding=2), (2, 6, 8, 7)),
+    "conv2d depthwise same": (nn.Conv2d(4, 4, 3, groups=4, padding="same"), (1, 4, 6, 6)),
+    "conv2d reflect": (nn.Conv2d(3, 2, 3, padding=1, padding_mode="reflect"), (2, 3, 5, 5)),
+    "conv3d": (nn.Conv3d(2, 4, (2, 3, 1), padding=(0, 1, 0)), (1, 2, 4, 5, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_vectors_times_weights_are_the_output_of_the_layer(name):
+    layer, shape = LAYERS[name]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    vectors = input_vectors(layer, x)
+    groups = len(vectors)
+    weight = layer.weight.reshape(groups, layer.weight.shape[0] // groups, -1)
+    y = torch.cat(list(vectors @ weight.mT), dim=1) + layer.bias
+    expected = layer(x)
+    expected = expected.reshape(-1, expected.shape[-1]) if name == "linear" else expected.movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_moments_are_the_mean_of_xtx(name):
+    layer, shape = LAYERS[name]
+    model = nn.Sequential(layer)
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=generator) for _ in range(3)]
+    calls = [Call((x,), {}, model(x)) for x in inputs]
+    found = gather_moments(model, calls, ["0"])["0"]
+    X = torch.cat([input_vectors(layer, x).double() for x in inputs], dim=1)
+    assert found.count == X.shape[1]
+    assert found.second.dtype == torch.float32
+    torch.testing.assert_close(found.second.double(), X.mT @ X / X.shape[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def calls(dit):
+    return calibration_calls(dit, load_protocol("digits-dit"), range(8), steps=8)
+
+
+@pytest.fixture(scope="module")
+def layers(dit):
+    return list_layers(get_denoiser(dit))
+
+
+@pytest.fixture(scope="module")
+def moments(dit, calls, layers):
+    return gather_moments(get_denoiser(dit), calls, [layer.name for layer in layers])
+
+
+def test_calls_cover_all_timesteps(calls):
+    assert len(calls) == 8
+
+
+def test_groups_and_files_give_the_same_moments(dit, calls, layers, moments, tmp_path, monkeypatch):
+    names = [layer.name for layer in layers[:6]]
+    monkeypatch.setattr(calibration, "ROWS", 50)
+    stored = gather_moments(get_denoiser(dit), calls, names, budget_bytes=2**18, folder=tmp_path)
+    assert list(stored) == names
+    for name in names:
+        assert stored[name].count == moments[name].count
+        torch.testing.assert_close(stored[name].second, moments[name].second, rtol=1e-4, atol=1e-5)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(before) == len(names)
+    again = gather_moments(get_denoiser(dit), calls, names, folder=tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+    assert torch.equal(again[names[0]].second, stored[names[0]].second)
+    assert not any(module._forward_pre_hooks for module in get_denoiser(dit).modules())
+
+
+def test_what_cannot_be_calibrated_is_an_error(dit, calls):
+    denoiser = get_denoiser(dit)
+    with pytest.raises(QuantDMError, match="calls: got none"):
+        gather_moments(denoiser, [], [])
+    with pytest.raises(QuantDMError, match="no Linear or Conv layer"):
+        gather_moments(denoiser, calls, ["nowhere"])
+    idle = nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2)})
+    idle.forward = idle["used"].forward
+    with pytest.raises(QuantDMError, match="idle: no input"):
+        gather_moments(idle, [Call((torch.ones(1, 2),), {}, torch.ones(1, 2))], ["idle"])
+
+
+def output_error(denoiser, calls):
+    pairs = zip(replay(denoiser, calls), calls, strict=True)
+    return sum(relative_error(output, call.output) for output, call in pairs)
+
+
+@pytest.mark.parametrize(
+    ("plain", "calibrated", "share"),
+    [("kmeans-channel-3", "importance", 0.95), ("uniform-channel-3", "feedback", 0.6)],
+)
+def test_calibrated_options_lower_the_error_of_the_output(
+    dit, calls, layers, moments, tmp_path, plain, calibrated, share
+):
+    options = [Scheme.parse(label) for label in (plain, f"{plain}-{calibrated}")]
+    denoiser = get_denoiser(dit)
+    bank = WeightBank(tmp_path, layers, options).build(denoiser, moments=moments)
+    held_out = calibration_calls(dit, load_protocol("digits-dit"), range(100, 108), steps=8)[:-1]  # the last dwarfs all
+    errors = []
+    for scheme in options:
+        with bank.applied(denoiser, {layer.name: scheme for layer in layers}):
+            errors.append(output_error(denoiser, held_out))
+    assert errors[1] < share * errors[0]
