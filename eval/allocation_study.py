@@ -30,8 +30,7 @@ from quantdm.search.evaluator import Job
 from quantdm.search.run import Run, versions
 from quantdm.search.search import candidate_choices, make_settings, unquantized_bytes
 from quantdm.search.store import TrialStore
-from quantdm.surrogates import RidgeSurrogate, SearchSpace, score_blocks, select
-from quantdm.surrogates.selection import select_lambda
+from quantdm.surrogates import RidgeSurrogate, SearchSpace
 from quantdm.surrogates.space import spearman
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +59,6 @@ def main() -> None:
         fitted = stages.fit_surrogates(run, space, choices, y)
         attributions = stages.explain(run, fitted)
         fits = held_out(run, space, choices, y, fitted)
-        zero, blocks = score_blocks(fitted["graph"])
         rest = unquantized_bytes(list_layers(denoiser), denoiser)
         result: dict[str, Any] = {
             "version": 1,
@@ -71,9 +69,7 @@ def main() -> None:
         }
         spec = activation_spec_of(denoiser, ACTIVATION_BITS)
         for size in SIZES:
-            candidates = candidate_choices(run, space, attributions, target_bits=size)
-            candidates["graph, whole blocks"] = select(space, zero.mean(axis=0), blocks=blocks, target_bits=size)
-            candidates["lambda mode"], _ = select_lambda(space, zero.mean(axis=0), blocks=blocks, target_bits=size)
+            candidates = candidate_choices(run, space, attributions, fitted["graph"], target_bits=size)
             rows = measure_size(run, engine, space, candidates, size, spec, rest)
             result["sizes"][f"{size:g}"] = rows
             result |= {

@@ -71,7 +71,7 @@ def demo(
         fitted = stages.fit_surrogates(run, space, *stages.load_trials(run, space))
         attributions = stages.explain(run, fitted)
         say("[6/9] choose and verify")
-        recipe = choose(run, engine, space, attributions)
+        recipe = choose(run, engine, space, attributions, fitted["graph"])
         say(f"      recipe: {recipe.avg_bits:.3f} bits per weight ({recipe.provenance.source})")
         say("[7/9] 6-bit activations and the sampler's correction")
         spec = activation_spec_of(denoiser, ACTIVATION_BITS)

@@ -20,7 +20,7 @@ from quantdm.search import stages
 from quantdm.search.engine import Engine
 from quantdm.search.evaluation import Draw, mean_and_sd
 from quantdm.search.run import Run, RunSettings, fast_dtype, fingerprint, versions
-from quantdm.surrogates import Attribution, SearchSpace, select
+from quantdm.surrogates import Attribution, GraphSurrogate, SearchSpace, score_blocks, select, select_lambda
 
 MIN_TRIALS = 30
 
@@ -131,14 +131,15 @@ def find_recipe(run: Run, engine: Engine, pipe: DiffusionPipeline) -> Recipe:
     space = stages.measure_space(run, engine, denoiser, bank)
     stages.run_trials(run, engine, space)
     fitted = stages.fit_surrogates(run, space, *stages.load_trials(run, space))
-    attributions = stages.explain(run, fitted)
-    return choose(run, engine, space, attributions)
+    return choose(run, engine, space, stages.explain(run, fitted), fitted["graph"])
 
 
-def choose(run: Run, engine: Engine, space: SearchSpace, attributions: dict[str, Attribution]) -> Recipe:
+def choose(
+    run: Run, engine: Engine, space: SearchSpace, attributions: dict[str, Attribution], graph: GraphSurrogate
+) -> Recipe:
     """Verify the candidates of every explanation by really measuring them; write selection.json and recipe.yaml."""
     settings = run.settings
-    candidates = candidate_choices(run, space, attributions)
+    candidates = candidate_choices(run, space, attributions, graph)
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
     draws = [Draw(settings.seed * 1000 + 2 + i, settings.verify_images, settings.protocol.steps) for i in range(2)]
     figures = stages.verify(run, engine, configs, draws, f"verify: {len(configs)} candidates")
@@ -170,9 +171,18 @@ def choose(run: Run, engine: Engine, space: SearchSpace, attributions: dict[str,
 
 
 def candidate_choices(
-    run: Run, space: SearchSpace, attributions: dict[str, Attribution], *, target_bits: float | None = None
+    run: Run,
+    space: SearchSpace,
+    attributions: dict[str, Attribution],
+    graph: GraphSurrogate,
+    *,
+    target_bits: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return the configurations worth verifying at a size (default: the run's): one per explanation, and baselines."""
+    """Return the configurations worth verifying at a size (default: the run's).
+
+    One per explanation, two that choose whole blocks by the scores of the graph surrogate (exactly within the budget,
+    and by the paper's rule of one price per bit), and the baselines.
+    """
     budget = target_bits or run.settings.target_bits
     choices, y = stages.load_trials(run, space)
     found = {name: select(space, a.values, target_bits=budget) for name, a in attributions.items()}
@@ -181,6 +191,9 @@ def candidate_choices(
     fits = np.flatnonzero(space.avg_bits(choices) <= budget)
     if len(fits):
         found["best sampled"] = choices[fits[np.argmax(y[fits])]]
+    zero, blocks = score_blocks(graph)
+    found["graph, whole blocks"] = select(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
+    found["lambda mode"], _ = select_lambda(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
     mixed = mean_of_ranks([a.values for a in attributions.values()])
     found["mean of surrogates"] = select(space, mixed, target_bits=budget)
     return found | baseline_choices(space, budget)

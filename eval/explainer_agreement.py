@@ -1,0 +1,88 @@
+"""Do the explanations agree, with each other and with the truth? Swap single layers of a recipe and measure.
+
+    python eval/explainer_agreement.py digits-dit --run-dir runs/study-dit     # after eval/allocation_study.py
+
+In the 3.0-bit recipe of the study, sampled layers take another option each, and fid_fp is measured on the labels' own
+noises. Result: eval/results/explainers_PIPELINE.json.
+"""
+
+import argparse
+import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from quantdm import load_recipe
+from quantdm.files import write_json
+from quantdm.progress import bar
+from quantdm.search import stages
+from quantdm.search.engine import Engine
+from quantdm.search.evaluator import Job
+from quantdm.search.run import Run, versions
+from quantdm.search.store import TrialStore
+from quantdm.surrogates import agreement, agreement_with_truth, attribute, explain_by_shapley, explain_by_swaps
+
+ROOT = Path(__file__).resolve().parents[1]
+SWAPS, SAMPLES = 60, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=None)
+    arguments = parser.parse_args()
+    run = Run.open(arguments.run_dir)
+    space = stages.load_space(run)
+    choices, y = stages.load_trials(run, space)
+    recipe = load_recipe(ROOT / "recipes" / f"{arguments.model}-3.0bit-a16.yaml")
+    reference = np.array([space.labels.index(str(recipe.layers[name])) for name in space.layer_names])
+    rng = np.random.default_rng(0)
+    layer = rng.integers(0, len(space.layers), SWAPS)
+    option = (reference[layer] + rng.integers(1, len(space.options), SWAPS)) % len(space.options)
+    swapped = np.tile(reference, (SWAPS, 1))
+    swapped[np.arange(SWAPS), layer] = option
+    store = TrialStore(run.path("swaps"))
+    jobs = [Job(stages.label_draw(run), space.config(row).to_labels()) for row in (reference, *swapped)]
+    with Engine(run, workers=arguments.workers) as engine, bar(len(jobs), "swap one layer a time") as progress:
+        found = {job.key: store.get(job.key) for job in jobs}
+        todo = [job for job in jobs if found[job.key] is None]
+        progress.update(len(jobs) - len(todo))
+        for index, record in engine.map("measure", todo):
+            found[todo[index].key] = record
+            store.put(todo[index].key, record)
+            progress.update()
+    measured = np.array([stages.label_of(found[job.key] or {}) for job in jobs])
+    delta = measured[1:] - measured[0]
+
+    explained = {}
+    for name, kind in stages.SURROGATES.items():
+        surrogate = kind(space, random_state=run.settings.seed).fit(choices, y)
+        explained[f"{name}: own"] = attribute(surrogate)
+        explained[f"{name}: swap one"] = explain_by_swaps(surrogate, choices, samples=SAMPLES)
+        explained[f"{name}: Shapley"] = explain_by_shapley(surrogate, choices, samples=SAMPLES)
+    truth = {
+        name: agreement_with_truth(attribution, layer, option, delta, reference=reference)
+        for name, attribution in explained.items()
+    }
+    record = {
+        "version": 1,
+        "model": arguments.model,
+        "swaps": SWAPS,
+        "delta_y": {"min": float(delta.min()), "median": float(np.median(delta)), "max": float(delta.max())},
+        "with_measured_swaps": truth,
+        "with_each_other": agreement(explained),
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }
+    write_json(ROOT / "eval" / "results" / f"explainers_{arguments.model}.json", record)
+    for name, row in truth.items():
+        print(
+            f"{name:<22} Spearman with measured swaps {row['values']:.3f}, of layer importance {row['importance']:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
