@@ -44,7 +44,9 @@ def row_sets(models: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
 def compare_rows(peers: Path, folder: Path, models: Sequence[str]) -> dict[str, Any]:
     """Return per set, bits and method: mean and worst squared error over the optimum, and ns per weight."""
     sets = row_sets(models)
-    tensors = {f"{s}/{part}|{b}": rows for s, parts in sets.items() for part, rows in parts.items() for b in BITS}
+    tensors = {
+        f"{s}/{part}|{b}": rows.clone() for s, parts in sets.items() for part, rows in parts.items() for b in BITS
+    }
     save_tensors(folder / "rows.safetensors", tensors)
     script = str(Path(__file__).with_name("bench_peers.py"))
     subprocess.run([peers, script, "rows", folder / "rows.safetensors", folder / "rows.json"], check=True)

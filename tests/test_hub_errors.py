@@ -148,18 +148,18 @@ TABLES = {
     "no table": (lambda h: h.pop("quantdm"), "its header has no layer table"),
     "not JSON": (lambda h: h.update(quantdm="{"), "table in its header is damaged"),
     "deeply nested": (lambda h: h.update(quantdm="[" * 100_000), "table in its header is damaged"),
-    "other version": (lambda h: h.update(quantdm=h["quantdm"].replace('"version":1', '"version":7')), "got version 7"),
+    "other version": (lambda h: h.update(quantdm=h["quantdm"].replace('"version":2', '"version":7')), "got version 7"),
     "unknown key": (
         lambda h: h.update(quantdm=h["quantdm"].replace('"dtypes"', '"x":1,"dtypes"')),
         "table in its header is damaged",
     ),
     "wrong types": (
-        lambda h: h.update(quantdm='{"version":1,"schemes":[],"dtypes":[],"layers":{"a":1}}'),
+        lambda h: h.update(quantdm='{"version":2,"schemes":[],"dtypes":[],"layers":{"a":1}}'),
         "table in its header is damaged",
     ),
     "no layers": (
         lambda h: h.update(
-            quantdm='{"version":1,"schemes":[],"dtypes":[],"layers":{},"packed":"","others":"","crc32":0}'
+            quantdm='{"version":2,"schemes":[],"dtypes":[],"layers":{},"packed":"","others":"","crc32":0}'
         ),
         "tensors are missing",
     ),
@@ -207,8 +207,8 @@ def test_a_cut_file_a_flipped_header_or_another_config_version_is_one_clear_erro
             DiTTransformer2DModel.from_pretrained(damaged)
     assert header < len(whole)
     (damaged / WEIGHTS).write_bytes(whole)
-    edit_config(damaged, version=2)
-    with pytest.raises(QuantDMError, match="got version 2, expected 1"):
+    edit_config(damaged, version=1)
+    with pytest.raises(QuantDMError, match="got version 1, expected 2"):
         DiTTransformer2DModel.from_pretrained(damaged)
     edit_config(damaged, version=2, activations={"bits": 7})
     with pytest.raises(QuantDMError, match=r"activations\.bits"):
