@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from quantdm.cli import app
+from tests.family_models import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -29,3 +30,8 @@ def test_links_and_commands_exist(page):
         assert (page.parent / target).exists(), target
     for command in set(re.findall(r"^quantdm ([\w-]+)", text, re.MULTILINE)):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
+
+
+def test_the_support_page_lists_every_family_of_the_tests():
+    rows = re.findall(r"^\| ([\w.-]+) \|", (ROOT / "docs" / "support.md").read_text(), re.MULTILINE)
+    assert rows == list(FAMILIES), "write it again: see eval/support_matrix.py"
