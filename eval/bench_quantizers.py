@@ -1,10 +1,10 @@
 """The quantizers beside their peers, side by side in one run; writes eval/results/bench_quantizers.json.
 
-    python -m venv /tmp/peers
-    /tmp/peers/bin/pip install -c constraints.txt torch diffusers transformers accelerate scikit-learn numba \\
+    python -m venv .peers
+    .peers/bin/pip install -c constraints.txt torch diffusers transformers accelerate scikit-learn numba \\
         flash1dkmeans bitsandbytes sdnq hqq torchao optimum-quanto
-    python eval/bench_quantizers.py --peers /tmp/peers/bin/python             # all parts
-    python eval/bench_quantizers.py --peers /tmp/peers/bin/python --parts rows models
+    python eval/bench_quantizers.py --peers .peers/bin/python             # all parts
+    python eval/bench_quantizers.py --peers .peers/bin/python --parts rows models
 
 rows: per-channel k-means against the exact optimum, scikit-learn and flash1dkmeans. models: output SQNR of whole
 denoisers at equal bytes. images: fid_fp of 2 and 3 bits with and without error feedback. Times are CPU seconds of one
