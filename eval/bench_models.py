@@ -33,6 +33,7 @@ OPTIONS = tuple(
         "uniform-channel-8",
     )
 )
+LABELS = (*(scheme.label for scheme in OPTIONS), "original")  # a layer may stay in bf16, as peers leave convolutions
 CALIBRATIONS = ("importance", "feedback")
 CALIBRATED_AT = ("bitsandbytes nf4 dq", "quanto int2")  # sizes at which calibrated rows are shown too
 CALIBRATION_SEEDS, HELD_OUT_SEEDS, STEPS = range(8), range(100, 108), 8
@@ -116,17 +117,17 @@ def stored_bytes(layer: LayerRecord, scheme: Scheme) -> int:
 
 
 class Choices:
-    """Every layer of a case under every option, data-free: bytes, relative squared error, decoded weight."""
+    """Every layer of a case under every option of LABELS, data-free: bytes, relative squared error, decoded weight."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.decoded = case, []
         start = time.process_time()
-        self.bytes = np.array([[stored_bytes(la, s) for s in OPTIONS] for la in case.layers])
+        self.bytes = np.array([[*(stored_bytes(la, s) for s in OPTIONS), 2 * la.num_weights] for la in case.layers])
         self.error = np.zeros(self.bytes.shape)
         for i, layer in enumerate(case.layers):
             weight = case.weight(layer.name)
             items = quantize_options(weight.bfloat16(), OPTIONS, split=layer.split, name=layer.name)
-            self.decoded.append([item.dequantize() for item in items])
+            self.decoded.append([*(item.dequantize() for item in items), weight.bfloat16()])
             self.error[i] = [relative_error(w_hat.float(), weight) for w_hat in self.decoded[i]]
         self.cpu_s = time.process_time() - start
 
@@ -149,6 +150,8 @@ def calibrated(case: Case, choice: np.ndarray, moments: Mapping[str, Moments], k
     """Return the weights of a choice whose schemes are calibrated."""
     found = {}
     for layer, option in zip(case.layers, choice, strict=True):
+        if LABELS[option] == "original":
+            continue
         scheme = Scheme.parse(f"{OPTIONS[option].label}-{kind}")
         weight = case.weight(layer.name).bfloat16()
         item = quantize_weight(weight, scheme, split=layer.split, name=layer.name, moments=moments[layer.name])
@@ -178,7 +181,7 @@ def compare_case(case: Case, records: dict[str, Any], folder: Path, name: str) -
             "cpu_s": round(record["cpu_s"], 2),
             "quantdm_bytes": int(choices.bytes[index, choice].sum()) + case.rest_bytes,
             "quantdm_sqnr_db": case.sqnr(mine),
-            "quantdm_schemes": {OPTIONS[o].label: int((choice == o).sum()) for o in np.unique(choice)},
+            "quantdm_schemes": {LABELS[o]: int((choice == o).sum()) for o in np.unique(choice)},
         }
         for kind in CALIBRATIONS if peer in CALIBRATED_AT else ():
             row[f"quantdm_sqnr_db_{kind}"] = case.sqnr(calibrated(case, choice, moments, kind))
@@ -198,8 +201,7 @@ def compare_models(peers: Path, folder: Path, names: Sequence[str]) -> dict[str,
     records = read_json(folder / "records.json")
     print(f"\n{'denoiser':<11}{'peer':<21}{'MB':>7}{'dB':>7}{'our MB':>9}{'dB':>7}  importance, feedback")
     found: dict[str, Any] = {name: compare_case(case, records[name], folder, name) for name, case in cases.items()}
-    labels = [scheme.label for scheme in OPTIONS]
     return {
         **found,
-        "settings": {"options": labels, "dit": DIT, "calibration_seeds": "0-7", "held_out_seeds": "100-107"},
+        "settings": {"options": LABELS, "dit": DIT, "calibration_seeds": "0-7", "held_out_seeds": "100-107"},
     }

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from quantdm import QuantConfig, QuantDMError, evaluate, get_denoiser, list_layers, load_protocol, load_recipe
+from quantdm import (
+    QuantConfig,
+    QuantDMError,
+    Recipe,
+    Scheme,
+    apply_recipe,
+    evaluate,
+    get_denoiser,
+    list_layers,
+    load_pipeline,
+    load_protocol,
+    load_recipe,
+)
 from quantdm.denoisers.pipeline import generate
 from quantdm.metrics import relative_error
 from quantdm.search import stages
@@ -20,9 +32,10 @@ from quantdm.search.bank import WeightBank
 from quantdm.search.evaluation import Draw
 from quantdm.search.evaluator import Evaluator, Job
 from quantdm.search.run import Run
+from quantdm.search.search import make_settings
 from quantdm.search.store import TrialStore
 from quantdm.surrogates import SearchSpace
-from tests.tiny_search import OPTIONS, TRIALS, run_search
+from tests.tiny_search import EFFORT, OPTIONS, TRIALS, run_search
 
 TESTS = Path(__file__).parent
 
@@ -180,3 +193,20 @@ def test_a_budget_in_bytes_states_its_range_in_bytes(dit, tmp_path):
     with pytest.raises(QuantDMError, match="at least 30"):
         search(dit, target_bits=3.0, trials=5, run_dir=tmp_path / "r")
     assert not (tmp_path / "r").exists()
+
+
+def test_calibrated_options_are_calibrated_along_trajectories(tmp_path):
+    pipe = load_pipeline("digits-dit")
+    options = [Scheme.parse(f"kmeans-channel-{bits}{kind}") for bits in (2, 4) for kind in ("", "-feedback")]
+    settings = make_settings(
+        pipe, target_bits=3.0, target_bytes=None, trials=30, seed=0, options=options, effort=EFFORT
+    )
+    bank = stages.build_bank(Run.create(tmp_path / "run", settings), pipe)
+    name = "transformer_blocks.2.ff.net.0.proj"
+    plain, fed_back = (bank.get(name, scheme).dequantize() for scheme in options[:2])
+    weight = pipe.transformer.get_parameter(f"{name}.weight")
+    assert not torch.equal(plain, fed_back)
+    # what is fed back serves the output, not the weight
+    assert (weight - fed_back).square().sum() > (weight - plain).square().sum()
+    with pytest.raises(QuantDMError, match="moments"):
+        apply_recipe(pipe, Recipe(model="digits-dit", default=options[1].label))
