@@ -21,7 +21,6 @@ from quantdm.corridor import activation_spec_of
 from quantdm.denoisers.layers import list_layers
 from quantdm.denoisers.pipeline import get_denoiser, load_pipeline
 from quantdm.files import read_json, write_json
-from quantdm.progress import bar
 from quantdm.recipe import Provenance, Recipe
 from quantdm.search import final, stages
 from quantdm.search.engine import Engine
@@ -29,8 +28,7 @@ from quantdm.search.evaluation import Draw, mean_and_sd
 from quantdm.search.evaluator import Job
 from quantdm.search.run import Run, versions
 from quantdm.search.search import candidate_choices, make_settings, unquantized_bytes
-from quantdm.search.store import TrialStore
-from quantdm.surrogates import RidgeSurrogate, SearchSpace
+from quantdm.surrogates import SearchSpace, score_blocks
 from quantdm.surrogates.space import spearman
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +56,7 @@ def main() -> None:
         choices, y = stages.load_trials(run, space)
         fitted = stages.fit_surrogates(run, space, choices, y)
         attributions = stages.explain(run, fitted)
-        fits = held_out(run, space, choices, y, fitted)
+        fits = held_out(run)
         rest = unquantized_bytes(list_layers(denoiser), denoiser)
         result: dict[str, Any] = {
             "version": 1,
@@ -68,8 +66,9 @@ def main() -> None:
             "sizes": {},
         }
         spec = activation_spec_of(denoiser, ACTIVATION_BITS)
+        block_scores = score_blocks(fitted["graph"])
         for size in SIZES:
-            candidates = candidate_choices(run, space, attributions, fitted["graph"], target_bits=size)
+            candidates = candidate_choices(run, space, attributions, block_scores, target_bits=size)
             rows = measure_size(run, engine, space, candidates, size, spec, rest)
             result["sizes"][f"{size:g}"] = rows
             result |= {
@@ -84,15 +83,13 @@ def main() -> None:
         write_json(ROOT / "eval" / "results" / f"allocation_{arguments.model}.json", result)
 
 
-def held_out(
-    run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray, fitted: dict[str, Any]
-) -> dict[str, Any]:
+def held_out(run: Run) -> dict[str, Any]:
     """Return the held-out rank quality of every surrogate with its fold spread, beside what needs no learning."""
-    every = fitted | {"ridge": RidgeSurrogate(space, random_state=run.settings.seed).fit(choices, y)}
-    found: dict[str, Any] = {}
-    for name, surrogate in every.items():
-        found[name] = {"spearman": _spread(surrogate.cv_scores_), "ndcg_at_10": _spread(surrogate.cv_ndcg_)}
     record = read_json(run.path("surrogate.json"), version=1)
+    found = {
+        name: {"spearman": _spread(folds), "ndcg_at_10": _spread(record["held_out_ndcg"][name])}
+        for name, folds in record["held_out_spearman"].items()
+    }
     return found | {"without learning (Spearman)": record["without_learning"]}
 
 
@@ -152,17 +149,9 @@ def ceiling(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, y
     """Return the rank correlation of two independent measurements of equal configurations: the limit of any model."""
     picked = np.random.default_rng(0).permutation(len(choices))[:CEILING_TRIALS]
     draw = Draw(run.settings.seed * 1000 + 50, run.settings.label_images, run.settings.label_steps)
-    store = TrialStore(run.path("ceiling"))
-    jobs = [Job(draw, space.config(choices[index]).to_labels()) for index in picked]
-    again = {job.key: store.get(job.key) for job in jobs}
-    todo = [job for job in jobs if again[job.key] is None]
-    with bar(len(jobs), "second measurement") as progress:
-        progress.update(len(jobs) - len(todo))
-        for index, record in engine.map("measure", todo):
-            again[todo[index].key] = record
-            store.put(todo[index].key, record)
-            progress.update()
-    second = np.array([stages.label_of(again[job.key] or {}) for job in jobs])
+    configs = {str(index): space.config(choices[index]).to_labels() for index in picked}
+    again = stages.verify(run, engine, configs, [draw], "second measurement")
+    second = np.array([stages.label_of(rows[0]) for rows in again.values()])
     near = np.abs(space.avg_bits(choices[picked]) - 3.0) <= 0.6
     return {
         "spearman": spearman(second, y[picked]),

@@ -15,12 +15,9 @@ import torch
 
 from quantdm import load_recipe
 from quantdm.files import write_json
-from quantdm.progress import bar
 from quantdm.search import stages
 from quantdm.search.engine import Engine
-from quantdm.search.evaluator import Job
 from quantdm.search.run import Run, versions
-from quantdm.search.store import TrialStore
 from quantdm.surrogates import agreement, agreement_with_truth, attribute, explain_by_shapley, explain_by_swaps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,23 +34,16 @@ def main() -> None:
     space = stages.load_space(run)
     choices, y = stages.load_trials(run, space)
     recipe = load_recipe(ROOT / "recipes" / f"{arguments.model}-3.0bit-a16.yaml")
-    reference = np.array([space.labels.index(str(recipe.layers[name])) for name in space.layer_names])
+    reference = space.choice_of(recipe.config)
     rng = np.random.default_rng(0)
     layer = rng.integers(0, len(space.layers), SWAPS)
     option = (reference[layer] + rng.integers(1, len(space.options), SWAPS)) % len(space.options)
     swapped = np.tile(reference, (SWAPS, 1))
     swapped[np.arange(SWAPS), layer] = option
-    store = TrialStore(run.path("swaps"))
-    jobs = [Job(stages.label_draw(run), space.config(row).to_labels()) for row in (reference, *swapped)]
-    with Engine(run, workers=arguments.workers) as engine, bar(len(jobs), "swap one layer a time") as progress:
-        found = {job.key: store.get(job.key) for job in jobs}
-        todo = [job for job in jobs if found[job.key] is None]
-        progress.update(len(jobs) - len(todo))
-        for index, record in engine.map("measure", todo):
-            found[todo[index].key] = record
-            store.put(todo[index].key, record)
-            progress.update()
-    measured = np.array([stages.label_of(found[job.key] or {}) for job in jobs])
+    configs = {str(index): space.config(row).to_labels() for index, row in enumerate((reference, *swapped))}
+    with Engine(run, workers=arguments.workers) as engine:
+        figures = stages.verify(run, engine, configs, [stages.label_draw(run)], "swap one layer a time")
+    measured = np.array([stages.label_of(rows[0]) for rows in figures.values()])
     delta = measured[1:] - measured[0]
 
     explained = {}

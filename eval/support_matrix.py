@@ -1,7 +1,7 @@
 """Write docs/support.md: which denoisers and features the tests cover, from a report of a real test run.
 
-python -m pytest tests/test_families.py tests/test_lora.py tests/test_offload.py --junitxml=/tmp/report.xml
-python eval/support_matrix.py /tmp/report.xml
+python -m pytest tests/test_families.py tests/test_lora.py tests/test_offload.py --junitxml=report.xml
+python eval/support_matrix.py report.xml
 """
 
 import argparse

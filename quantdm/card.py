@@ -5,13 +5,13 @@ from typing import Any
 
 import yaml
 
+from quantdm.denoisers.pipeline import DENOISER_NAMES
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_text
 from quantdm.recipe import Recipe, load_recipe
 
 CARD = "README.md"
 FOLD_LINES = 40  # a longer recipe is folded
-_PARTS = ("unet", "transformer", "prior")
 
 LIMITS = """\
 - Import quantdm before loading: without it diffusers refuses the checkpoint, and transformers would not understand a
@@ -53,7 +53,7 @@ def write_card(folder: str | Path, *, summary: str | Path | None = None) -> Path
 def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None) -> str:
     """Return the card of an export as Markdown with a YAML head."""
     index = read_json(folder / "model_index.json")
-    part = next((name for name in _PARTS if (folder / name / "config.json").is_file()), "")
+    part = next((name for name in DENOISER_NAMES if (folder / name / "config.json").is_file()), "")
     config = read_json(folder / part / "config.json") if part else {}
     bits = config.get("quantization_config", {}).get("avg_bits", recipe.avg_bits)
     sizes = {path.name: _bytes(path) for path in sorted(folder.iterdir()) if path.is_dir() and _bytes(path)}

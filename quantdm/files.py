@@ -71,20 +71,32 @@ def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: d
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
 
 
+@contextmanager
+def open_tensors(path: str | Path, *, remedy: str = "") -> Iterator[Any]:
+    """Open a safetensors file, memory-mapped, for the time of the block; `remedy` says what to do with a bad one.
+
+    Raises:
+        QuantDMError: the file is missing or damaged.
+    """
+    then = f"; {remedy}" if remedy else ""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise QuantDMError(f"{path}: no such file{then}") from None
+    except (SafetensorError, OSError) as error:
+        raise QuantDMError(f"{path}: damaged or not a safetensors file ({error}){then}") from None
+
+
 def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a safetensors file (memory-mapped) and the metadata that `save_tensors` put into its header.
 
     Raises:
         QuantDMError: the file is missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            return {k: file.get_tensor(k) for k in file.keys()}, json.loads(header.get("quantdm", "{}"))  # noqa: SIM118
-    except FileNotFoundError:
-        raise QuantDMError(f"{path}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise QuantDMError(f"{path}: damaged or not a safetensors file ({error})") from None
+    with open_tensors(path) as file:
+        header = file.metadata() or {}
+        return {k: file.get_tensor(k) for k in file.keys()}, json.loads(header.get("quantdm", "{}"))  # noqa: SIM118
 
 
 def digest(*parts: Any) -> str:

@@ -13,14 +13,21 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from quantdm.denoisers.pipeline import REFERENCE, get_denoiser, known_pipelines, load_pipeline, pipeline_path
+from quantdm.denoisers.pipeline import (
+    DENOISER_NAMES,
+    REFERENCE,
+    get_denoiser,
+    known_pipelines,
+    load_pipeline,
+    pipeline_path,
+)
 from quantdm.errors import QuantDMError
-from quantdm.hub.layers import model_layers
-from quantdm.hub.skeleton import DENOISER_NAMES, open_skeleton
+from quantdm.hub.layers import model_layers, stored_bits
+from quantdm.hub.skeleton import open_skeleton
 from quantdm.metrics import relative_error
 from quantdm.modules import packed_layers
 from quantdm.modules.blob import blob_size
-from quantdm.quantizers import count_bits, quantize_weight
+from quantdm.quantizers import quantize_weight
 from quantdm.recipe import Recipe, load_recipe
 from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
 
@@ -121,7 +128,7 @@ def _rows(part_name: str, part: nn.Module, rules: Recipe | None, where: str) -> 
         }
         scheme = packed[layer.name].scheme if layer.name in packed else config[layer.name] if config else None
         row["scheme"] = None if scheme is None else scheme.label
-        bits = layer.num_weights * ORIGINAL_BITS if scheme is None else count_bits(layer.shape, scheme, layer.split)
+        bits = stored_bits(layer, scheme)
         row["num_bits"], row["bits"] = bits, round(bits / layer.num_weights, 4)
         row["nbytes"] = bits // 8 if scheme is None else blob_size(tuple(layer.shape), scheme, layer.split)
         if config is not None:

@@ -23,6 +23,7 @@ from quantdm.errors import QuantDMError, nearest
 # diffusers renamed the argument in 0.42 and warns about the old name
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 REFERENCE = Path(str(resources.files("quantdm.denoisers"))) / "reference"
+DENOISER_NAMES = ("unet", "transformer", "prior")  # where a pipeline has its denoiser, in this order
 
 
 def known_pipelines() -> list[str]:
@@ -106,7 +107,7 @@ def get_denoiser(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
     """
     if isinstance(pipe, nn.Module):
         return pipe
-    for name in ("unet", "transformer", "prior"):
+    for name in DENOISER_NAMES:
         module = getattr(pipe, name, None)
         if isinstance(module, nn.Module):
             return module

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quantdm.errors import QuantDMError
+from quantdm.files import open_tensors
 
 HEADER_KEY = "quantdm"  # in the metadata of a safetensors file
 METHOD = "quantdm"  # the `quant_method` in config.json
@@ -28,13 +28,8 @@ def read_header(path: Path) -> tuple[dict[str, str], list[str]]:
     Raises:
         QuantDMError: the file is missing, damaged or not safetensors.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, list(file.keys())
-    except FileNotFoundError:
-        raise QuantDMError(f"{path}: no such file; copy or export it again") from None
-    except (SafetensorError, OSError) as error:
-        raise QuantDMError(f"{path}: damaged or not a safetensors file ({error}); export it again") from None
+    with open_tensors(path, remedy="copy or export it again") as file:
+        return file.metadata() or {}, list(file.keys())
 
 
 def read_object(path: Path) -> dict[str, Any]:

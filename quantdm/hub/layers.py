@@ -62,14 +62,17 @@ def model_layers(model: nn.Module) -> Sequence[LayerRecord | PlainLayer]:
     return [PlainLayer(n, op_type_of(n, below), tuple(m.weight.shape)) for n, m in found.items()]  # type: ignore[union-attr,arg-type]
 
 
+def stored_bits(layer: LayerRecord | PlainLayer, scheme: Scheme | None) -> int:
+    """Return the exact bits of a layer's weight; an unquantized one counts ORIGINAL_BITS a weight."""
+    if scheme is None:
+        return layer.num_weights * ORIGINAL_BITS
+    return count_bits(layer.shape, scheme, layer.split)
+
+
 def average_bits(layers: Sequence[LayerRecord | PlainLayer], config: QuantConfig) -> float:
     """Return the bits per weight of a config, overhead included; unquantized layers count ORIGINAL_BITS."""
-    bits = [
-        layer.num_weights * ORIGINAL_BITS if scheme is None else count_bits(layer.shape, scheme, layer.split)
-        for layer in layers
-        for scheme in (config[layer.name],)
-    ]
-    return sum(bits) / sum(layer.num_weights for layer in layers)
+    bits = sum(stored_bits(layer, config[layer.name]) for layer in layers)
+    return bits / sum(layer.num_weights for layer in layers)
 
 
 def quantize_layers_(model: nn.Module, config: QuantConfig, *, bank: Bank | None = None, what: str = "recipe") -> None:

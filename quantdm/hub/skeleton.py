@@ -9,11 +9,9 @@ from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 from torch import nn
 
-from quantdm.denoisers.pipeline import known_pipelines, pipeline_path
+from quantdm.denoisers.pipeline import DENOISER_NAMES, known_pipelines, pipeline_path
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json
-
-DENOISER_NAMES = ("unet", "transformer", "prior")  # where `get_denoiser` looks, in its order
 
 
 def open_skeleton(name_or_path: str | Path) -> nn.Module:

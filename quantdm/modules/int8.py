@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quantdm.quantizers import QuantizedWeight
+from quantdm.quantizers.weight import halves
 
 PIECE = 2**16  # elements decoded at a time on a CPU: their temporaries stay in the cache
 LEAST, MOST = -128, 127
@@ -87,7 +88,7 @@ def int8_form(quantized: QuantizedWeight) -> Int8Weight | None:
     """
     dense = quantized.dequantize(dtype=torch.float32).flatten(1)
     codes, parts = torch.empty(dense.shape, dtype=torch.int8, device=dense.device), []
-    for columns, scale in _scales(quantized, dense.shape[1]):
+    for columns, scale in _scales(quantized):
         values = dense[:, columns].unflatten(1, (scale.shape[1], -1))
         whole = torch.round(values / scale)
         rows = (2,) if scale.shape[0] == len(dense) else (0, 2)
@@ -103,13 +104,11 @@ def int8_form(quantized: QuantizedWeight) -> Int8Weight | None:
     return Int8Weight(codes, tuple(parts)) if parts else None
 
 
-def _scales(quantized: QuantizedWeight, columns: int) -> Iterator[tuple[slice, Tensor]]:
+def _scales(quantized: QuantizedWeight) -> Iterator[tuple[slice, Tensor]]:
     """Yield columns [C, n] and the float32 [C or 1, groups, 1] of which their values may be whole multiples."""
     scheme, tensors = quantized.scheme, quantized.tensors
     least = 2.0 ** (1 - 2 ** (scheme.bits - 1)) if scheme.method == "log2" else 1.0
-    seam = columns if quantized.split is None else quantized.split * columns // quantized.shape[1]
-    halves = {"": slice(0, columns)} if quantized.split is None else {".0": slice(0, seam), ".1": slice(seam, columns)}
-    for suffix, half in halves.items():
+    for suffix, half in halves(quantized.shape, quantized.split):
         if f"scale{suffix}" not in tensors:
             return
         scale = (tensors[f"scale{suffix}"].float() * tensors[f"factor{suffix}"] * least)[:, :, None]

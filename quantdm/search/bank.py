@@ -86,7 +86,7 @@ class WeightBank:
                 weight = read(f"{layer.name}.weight")
                 if tuple(weight.shape) != layer.shape:
                     raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
-                known = moments[layer.name] if moments is not None and self._calibrated else None
+                known = moments[layer.name] if moments is not None and self.calibrated else None
                 path = self._path(layer, weight, known)
                 if not path.is_file():
                     self._write(path, layer, weight, known)
@@ -126,7 +126,8 @@ class WeightBank:
         return bank
 
     @property
-    def _calibrated(self) -> bool:
+    def calibrated(self) -> bool:
+        """Whether an option is calibrated, so that `build` needs moments."""
         return any(scheme.calibration is not None for scheme in self.options)
 
     def _path(self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> Path:

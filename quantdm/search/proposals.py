@@ -40,6 +40,7 @@ def propose(
     """
     seen = {row.tobytes() for row in tried}
     found: list[NDArray[np.int64]] = []
+    values = [attribute(surrogate).values for surrogate in surrogates]  # once: the graph's enumerates whole blocks
     for index, target in enumerate(targets):
         share = count // len(targets) + (index < count % len(targets))
         each = -(-POOL * share // len(surrogates))
@@ -47,7 +48,7 @@ def propose(
         pools += [
             sample_frontier(
                 space,
-                attribute(surrogate).values,
+                table,
                 each,
                 target_bits=target,
                 spread=SPREAD,
@@ -55,7 +56,7 @@ def propose(
                 seed=seed + 100 * index + place,
                 allow_fewer=True,
             )
-            for place, surrogate in enumerate(surrogates)
+            for place, table in enumerate(values)
         ]
         pool = np.concatenate(pools)
         ranks = np.stack([rankdata(surrogate.predict(pool)) for surrogate in surrogates])

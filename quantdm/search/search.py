@@ -20,7 +20,15 @@ from quantdm.search import stages
 from quantdm.search.engine import Engine
 from quantdm.search.evaluation import Draw, mean_and_sd
 from quantdm.search.run import Run, RunSettings, fast_dtype, fingerprint, versions
-from quantdm.surrogates import Attribution, GraphSurrogate, SearchSpace, score_blocks, select, select_lambda
+from quantdm.surrogates import (
+    Attribution,
+    BlockScores,
+    GraphSurrogate,
+    SearchSpace,
+    score_blocks,
+    select,
+    select_lambda,
+)
 
 MIN_TRIALS = 30
 
@@ -139,7 +147,7 @@ def choose(
 ) -> Recipe:
     """Verify the candidates of every explanation by really measuring them; write selection.json and recipe.yaml."""
     settings = run.settings
-    candidates = candidate_choices(run, space, attributions, graph)
+    candidates = candidate_choices(run, space, attributions, score_blocks(graph))
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
     draws = [Draw(settings.seed * 1000 + 2 + i, settings.verify_images, settings.protocol.steps) for i in range(2)]
     figures = stages.verify(run, engine, configs, draws, f"verify: {len(configs)} candidates")
@@ -174,14 +182,14 @@ def candidate_choices(
     run: Run,
     space: SearchSpace,
     attributions: dict[str, Attribution],
-    graph: GraphSurrogate,
+    block_scores: tuple[np.ndarray, list[BlockScores]],
     *,
     target_bits: float | None = None,
 ) -> dict[str, np.ndarray]:
     """Return the configurations worth verifying at a size (default: the run's).
 
-    One per explanation, two that choose whole blocks by the scores of the graph surrogate (exactly within the budget,
-    and by the paper's rule of one price per bit), and the baselines.
+    One per explanation, two that choose whole blocks by `block_scores`, what `score_blocks` says of the graph surrogate
+    (exactly within the budget, and by the paper's rule of one price per bit), and the baselines.
     """
     budget = target_bits or run.settings.target_bits
     choices, y = stages.load_trials(run, space)
@@ -191,7 +199,7 @@ def candidate_choices(
     fits = np.flatnonzero(space.avg_bits(choices) <= budget)
     if len(fits):
         found["best sampled"] = choices[fits[np.argmax(y[fits])]]
-    zero, blocks = score_blocks(graph)
+    zero, blocks = block_scores
     found["graph, whole blocks"] = select(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
     found["lambda mode"], _ = select_lambda(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
     mixed = mean_of_ranks([a.values for a in attributions.values()])

@@ -63,14 +63,14 @@ def build_bank(run: Run, pipe: DiffusionPipeline) -> WeightBank:
     """Write bank/: every layer under every option; calibrated options see the inputs of CALIBRATION_IMAGES images."""
     denoiser = get_denoiser(pipe)
     layers, settings = list_layers(denoiser), run.settings
+    bank = WeightBank(run.path("bank"), layers, settings.schemes)
     moments = None
-    if any(scheme.calibration is not None for scheme in settings.schemes):
+    if bank.calibrated:
         first = (settings.seed * 1000 + CALIBRATION_SEED) * 10**6
         seeds = range(first, first + CALIBRATION_IMAGES)
         calls = calibration_calls(pipe, settings.protocol, seeds, steps=settings.label_steps)
         moments = gather_moments(denoiser, calls, [layer.name for layer in layers], folder=run.path("moments"))
     with bar(sum(layer.num_weights for layer in layers), "bank: weights x options") as progress:
-        bank = WeightBank(run.path("bank"), layers, settings.schemes)
         return bank.build(denoiser, moments=moments, progress=progress.update)
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quantdm.errors import QuantDMError, nearest
+from quantdm.files import open_tensors
 
 
 def weight_reader(source: nn.Module | str | Path) -> Callable[[str], torch.Tensor]:
@@ -27,8 +27,9 @@ def weight_reader(source: nn.Module | str | Path) -> Callable[[str], torch.Tenso
         raise QuantDMError(f"{path}: no safetensors files; expected the folder or the file of a denoiser's weights")
     holders: dict[str, list[Path]] = {}
     for file in files:
-        for name in _names(file):
-            holders.setdefault(name, []).append(file)
+        with open_tensors(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                holders.setdefault(name, []).append(file)
 
     def read(name: str) -> torch.Tensor:
         found = holders.get(name, [])
@@ -36,7 +37,7 @@ def weight_reader(source: nn.Module | str | Path) -> Callable[[str], torch.Tenso
             raise QuantDMError(f"{path}: {name} is in {found[0].name} and in {found[1].name}; name one of the files")
         if not found:
             raise QuantDMError(f"{path}: no tensor {name!r}; {nearest(name, holders)}")
-        with safe_open(found[0], framework="pt") as file:
+        with open_tensors(found[0]) as file:
             return file.get_tensor(name)
 
     return read
@@ -51,13 +52,3 @@ def _module_reader(module: nn.Module) -> Callable[[str], torch.Tensor]:
         return parameters[name].detach()
 
     return read
-
-
-def _names(file: Path) -> list[str]:
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except FileNotFoundError:
-        raise QuantDMError(f"{file}: no such file") from None
-    except (SafetensorError, OSError) as error:
-        raise QuantDMError(f"{file}: damaged or not a safetensors file ({error})") from None
