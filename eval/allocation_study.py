@@ -17,19 +17,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantdm.corridor import activation_spec_of
-from quantdm.denoisers.layers import list_layers
-from quantdm.denoisers.pipeline import get_denoiser, load_pipeline
+from quantdm.denoisers.inventory import list_layers
 from quantdm.files import read_json, write_json
+from quantdm.machine import versions
+from quantdm.metrics.samples import Draw
+from quantdm.metrics.statistics import mean_and_sd
+from quantdm.pipelines.loading import load_pipeline
+from quantdm.pipelines.parts import get_denoiser
 from quantdm.recipe import Provenance, Recipe
-from quantdm.search import final, stages
-from quantdm.search.engine import Engine
-from quantdm.search.evaluation import Draw, mean_and_sd
-from quantdm.search.evaluator import Job
-from quantdm.search.run import Run, versions
-from quantdm.search.search import candidate_choices, make_settings, unquantized_bytes
+from quantdm.runs import final
+from quantdm.runs.choose import candidate_choices
+from quantdm.runs.correct import activation_spec_of
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.evaluator import Job
+from quantdm.runs.explain import SURROGATES, explain, fit_surrogates
+from quantdm.runs.run import Run
+from quantdm.runs.settings import make_settings, unquantized_bytes
+from quantdm.runs.stages import build_bank, describe, measure_space
+from quantdm.runs.trials import label_of, load_trials, run_trials
+from quantdm.runs.verify import verify
 from quantdm.surrogates import SearchSpace, score_blocks
-from quantdm.surrogates.space import spearman
+from quantdm.surrogates.ranking import spearman
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (2.5, 3.0, 3.5)
@@ -48,14 +56,14 @@ def main() -> None:
     denoiser = get_denoiser(pipe)
     settings = make_settings(pipe, target_bits=3.0, target_bytes=None, trials=TRIALS, seed=0)
     run = Run.create(arguments.run_dir, settings)
-    stages.describe(run, denoiser)
-    bank = stages.build_bank(run, pipe)
+    describe(run, denoiser)
+    bank = build_bank(run, pipe)
     with Engine(run, workers=arguments.workers) as engine:
-        space = stages.measure_space(run, engine, denoiser, bank)
-        stages.run_trials(run, engine, space, targets=SIZES, proposers=tuple(stages.SURROGATES))
-        choices, y = stages.load_trials(run, space)
-        fitted = stages.fit_surrogates(run, space, choices, y)
-        attributions = stages.explain(run, fitted)
+        space = measure_space(run, engine, denoiser, bank)
+        run_trials(run, engine, space, targets=SIZES, proposers=tuple(SURROGATES))
+        choices, y = load_trials(run, space)
+        fitted = fit_surrogates(run, space, choices, y)
+        attributions = explain(run, fitted)
         fits = held_out(run)
         rest = unquantized_bytes(list_layers(denoiser), denoiser)
         result: dict[str, Any] = {
@@ -99,7 +107,7 @@ def measure_size(
     """Verify the candidates of a size, keep the best as recipe, measure it beside the baselines on the final draws."""
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
     draws = [Draw(run.settings.seed * 1000 + 2 + i, run.settings.verify_images, 20) for i in range(2)]
-    figures = stages.verify(run, engine, configs, draws, f"verify at {size:g} bits")
+    figures = verify(run, engine, configs, draws, f"verify at {size:g} bits")
     verified = {name: mean_and_sd(rows)["mean"]["fid_fp"] or np.inf for name, rows in figures.items()}
     searched = [name for name in configs if not name.startswith(NO_SEARCH)]
     chosen = min(searched, key=lambda name: verified[name])
@@ -150,8 +158,8 @@ def ceiling(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, y
     picked = np.random.default_rng(0).permutation(len(choices))[:CEILING_TRIALS]
     draw = Draw(run.settings.seed * 1000 + 50, run.settings.label_images, run.settings.label_steps)
     configs = {str(index): space.config(choices[index]).to_labels() for index in picked}
-    again = stages.verify(run, engine, configs, [draw], "second measurement")
-    second = np.array([stages.label_of(rows[0]) for rows in again.values()])
+    again = verify(run, engine, configs, [draw], "second measurement")
+    second = np.array([label_of(rows[0]) for rows in again.values()])
     near = np.abs(space.avg_bits(choices[picked]) - 3.0) <= 0.6
     return {
         "spearman": spearman(second, y[picked]),

@@ -24,11 +24,11 @@ import torch
 
 from quantdm import get_denoiser, list_layers, load_pipeline
 from quantdm.files import write_json
+from quantdm.machine import cores, versions
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
+from quantdm.runs.bank import WeightBank
 from quantdm.schemes import Scheme
-from quantdm.search.bank import WeightBank
-from quantdm.search.run import cores, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.architectures import PUBLIC  # the configurations that the tests count layers of

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from quantdm import get_denoiser, list_layers, load_pipeline, load_protocol
+from quantdm.activations.moments import gather_moments
+from quantdm.machine import fast_dtype
 from quantdm.metrics import load_extractor
+from quantdm.metrics.samples import Draw, compare, draw_samples
+from quantdm.metrics.statistics import mean_and_sd
+from quantdm.pipelines.generate import calibration_calls
+from quantdm.runs.bank import WeightBank
 from quantdm.schemes import Scheme
-from quantdm.search.bank import WeightBank
-from quantdm.search.calibration import calibration_calls, gather_moments
-from quantdm.search.evaluation import Draw, compare, draw_samples, mean_and_sd
-from quantdm.search.run import fast_dtype
 
 IMAGES, STEPS, DRAWS = 500, 10, (701, 702, 703)
 SCHEMES = tuple(

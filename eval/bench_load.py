@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 
 from quantdm import QuantConfig, QuantizedWeight, Scheme, apply_recipe, list_layers, quantize_weight
 from quantdm.files import write_json
-from quantdm.hub.checkpoint import checksum
-from quantdm.search.run import versions
+from quantdm.hub.header import checksum
+from quantdm.machine import versions
 
 OUT = Path(__file__).parent / "results" / "bench_load.json"
 PIXART = {"sample_size": 64, "caption_channels": 4096, "use_additional_conditions": False}  # PixArt-XL-2-512x512

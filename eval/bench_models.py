@@ -16,13 +16,14 @@ from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from quantdm import get_denoiser, list_layers, load_pipeline, load_protocol
-from quantdm.denoisers.layers import LayerRecord
-from quantdm.denoisers.pipeline import Call, replay
+from quantdm.activations.moments import gather_moments
+from quantdm.denoisers.calls import Call, replay
+from quantdm.denoisers.inventory import LayerRecord
 from quantdm.files import load_tensors, read_json
 from quantdm.metrics import relative_error
+from quantdm.pipelines.generate import calibration_calls
 from quantdm.quantizers import Moments, quantize_options, quantize_weight, stored_tensors
 from quantdm.schemes import Scheme
-from quantdm.search.calibration import calibration_calls, gather_moments
 
 OPTIONS = tuple(
     Scheme.parse(label)

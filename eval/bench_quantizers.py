@@ -28,7 +28,7 @@ from bench_models import compare_models
 from bench_rows import compare_rows
 
 from quantdm.files import read_json, write_json
-from quantdm.search.run import cores, versions
+from quantdm.machine import cores, versions
 
 OUT = Path(__file__).parent / "results" / "bench_quantizers.json"
 VERSION = 1

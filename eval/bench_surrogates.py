@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from quantdm.allocation import select, select_lambda
 from quantdm.files import read_json, write_json
-from quantdm.search.run import versions
-from quantdm.surrogates import BlockScores, GraphSurrogate, TreeSurrogate, select, select_lambda
+from quantdm.machine import versions
+from quantdm.surrogates import BlockScores, GraphSurrogate, TreeSurrogate
 from tests.planted import PlantedTruth, planted_space
 
 OUT = Path(__file__).parent / "results" / "surrogate_timing.json"

@@ -17,9 +17,9 @@ from pathlib import Path
 import diffusers
 import torch
 
-from quantdm.denoisers.layers import LayerRecord, list_layers
+from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.files import write_text
-from quantdm.hub.layers import average_bits
+from quantdm.hub.quantize import average_bits
 from quantdm.recipe import PUBLISHED_INSIGHT, Recipe, Rules, load_recipe
 from tests.architectures import PUBLIC
 

@@ -15,9 +15,13 @@ import torch
 
 from quantdm import load_recipe
 from quantdm.files import write_json
-from quantdm.search import stages
-from quantdm.search.engine import Engine
-from quantdm.search.run import Run, versions
+from quantdm.machine import versions
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.explain import SURROGATES
+from quantdm.runs.run import Run
+from quantdm.runs.stages import load_space
+from quantdm.runs.trials import label_draw, label_of, load_trials
+from quantdm.runs.verify import verify
 from quantdm.surrogates import agreement, agreement_with_truth, attribute, explain_by_shapley, explain_by_swaps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,8 +35,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=None)
     arguments = parser.parse_args()
     run = Run.open(arguments.run_dir)
-    space = stages.load_space(run)
-    choices, y = stages.load_trials(run, space)
+    space = load_space(run)
+    choices, y = load_trials(run, space)
     recipe = load_recipe(ROOT / "recipes" / f"{arguments.model}-3.0bit-a16.yaml")
     reference = space.choice_of(recipe.config)
     rng = np.random.default_rng(0)
@@ -42,12 +46,12 @@ def main() -> None:
     swapped[np.arange(SWAPS), layer] = option
     configs = {str(index): space.config(row).to_labels() for index, row in enumerate((reference, *swapped))}
     with Engine(run, workers=arguments.workers) as engine:
-        figures = stages.verify(run, engine, configs, [stages.label_draw(run)], "swap one layer a time")
-    measured = np.array([stages.label_of(rows[0]) for rows in figures.values()])
+        figures = verify(run, engine, configs, [label_draw(run)], "swap one layer a time")
+    measured = np.array([label_of(rows[0]) for rows in figures.values()])
     delta = measured[1:] - measured[0]
 
     explained = {}
-    for name, kind in stages.SURROGATES.items():
+    for name, kind in SURROGATES.items():
         surrogate = kind(space, random_state=run.settings.seed).fit(choices, y)
         explained[f"{name}: own"] = attribute(surrogate)
         explained[f"{name}: swap one"] = explain_by_swaps(surrogate, choices, samples=SAMPLES)

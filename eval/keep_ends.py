@@ -8,10 +8,11 @@ import datetime
 from pathlib import Path
 
 from quantdm.files import write_json
-from quantdm.search.evaluation import mean_and_sd
-from quantdm.search.evaluator import Evaluator, Job
-from quantdm.search.final import final_draws
-from quantdm.search.run import Run, versions
+from quantdm.machine import versions
+from quantdm.metrics.statistics import mean_and_sd
+from quantdm.runs.evaluator import Evaluator, Job
+from quantdm.runs.final import final_draws
+from quantdm.runs.run import Run
 from quantdm.surrogates import SearchSpace
 
 OUT = Path(__file__).parent / "results"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from quantdm.allocation import select
 from quantdm.files import read_json, write_json
-from quantdm.search.run import versions
-from quantdm.surrogates import AdditiveSurrogate, GraphSurrogate, TreeSurrogate, attribute, select
-from quantdm.surrogates.space import spearman
+from quantdm.machine import versions
+from quantdm.surrogates import AdditiveSurrogate, GraphSurrogate, TreeSurrogate, attribute
+from quantdm.surrogates.ranking import spearman
 from tests.planted import PlantedTruth, planted_space
 
 OUT = Path(__file__).parent / "results" / "planted_pixart.json"

@@ -15,9 +15,9 @@ import matplotlib.pyplot as plt
 import torch
 
 from quantdm import Recipe, apply_recipe, generate, load_pipeline, load_protocol, load_recipe
+from quantdm.cli.images import image_grid
 from quantdm.files import atomic_path, read_json, write_text
-from quantdm.inspection import image_grid
-from quantdm.search.evaluation import real_floor
+from quantdm.metrics.samples import real_floor
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURED, COLUMNS, SEED = "3", 20, 101 * 10**6

@@ -15,9 +15,9 @@ import torch
 
 from quantdm import load_pipeline, load_protocol
 from quantdm.files import write_json
+from quantdm.machine import fast_dtype, versions
 from quantdm.metrics import load_extractor
-from quantdm.search.evaluation import Draw, compare_real, draw_samples, real_floor
-from quantdm.search.run import fast_dtype, versions
+from quantdm.metrics.samples import Draw, compare_real, draw_samples, real_floor
 
 OUT = Path(__file__).parent / "results" / "reference_quality.json"
 IMAGES = {"shipped protocol": 2000, "plain call": 500}

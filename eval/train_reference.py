@@ -35,10 +35,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from quantdm.denoisers.digits import IMAGE_SIZE, WORDS, load_digit_images
-from quantdm.export import open_in_float32
 from quantdm.files import read_json, write_json
+from quantdm.hub.export import open_in_float32
 from quantdm.metrics.classifier import WEIGHTS, DigitClassifier
+from quantdm.pipelines.embedded.digits import IMAGE_SIZE, WORDS, load_digit_images
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINES = ROOT / "quantdm" / "denoisers" / "reference"

@@ -5,26 +5,28 @@ Importing it registers it with diffusers and transformers, so that `from_pretrai
 
 from importlib.metadata import PackageNotFoundError, version
 
+from quantdm.activations import set_activation_bits_
+from quantdm.allocation import select
 from quantdm.correction import Correction, apply_correction, fit_correction, load_correction, remove_correction
-from quantdm.corridor import demo
-from quantdm.denoisers.graph import Graph, trace_graph
-from quantdm.denoisers.layers import LayerRecord, list_layers
-from quantdm.denoisers.pipeline import generate, get_denoiser, load_pipeline
-from quantdm.denoisers.protocol import Protocol, load_protocol
+from quantdm.corridor.demo import demo
+from quantdm.denoisers.analysis import trace_graph
+from quantdm.denoisers.graph import Graph
+from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
-from quantdm.export import export_pipeline
 from quantdm.hub import QuantDMConfig, apply_recipe, register
-from quantdm.modules import set_activation_bits_, set_residency
+from quantdm.hub.export import export_pipeline
+from quantdm.metrics.evaluate import evaluate
+from quantdm.modules import set_residency
+from quantdm.pipelines.generate import generate
+from quantdm.pipelines.loading import load_pipeline
+from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.protocol import Protocol, load_protocol
 from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe import ActivationSpec, Recipe, load_recipe
 from quantdm.report import write_report
+from quantdm.runs.search import search
+from quantdm.runs.settings import Effort
 from quantdm.schemes import QuantConfig, Scheme
-from quantdm.search.evaluation import evaluate
-
-# After this line `quantdm.search` is the function; the package of the same name stays importable as
-# `quantdm.search.bank` and so on, because it is loaded already.
-from quantdm.search.search import Effort, search
-from quantdm.surrogates import select
 
 try:
     __version__ = version("quantdm")

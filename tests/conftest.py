@@ -26,7 +26,7 @@ def sd():
 def finished(tmp_path_factory, dit):
     """A finished tiny search, in two worker processes."""
     from quantdm import get_denoiser
-    from quantdm.search.run import fingerprint
+    from quantdm.pipelines.fingerprint import fingerprint
     from tests.tiny_search import run_search
 
     folder = tmp_path_factory.mktemp("runs") / "tiny"

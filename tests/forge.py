@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from quantdm.hub.checkpoint import _record_checksum, checksum, pack_checksums, unpack_checksums
+from quantdm.hub.header import _record_checksum, checksum, pack_checksums, unpack_checksums
 from tests.hub_models import contents
 
 Tensors = dict[str, torch.Tensor]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from quantdm.denoisers.layers import list_layers
+from quantdm.denoisers.inventory import list_layers
 from quantdm.hub import apply_recipe, register
 from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.schemes import QuantConfig, Scheme

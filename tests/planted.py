@@ -6,11 +6,12 @@ import diffusers
 import numpy as np
 import torch
 
-from quantdm.denoisers.graph import trace_graph
-from quantdm.denoisers.layers import list_layers
+from quantdm.allocation import select
+from quantdm.allocation.sampling import sample_configs, sample_frontier
+from quantdm.denoisers.analysis import trace_graph
+from quantdm.denoisers.inventory import list_layers
 from quantdm.schemes import DEFAULT_OPTIONS
-from quantdm.search.sampling import sample_configs, sample_frontier
-from quantdm.surrogates import BlockScores, SearchSpace, select
+from quantdm.surrogates import BlockScores, SearchSpace
 from tests.architectures import DIGITS, PUBLIC
 
 FLOOR, LABEL_NOISE = 0.02, 0.06  # fid_fp of two equal models, and the noise of log fid_fp: performance.md section 5

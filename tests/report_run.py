@@ -7,18 +7,19 @@ import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel
 
+from quantdm.allocation import select
+from quantdm.allocation.sampling import sample_configs
 from quantdm.correction.record import Correction
-from quantdm.denoisers.graph import trace_graph
-from quantdm.denoisers.layers import list_layers
-from quantdm.denoisers.protocol import load_protocol
+from quantdm.denoisers.analysis import trace_graph
+from quantdm.denoisers.inventory import list_layers
 from quantdm.files import save_tensors, write_json
+from quantdm.pipelines.protocol import load_protocol
 from quantdm.quantizers import count_bits
 from quantdm.recipe import Provenance, Recipe
+from quantdm.runs.run import Run, RunSettings
+from quantdm.runs.store import TrialStore
 from quantdm.schemes import DEFAULT_OPTIONS
-from quantdm.search.run import Run, RunSettings
-from quantdm.search.sampling import sample_configs
-from quantdm.search.store import TrialStore
-from quantdm.surrogates import SearchSpace, select
+from quantdm.surrogates import SearchSpace
 from quantdm.surrogates.attribution import summarise
 
 SENSITIVE = "attn1.to_v"  # planted: this operation type suffers most

@@ -7,17 +7,17 @@ import torch
 from diffusers import HunyuanDiT2DModel, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import nn
 
-from quantdm.denoisers.layers import list_layers
-from quantdm.errors import QuantDMError
-from quantdm.modules import (
+from quantdm.activations import (
     KEEP_8BIT,
     activation_spec,
     default_keep_8bit,
     fake_quantize,
     layer_bits,
-    quantize_module_,
     set_activation_bits_,
 )
+from quantdm.denoisers.inventory import list_layers
+from quantdm.errors import QuantDMError
+from quantdm.modules import quantize_module_
 from quantdm.quantizers import quantize_weight
 from quantdm.recipe import ActivationSpec
 from quantdm.schemes import Scheme

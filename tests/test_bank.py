@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from quantdm import QuantDMError, Scheme, get_denoiser, list_layers
 from quantdm.files import load_tensors
 from quantdm.quantizers import Moments, count_bits
-from quantdm.search import bank as bank_module
-from quantdm.search.bank import WeightBank
+from quantdm.runs import bank as bank_module
+from quantdm.runs.bank import WeightBank
 
 OPTIONS = tuple(Scheme.parse(label) for label in ("uniform-channel-3", "kmeans-channel-4", "kmeans-tensor-3"))
 ROOT = Path(__file__).parents[1]
@@ -138,7 +138,7 @@ def test_a_bad_weight_is_named_and_what_is_finished_stays(dit, layers, tmp_path)
 BUILD = """
 import sys, torch
 from quantdm import get_denoiser, list_layers, load_pipeline
-from quantdm.search.bank import WeightBank
+from quantdm.runs.bank import WeightBank
 from tests.test_bank import OPTIONS
 torch.set_num_threads(1)
 denoiser = get_denoiser(load_pipeline("digits-dit"))
@@ -260,7 +260,7 @@ def test_opening_for_another_denoiser_is_an_error(built, layers):
 
 def test_moments_belong_to_the_address_of_calibrated_options_only(tmp_path):
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 4, bias=False)})
-    from quantdm.denoisers.layers import LayerRecord
+    from quantdm.denoisers.inventory import LayerRecord
 
     layer = LayerRecord("a", "linear", "", "", 32, (4, 8), 1, None, 0, "")  # type: ignore[arg-type]
     one, two = (Moments(torch.eye(8)[None] * torch.arange(1.0, 9) ** power, 10) for power in (0, 2))

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from quantdm.errors import QuantDMError
 from quantdm.quantizers import Moments, QuantizedWeight, count_bits, quantize_options, quantize_weight, stored_tensors
-from quantdm.quantizers.kmeans import encode, fit_codebook, sort_rows
+from quantdm.quantizers.kmeans import encode, fit_codebook
 from quantdm.quantizers.shared import NF4
+from quantdm.quantizers.sorted_rows import sort_rows
 from quantdm.schemes import Scheme
 from tests.random_weights import decode, gaussian, student
 

@@ -5,11 +5,12 @@ import torch
 from torch import nn
 
 from quantdm import QuantDMError, Scheme, get_denoiser, list_layers, load_protocol
-from quantdm.denoisers.pipeline import Call, replay
+from quantdm.activations import moments as calibration
+from quantdm.activations.moments import gather_moments, input_vectors
+from quantdm.denoisers.calls import Call, replay
 from quantdm.metrics import relative_error
-from quantdm.search import calibration
-from quantdm.search.bank import WeightBank
-from quantdm.search.calibration import calibration_calls, gather_moments, input_vectors
+from quantdm.pipelines.generate import calibration_calls
+from quantdm.runs.bank import WeightBank
 
 LAYERS = {
     "linear": (nn.Linear(6, 5), (3, 7, 6)),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from quantdm.cli import app, main
+from quantdm.cli.main import app, main
 
 COMMANDS = (
     "demo", "inspect", "bank", "search", "fit", "explain", "select", "apply", "correct", "generate", "evaluate",

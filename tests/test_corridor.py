@@ -22,13 +22,18 @@ from quantdm import (
     load_protocol,
     write_report,
 )
-from quantdm.corridor import activation_spec_of, correct_run, export_run, show_table
-from quantdm.denoisers.pipeline import generate
-from quantdm.export import denoiser_bytes, lossless_dtype
+from quantdm.corridor.demo import correct_run
+from quantdm.corridor.export import export_run
+from quantdm.corridor.table import show_table
+from quantdm.hub.export import denoiser_bytes, lossless_dtype
+from quantdm.pipelines.generate import generate
 from quantdm.quantizers import count_bits
-from quantdm.search import final, stages
-from quantdm.search.run import Run
-from quantdm.search.search import open_engine, unquantized_bytes
+from quantdm.runs import final
+from quantdm.runs.correct import activation_spec_of
+from quantdm.runs.run import Run
+from quantdm.runs.search import open_engine
+from quantdm.runs.settings import unquantized_bytes
+from quantdm.runs.trials import label_draw
 from quantdm.surrogates import SearchSpace
 
 MIX = [
@@ -131,7 +136,7 @@ def test_the_summary_has_the_promised_rows_and_figures(measured):
     assert rows["recipe"]["avg_bits"] <= 3.2
     assert rows["fp"]["denoiser_bytes"] > rows["uniform-w4"]["denoiser_bytes"] > rows["recipe"]["denoiser_bytes"]
     assert {"trials", "surrogate", "model", "seed", "versions"} <= set(summary)
-    searched = stages.label_draw(run).base_seed
+    searched = label_draw(run).base_seed
     assert all(abs(base - searched) > 50 for base in summary["protocol"]["draws"])
 
 

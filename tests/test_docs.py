@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from quantdm.cli import app
+from quantdm.cli.main import app
 from tests.family_models import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]

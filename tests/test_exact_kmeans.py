@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from quantdm.quantizers import quantize_weight
-from quantdm.quantizers.kmeans import SortedRows, encode, fit_codebook, sort_rows
+from quantdm.quantizers.kmeans import encode, fit_codebook
+from quantdm.quantizers.sorted_rows import SortedRows, sort_rows
 from quantdm.schemes import Scheme
 from tests.random_weights import gaussian, student
 from tests.test_quantizers import optimal_error

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import quantdm
-from quantdm.denoisers.layers import list_layers
+from quantdm.denoisers.inventory import list_layers
 from quantdm.hub import apply_recipe
 from quantdm.modules import packed_layers
 from quantdm.recipe import Recipe

@@ -10,7 +10,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from quantdm.denoisers.graph import Graph, trace_graph
+from quantdm.denoisers.analysis import trace_graph
+from quantdm.denoisers.graph import Graph
 from quantdm.errors import QuantDMError
 from tests.architectures import DIGITS, PUBLIC
 

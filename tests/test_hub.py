@@ -24,17 +24,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from quantdm.denoisers.layers import list_layers
+from quantdm.activations import activation_spec, default_keep_8bit, set_activation_bits_
+from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.hub import QuantDMConfig, QuantDMQuantizer, apply_recipe, register
-from quantdm.hub.layers import average_bits
-from quantdm.modules import (
-    activation_spec,
-    default_keep_8bit,
-    dense_weights,
-    packed_layers,
-    set_activation_bits_,
-)
+from quantdm.hub.quantize import average_bits
+from quantdm.modules import dense_weights, packed_layers
 from quantdm.quantizers import count_bits, quantize_weight
 from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.schemes import Scheme

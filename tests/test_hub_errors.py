@@ -12,12 +12,9 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import nn
 
+from quantdm.activations import activation_spec, set_activation_bits_
 from quantdm.errors import QuantDMError
 from quantdm.hub import QuantDMConfig, apply_recipe
-from quantdm.modules import (
-    activation_spec,
-    set_activation_bits_,
-)
 from quantdm.recipe import ActivationSpec
 from tests.forge import edit_file, edit_json, sign
 from tests.hub_models import DTYPES, WEIGHTS, contents, load, mixed_recipe, run, save_dense, save_export, uniform_config

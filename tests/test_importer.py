@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from quantdm import QuantDMError, load_recipe
-from quantdm.denoisers.layers import list_layers
-from quantdm.hub.layers import average_bits
-from quantdm.hub.plain_pickle import read_plain_pickle
-from quantdm.hub.reference import SOURCE, import_recipe, import_trials, ldm_names
-from quantdm.hub.skeleton import open_skeleton
-from quantdm.search.store import TrialStore
+from quantdm.denoisers.inventory import list_layers
+from quantdm.hub.importer.ldm import ldm_names
+from quantdm.hub.importer.plain_pickle import read_plain_pickle
+from quantdm.hub.importer.published import SOURCE, import_recipe, import_trials
+from quantdm.hub.quantize import average_bits
+from quantdm.pipelines.skeleton import open_skeleton
+from quantdm.runs.store import TrialStore
 from tests.architectures import PUBLIC
 
 OPTIONS = ("mse-3", "mse-4", "kmeans-3", "kmeans-4", "kmeans_all-3", "kmeans_all-4")
@@ -185,7 +186,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_anything_but_plain_data_is_one_error(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("quantdm.hub.plain_pickle.MAX_VALUES", 100_000)
+    monkeypatch.setattr("quantdm.hub.importer.plain_pickle.MAX_VALUES", 100_000)
     make, expected = REFUSED[name]
     (tmp_path / "x.pkl").write_bytes(make())
     with pytest.raises(QuantDMError, match=expected):

@@ -10,11 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from quantdm import QuantDMError, get_denoiser, load_pipeline, load_recipe
-from quantdm.cli import app
-from quantdm.denoisers.layers import list_layers
-from quantdm.hub.skeleton import open_skeleton
-from quantdm.listing import inspect_target, layers_text
+from quantdm.cli.layer_table import layers_text
+from quantdm.cli.main import app
+from quantdm.denoisers.inventory import list_layers
+from quantdm.hub.inspection import inspect_target
 from quantdm.modules import packed_layers
+from quantdm.pipelines.skeleton import open_skeleton
 from quantdm.quantizers import count_bits
 from quantdm.schemes import Scheme
 

@@ -7,9 +7,9 @@ import yaml
 from typer.testing import CliRunner
 
 from quantdm import QuantDMError, load_recipe
-from quantdm.card import write_card
-from quantdm.cli import app
+from quantdm.cli.main import app
 from quantdm.files import write_json
+from quantdm.hub.model_card import write_card
 
 RECIPE = """
 version: 1

@@ -7,8 +7,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from quantdm.denoisers.graph import op_type_of, stage_of
-from quantdm.denoisers.layers import list_layers
+from quantdm.denoisers.inventory import list_layers
+from quantdm.denoisers.names import op_type_of, stage_of
 from quantdm.errors import QuantDMError
 from tests.architectures import PUBLIC
 

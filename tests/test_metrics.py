@@ -6,7 +6,6 @@ import pytest
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from quantdm.denoisers.digits import load_digit_images
 from quantdm.errors import QuantDMError
 from quantdm.metrics import (
     batched,
@@ -16,6 +15,7 @@ from quantdm.metrics import (
     psnr,
     relative_error,
 )
+from quantdm.pipelines.embedded.digits import load_digit_images
 
 
 def with_moments(mean, std, n=4000, seed=0):

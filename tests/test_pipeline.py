@@ -22,10 +22,12 @@ from quantdm import (
     load_pipeline,
     load_protocol,
 )
-from quantdm.denoisers.digits import load_digit_images
-from quantdm.denoisers.pipeline import REFERENCE, memoized_text_encoders, record_calls, replay
+from quantdm.denoisers.calls import record_calls, replay
 from quantdm.metrics import load_digit_classifier
 from quantdm.modules import packed_layers
+from quantdm.pipelines.embedded.digits import load_digit_images
+from quantdm.pipelines.generate import memoized_text_encoders
+from quantdm.pipelines.loading import EMBEDDED
 from tests.forge import edit_file, edit_json
 
 NAMES = ("digits-dit", "digits-sd")
@@ -33,8 +35,8 @@ NAMES = ("digits-dit", "digits-sd")
 
 @pytest.mark.parametrize(("name", "kind"), [("digits-dit", DiTPipeline), ("digits-sd", StableDiffusionPipeline)])
 def test_an_embedded_pipeline_is_stock_diffusers_and_small(name, kind):
-    assert type(DiffusionPipeline.from_pretrained(REFERENCE / name)) is kind
-    assert sum(f.stat().st_size for f in (REFERENCE / name).rglob("*") if f.is_file()) <= 16e6
+    assert type(DiffusionPipeline.from_pretrained(EMBEDDED / name)) is kind
+    assert sum(f.stat().st_size for f in (EMBEDDED / name).rglob("*") if f.is_file()) <= 16e6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -168,7 +170,7 @@ def test_a_config_and_weights_that_disagree_on_quantization_are_one_clear_error(
         with pytest.raises(QuantDMError, match=rf"{config}: its weights were quantized by quantdm, but it has no"):
             load_pipeline(damaged_sd)
     config.write_text(good)
-    shutil.copytree(REFERENCE / "digits-sd" / part, damaged_sd / part, dirs_exist_ok=True)
+    shutil.copytree(EMBEDDED / "digits-sd" / part, damaged_sd / part, dirs_exist_ok=True)
     config.write_text(good)
     with pytest.raises(QuantDMError, match=rf"{config}: says that quantdm quantized it, but there are no packed"):
         load_pipeline(damaged_sd)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from quantdm.search.proposals import propose
-from quantdm.search.sampling import sample_frontier
-from quantdm.search.stages import first_trials
+from quantdm.allocation.sampling import sample_frontier
+from quantdm.runs.proposals import propose
+from quantdm.runs.trials import first_trials
 from quantdm.surrogates import AdditiveSurrogate, TreeSurrogate
 from tests.planted import PlantedTruth, planted_space
 

@@ -9,7 +9,8 @@ import torch
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
 from quantdm.quantizers import QuantizedWeight, count_bits, quantize_options, quantize_weight, weight_error
-from quantdm.quantizers.kmeans import fit_codebook, sort_rows
+from quantdm.quantizers.kmeans import fit_codebook
+from quantdm.quantizers.sorted_rows import sort_rows
 from quantdm.schemes import Scheme
 from tests.random_weights import KINDS, METHODS, decode, gaussian, student
 

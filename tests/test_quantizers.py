@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quantdm.quantizers import kmeans, quantize_weight, weight_error
-from quantdm.quantizers.kmeans import sort_rows
 from quantdm.quantizers.packing import unpack_codes
+from quantdm.quantizers.sorted_rows import sort_rows
 from quantdm.quantizers.uniform import ALPHAS
 from quantdm.schemes import Scheme
 from tests.random_weights import KINDS, METHODS, decode, gaussian, student

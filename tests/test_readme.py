@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 import quantdm
-from quantdm.cli import app
+from quantdm.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +20,7 @@ def test_the_first_snippet_runs(tmp_path):
     code = SNIPPETS[0].replace("recipes/", f"{ROOT}/recipes/") + "\nassert len(images) == 3\n"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True, timeout=300)
     packed = next((tmp_path / "digits-dit-3bit" / "transformer").glob("*.safetensors"))
-    full = next((ROOT / "quantdm/denoisers/reference/digits-dit/transformer").glob("*.safetensors"))
+    full = next((ROOT / "quantdm/pipelines/embedded/digits-dit/transformer").glob("*.safetensors"))
     assert packed.stat().st_size < full.stat().st_size
 
 

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoModel, DiffusionPipeline
 
 from quantdm import QuantDMError, Recipe, apply_recipe, get_denoiser, load_pipeline, load_recipe
-from quantdm.denoisers.layers import list_layers
+from quantdm.denoisers.inventory import list_layers
 from quantdm.hub import QuantDMConfig
 from quantdm.modules import packed_layers
 from quantdm.recipe import Provenance, recipe_schema

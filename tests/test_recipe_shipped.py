@@ -6,8 +6,8 @@ import diffusers
 import pytest
 import torch
 
-from quantdm.denoisers.layers import list_layers
-from quantdm.hub.layers import average_bits
+from quantdm.denoisers.inventory import list_layers
+from quantdm.hub.quantize import average_bits
 from quantdm.recipe import PUBLISHED_INSIGHT, load_recipe
 from tests.architectures import PUBLIC
 

@@ -8,16 +8,8 @@ import pytest
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json
 from quantdm.report.insight_files import save_insights
-from quantdm.report.insights import (
-    group_layers,
-    headline,
-    insights,
-    least_error,
-    megabytes,
-    one_more_bit,
-    plus_minus,
-    verdict,
-)
+from quantdm.report.insights import group_layers, headline, insights, least_error, one_more_bit, verdict
+from quantdm.report.wording import megabytes, plus_minus
 from quantdm.surrogates import SearchSpace
 from tests.report_run import ROWS, SENSITIVE, make_run, make_space, row
 

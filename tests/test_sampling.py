@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from quantdm.allocation.sampling import sample_configs, sample_frontier
+from quantdm.allocation.select import select
 from quantdm.errors import QuantDMError
 from quantdm.schemes import Scheme
-from quantdm.search.sampling import sample_configs, sample_frontier
-from quantdm.surrogates.selection import select
 from tests.planted import PlantedTruth, planted_space
 
 

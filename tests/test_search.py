@@ -25,15 +25,16 @@ from quantdm import (
     load_protocol,
     load_recipe,
 )
-from quantdm.denoisers.pipeline import generate
 from quantdm.metrics import relative_error
-from quantdm.search import stages
-from quantdm.search.bank import WeightBank
-from quantdm.search.evaluation import Draw
-from quantdm.search.evaluator import Evaluator, Job
-from quantdm.search.run import Run
-from quantdm.search.search import make_settings
-from quantdm.search.store import TrialStore
+from quantdm.metrics.samples import Draw
+from quantdm.pipelines.generate import generate
+from quantdm.runs.bank import WeightBank
+from quantdm.runs.evaluator import Evaluator, Job
+from quantdm.runs.run import Run
+from quantdm.runs.settings import make_settings
+from quantdm.runs.stages import build_bank
+from quantdm.runs.store import TrialStore
+from quantdm.runs.trials import load_trials
 from quantdm.surrogates import SearchSpace
 from tests.tiny_search import EFFORT, OPTIONS, TRIALS, run_search
 
@@ -63,7 +64,7 @@ def test_the_recipe_meets_its_budget_in_exact_bits(finished):
 def test_trials_cover_the_space_and_the_frontier(finished):
     folder, _ = finished
     space = SearchSpace.load(folder / "space.json")
-    choices, y = stages.load_trials(Run.open(folder), space)
+    choices, y = load_trials(Run.open(folder), space)
     bits = space.avg_bits(choices)
     assert len(np.unique(choices, axis=0)) == TRIALS
     assert np.ptp(bits) > 1.0
@@ -201,7 +202,7 @@ def test_calibrated_options_are_calibrated_along_trajectories(tmp_path):
     settings = make_settings(
         pipe, target_bits=3.0, target_bytes=None, trials=30, seed=0, options=options, effort=EFFORT
     )
-    bank = stages.build_bank(Run.create(tmp_path / "run", settings), pipe)
+    bank = build_bank(Run.create(tmp_path / "run", settings), pipe)
     name = "transformer_blocks.2.ff.net.0.proj"
     plain, fed_back = (bank.get(name, scheme).dequantize() for scheme in options[:2])
     weight = pipe.transformer.get_parameter(f"{name}.weight")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from quantdm.allocation.knapsack import hull_steps, solve_knapsack
+from quantdm.allocation.select import pareto, select, select_lambda
+from quantdm.allocation.units import budget_of, build_units
 from quantdm.errors import QuantDMError
 from quantdm.schemes import DEFAULT_OPTIONS
 from quantdm.surrogates import BlockScores
-from quantdm.surrogates.selection import hull_steps, pareto, select, select_lambda, solve_knapsack
-from quantdm.surrogates.units import budget_of, build_units
 from tests.planted import PlantedTruth, planted_space
 
 

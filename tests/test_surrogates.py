@@ -6,9 +6,10 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import ndcg_score
 
+from quantdm.allocation import select
+from quantdm.allocation.sampling import sample_configs
 from quantdm.errors import QuantDMError
 from quantdm.schemes import Scheme
-from quantdm.search.sampling import sample_configs
 from quantdm.surrogates import (
     AdditiveSurrogate,
     Attribution,
@@ -18,13 +19,12 @@ from quantdm.surrogates import (
     TreeSurrogate,
     attribute,
     score_blocks,
-    select,
 )
 from quantdm.surrogates.features import pool
 from quantdm.surrogates.graph_net import hop_scores
 from quantdm.surrogates.losses import hybrid_loss, ndcg, ndcg_loss, relevance, soft_rank, srcc_loss
 from quantdm.surrogates.plan import layers_below, make_plan
-from quantdm.surrogates.space import spearman
+from quantdm.surrogates.ranking import spearman
 from tests.planted import PlantedTruth, planted_space
 
 KINDS = {"additive": AdditiveSurrogate, "ridge": RidgeSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}

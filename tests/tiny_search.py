@@ -3,7 +3,7 @@
 import sys
 
 from quantdm import Scheme, load_pipeline, search
-from quantdm.search.search import Effort
+from quantdm.runs.settings import Effort
 
 OPTIONS = tuple(Scheme(method=m, bits=b) for m, b in (("uniform", 2), ("uniform", 4), ("kmeans", 3), ("kmeans", 4)))
 TRIALS = 30

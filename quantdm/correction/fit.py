@@ -15,8 +15,8 @@ from torch import nn
 from quantdm.correction.record import VARIANTS, Correction
 from quantdm.correction.schedulers import apply_correction, remove_correction
 from quantdm.correction.statistics import NoiseStatistics
-from quantdm.denoisers.pipeline import get_denoiser
 from quantdm.errors import QuantDMError
+from quantdm.pipelines.parts import get_denoiser
 
 # Generates a batch of images (or latents) with a pipeline; called twice it must do the same, so it seeds its noise.
 Run = Callable[[DiffusionPipeline], torch.Tensor]

@@ -1,0 +1,1 @@
+"""What a denoiser is: its traced data flow, blocks and inventory."""

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from quantdm.denoisers.names import weights_below
 from quantdm.denoisers.trace import Op, Trace
 
 MAX_HOPS = 4  # the surrogate has four message-passing layers
@@ -131,15 +132,6 @@ def settle_blocks(dag: Dag, groups: Iterable[Group]) -> None:
             border = dag.border(source)
             for target in crossing:
                 dag.reconnect(target, source, [border])
-
-
-def weights_below(names: Iterable[str]) -> Counter[str]:
-    """Count the weight layers below (or at) every module path."""
-    counts: Counter[str] = Counter()
-    for name in names:
-        parts = name.split(".")
-        counts.update(".".join(parts[:k]) for k in range(len(parts) + 1))
-    return counts
 
 
 def _split(dag: Dag, path: str, members: dict[str, int], counts: Counter[str]) -> Iterator[Group]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantdm.denoisers.trace import weight_specs
+from quantdm.denoisers.weights import weight_specs
 from quantdm.errors import QuantDMError
 
 BATCH = 2  # not 1: a batch of one would be broadcast where the model means something else

@@ -2,50 +2,14 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-WeightKind = Literal["linear", "conv1d", "conv2d", "conv3d"]
-WEIGHT_KINDS: tuple[tuple[type[nn.Module], WeightKind], ...] = (
-    (nn.Linear, "linear"),
-    (nn.Conv1d, "conv1d"),
-    (nn.Conv2d, "conv2d"),
-    (nn.Conv3d, "conv3d"),
-)
-# aten operations by what they do to the graph; operand positions of (x, weight) for the contractions.
-PRODUCTS = {
-    "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "linear": (0, 1), "dot": (0, 1), "mv": (0, 1),
-    "addmm": (1, 2), "baddbmm": (1, 2), "addbmm": (1, 2),
-    "convolution": (0, 1), "conv1d": (0, 1), "conv2d": (0, 1), "conv3d": (0, 1),
-}  # fmt: skip
-NORMS = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit", "_fused_rms_norm"}
-NORMS |= {"layer_norm", "group_norm", "batch_norm", "rms_norm", "_native_batch_norm_legit_no_training"}
-COMBINES = {
-    "add": "add",
-    "sub": "add",
-    "mul": "mul",
-    "div": "mul",
-    "cat": "concat",
-    "stack": "concat",
-    "addcmul": "mul",
-}
-# Resizing and padding keep the channels where they are; so do the copies and norms.
-KEEPS_DIMS = NORMS | {"clone", "_to_copy", "detach", "alias", "contiguous", "dropout", "native_dropout", "expand"}
-KEEPS_DIMS |= {"constant_pad_nd", "avg_pool1d", "avg_pool2d", "avg_pool3d", "slice", "_softmax", "lift_fresh"}
-KEEPS_DIMS |= {"upsample_nearest1d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_bilinear2d"}
-RESHAPES = {"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "_reshape_alias", "flatten"}
-
-
-@dataclass(frozen=True)
-class WeightSpec:
-    """What the module tree says about one Linear or Conv: kind and shape [C_out, C_in/groups, *kernel]."""
-
-    name: str
-    kind: WeightKind
-    shape: tuple[int, ...]
+from quantdm.denoisers.aten import COMBINES, NORMS, PRODUCTS, carried_dim
+from quantdm.denoisers.weights import WeightSpec, weight_specs
 
 
 @dataclass
@@ -79,16 +43,6 @@ class _Value:
 
 
 _UNKNOWN = _Value()
-
-
-def weight_specs(model: nn.Module) -> tuple[WeightSpec, ...]:
-    """Return every Linear and Conv1d/2d/3d of a module, in `named_modules()` order."""
-    found = []
-    for name, module in model.named_modules():
-        kind = next((k for cls, k in WEIGHT_KINDS if isinstance(module, cls)), None)
-        if kind is not None:
-            found.append(WeightSpec(name, kind, tuple(module.weight.shape)))  # pyright: ignore[reportArgumentType]
-    return tuple(found)
 
 
 def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
@@ -222,7 +176,7 @@ class _Tracer(TorchDispatchMode):
         for tensor, value in zip(operands, values, strict=True):
             if value.seam is None:
                 continue
-            dim = _carry(name, func, args, tensor, value.seam[0], out)
+            dim = carried_dim(name, func, args, tensor, value.seam[0], out)
             if dim is not None and out.shape[dim] == tensor.shape[value.seam[0]]:
                 return dim, value.seam[1]
         return None
@@ -281,29 +235,6 @@ class _Tracer(TorchDispatchMode):
 
     def _path(self) -> str:
         return self.scope[-1] if self.scope else ""
-
-
-def _carry(name: str, func: Any, args: tuple[Any, ...], tensor: Tensor, dim: int, out: Tensor) -> int | None:
-    """Return the dimension of `out` that holds dimension `dim` of `tensor` unchanged, or None."""
-    if torch.Tag.pointwise in func.tags or name in KEEPS_DIMS:
-        return dim + out.dim() - tensor.dim()
-    if name in RESHAPES:  # the same number of elements before it and the same size: the same dimension
-        before = _numel(tensor.shape[:dim])
-        fits = (d for d in range(out.dim()) if _numel(out.shape[:d]) == before and out.shape[d] == tensor.shape[dim])
-        return next(fits, None)
-    if name == "permute":
-        return [d % tensor.dim() for d in args[1]].index(dim)
-    if name in ("transpose", "t"):
-        a, b = (d % tensor.dim() for d in (args[1:3] if name == "transpose" else (0, -1)))
-        return {a: b, b: a}.get(dim, dim)
-    return None
-
-
-def _numel(shape: Iterable[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _sources(values: Iterable[_Value]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from quantdm.hub.apply import apply_recipe, register
 from quantdm.hub.config import QuantDMConfig
-from quantdm.hub.quantizer import QuantDMHfQuantizer, QuantDMQuantizer
+from quantdm.hub.diffusers_plugin import QuantDMQuantizer
+from quantdm.hub.transformers_plugin import QuantDMHfQuantizer
 
 __all__ = ["QuantDMConfig", "QuantDMHfQuantizer", "QuantDMQuantizer", "apply_recipe", "register"]

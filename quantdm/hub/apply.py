@@ -10,13 +10,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import auto as transformers_auto
 
-from quantdm.denoisers.pipeline import get_denoiser
+from quantdm.activations.bits import layer_bits
+from quantdm.activations.hooks import activation_spec, set_activation_bits_
 from quantdm.errors import QuantDMError
-from quantdm.hub.checkpoint import layer_table
 from quantdm.hub.config import QuantDMConfig, QuantizationMethod
-from quantdm.hub.layers import Bank, average_bits, model_layers, pack_layers, set_packed_
-from quantdm.hub.quantizer import QuantDMHfQuantizer, QuantDMQuantizer
-from quantdm.modules.activations import activation_spec, layer_bits, set_activation_bits_
+from quantdm.hub.diffusers_plugin import QuantDMQuantizer
+from quantdm.hub.header import layer_table
+from quantdm.hub.quantize import Bank, average_bits, model_layers, pack_layers, set_packed_
+from quantdm.hub.transformers_plugin import QuantDMHfQuantizer
+from quantdm.pipelines.parts import get_denoiser
 from quantdm.quantizers import QuantizedWeight
 from quantdm.recipe import ActivationSpec, Recipe, load_recipe
 from quantdm.schemes import QuantConfig

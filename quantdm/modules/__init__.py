@@ -1,14 +1,6 @@
-"""Layers that run with packed weights, and activation quantization."""
+"""Layers that run with packed weights, and the form in which they keep them in memory."""
 
-from quantdm.modules.activations import (
-    KEEP_8BIT,
-    activation_spec,
-    default_keep_8bit,
-    fake_quantize,
-    layer_bits,
-    set_activation_bits_,
-)
-from quantdm.modules.layers import (
+from quantdm.modules.packed import (
     RESIDENCIES,
     PackedLayer,
     QuantConv1d,
@@ -16,14 +8,12 @@ from quantdm.modules.layers import (
     QuantConv3d,
     QuantLinear,
     Residency,
-    dequantize_module_,
     packed_layers,
-    quantize_module_,
 )
 from quantdm.modules.residency import dense_weights, set_residency
+from quantdm.modules.swap import dequantize_module_, quantize_module_
 
 __all__ = [
-    "KEEP_8BIT",
     "RESIDENCIES",
     "PackedLayer",
     "QuantConv1d",
@@ -31,14 +21,9 @@ __all__ = [
     "QuantConv3d",
     "QuantLinear",
     "Residency",
-    "activation_spec",
-    "default_keep_8bit",
     "dense_weights",
     "dequantize_module_",
-    "fake_quantize",
-    "layer_bits",
     "packed_layers",
     "quantize_module_",
-    "set_activation_bits_",
     "set_residency",
 ]

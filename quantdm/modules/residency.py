@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from quantdm.errors import QuantDMError, nearest
-from quantdm.modules.layers import RESIDENCIES, PackedLayer, Residency, packed_layers
+from quantdm.modules.packed import RESIDENCIES, PackedLayer, Residency, packed_layers
 
 
 def set_residency(model: nn.Module, residency: Residency) -> tuple[str, ...]:

@@ -1,13 +1,25 @@
 """What the outside sees where a dense weight used to be."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from quantdm.errors import QuantDMError
 
-if TYPE_CHECKING:
-    from quantdm.modules.layers import PackedLayer
+
+class Packed(Protocol):
+    """What the view needs of a packed layer."""
+
+    weight_dtype: torch.dtype
+    weight_shape: tuple[int, ...]
+    packed: nn.Parameter
+    scheme: Any
+
+    def dequantize(self) -> torch.Tensor:
+        """Decode the weight."""
+        ...
+
 
 _REFUSED = (
     "a packed weight cannot be changed in place (fusing a LoRA does): dequantize() the model first, or keep it un-fused"
@@ -31,7 +43,7 @@ class WeightView:
 
     __slots__ = ("_layer",)
 
-    def __init__(self, layer: "PackedLayer") -> None:
+    def __init__(self, layer: Packed) -> None:
         object.__setattr__(self, "_layer", layer)
 
     @property

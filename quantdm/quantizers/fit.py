@@ -11,6 +11,7 @@ from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
 from quantdm.quantizers.moments import Moments, check_moments
 from quantdm.quantizers.packing import pack_codes
 from quantdm.quantizers.rows import row_blocks, row_layout
+from quantdm.quantizers.sorted_rows import SortedRows, sort_rows
 from quantdm.quantizers.tables import nearest_codes, round_codebook
 from quantdm.quantizers.weight import QuantizedWeight, factor_of, halves, parameters_of, tables_of
 from quantdm.schemes import Scheme
@@ -93,7 +94,7 @@ def _fit_half(
             blocks = _rows(half, schemes[same[0]])
             weights = [None] * len(blocks) if importance is None else [*_rows(importance, schemes[same[0]])]
         is_kmeans = not is_shared and any(schemes[i].method == "kmeans" for i in same)
-        ordered = [kmeans.sort_rows(*pair) for pair in zip(blocks, weights, strict=True)] if is_kmeans else []
+        ordered = [sort_rows(*pair) for pair in zip(blocks, weights, strict=True)] if is_kmeans else []
         for i in same:
             if is_shared:
                 parameters = _fit_shared(blocks[0], weights[0], schemes[i], len(half))
@@ -134,7 +135,7 @@ def _fit_shared(rows: Tensor, importance: Tensor | None, scheme: Scheme, lines: 
 
 
 def _fit_uniform(
-    rows: Tensor, importance: Tensor | None, ordered: kmeans.SortedRows | None, scheme: Scheme, exact: bool
+    rows: Tensor, importance: Tensor | None, ordered: SortedRows | None, scheme: Scheme, exact: bool
 ) -> dict[str, Tensor]:
     p = scheme.p if scheme.calibration is None else 2
     if scheme.symmetric:
@@ -144,7 +145,7 @@ def _fit_uniform(
 
 
 def _fit_kmeans(
-    rows: Tensor, importance: Tensor | None, ordered: kmeans.SortedRows | None, scheme: Scheme, exact: bool
+    rows: Tensor, importance: Tensor | None, ordered: SortedRows | None, scheme: Scheme, exact: bool
 ) -> dict[str, Tensor]:
     assert ordered is not None
     codebook, counts = kmeans.fit_codebook(ordered, scheme.bits, exact=exact)
@@ -155,14 +156,14 @@ def _fit_kmeans(
 
 
 def _fit_log2(
-    rows: Tensor, importance: Tensor | None, ordered: kmeans.SortedRows | None, scheme: Scheme, exact: bool
+    rows: Tensor, importance: Tensor | None, ordered: SortedRows | None, scheme: Scheme, exact: bool
 ) -> dict[str, Tensor]:
     p = scheme.p if scheme.calibration is None else 2
     scale = log2.search_scale(rows, scheme.bits, half_steps=scheme.half_steps, importance=importance, p=p)
     return {"scale": scale}
 
 
-_FIT: dict[str, Callable[[Tensor, Tensor | None, kmeans.SortedRows | None, Scheme, bool], dict[str, Tensor]]] = {
+_FIT: dict[str, Callable[[Tensor, Tensor | None, SortedRows | None, Scheme, bool], dict[str, Tensor]]] = {
     "uniform": _fit_uniform,
     "kmeans": _fit_kmeans,
     "log2": _fit_log2,
@@ -173,7 +174,7 @@ def _fit(
     scheme: Scheme,
     blocks: list[Tensor],
     weights: list[Tensor | None],
-    ordered: list[kmeans.SortedRows],
+    ordered: list[SortedRows],
     size: torch.Size,
     *,
     exact: bool,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from quantdm.quantizers import kmeans
-from quantdm.quantizers.kmeans import SortedRows
 from quantdm.quantizers.rows import piece_budget, pieces
+from quantdm.quantizers.sorted_rows import SortedRows
 from quantdm.quantizers.tables import nearest_codes
 
 CHUNK = 256  # scales that share a step

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from quantdm.report import charts, insights
-from quantdm.report.figures import describe
-from quantdm.report.insights import Group, megabytes, percent
+from quantdm.report import charts, insights, layer_charts
+from quantdm.report.figures import FLOOR, describe
+from quantdm.report.insights import Group
 from quantdm.report.markup import dotted, esc, figure, missing, paragraph, table
 from quantdm.report.records import Records
 from quantdm.report.sections import spread_cell
+from quantdm.report.wording import megabytes, percent
 from quantdm.surrogates import SearchSpace
 
 MAX_GROUPS = 40  # rows of a chart that one still reads
@@ -33,7 +34,7 @@ def sensitivities(records: Records) -> str:
         values = attribution.values
     learned = None if values is None else insights.width_value(space, values)
     right = "" if learned is None else f" Right: what the {source} surrogate learned from {len(records.trials)} trials."
-    clipped = space.noise_error.min() < charts.FLOOR * space.noise_error.max()
+    clipped = space.noise_error.min() < FLOOR * space.noise_error.max()
     floor = " (errors below a millionth of the largest are drawn there)" if clipped else ""
     html = ""
     for by, title in (("op_type", "operation type"), ("block", "block")):
@@ -43,7 +44,7 @@ def sensitivities(records: Records) -> str:
             f"{order}. Left: relative squared error of the denoiser's output when a single layer is quantized, on "
             f"full-precision trajectories of {records.settings.noise_images} images at middle timesteps{floor}.{right}"
         )
-        svg = charts.sensitivity(space, groups, learned, title)
+        svg = layer_charts.sensitivity(space, groups, learned, title)
         html += f"<h3>Per {title}</h3>" + figure(svg, "Where precision is worth its bits.", caption)
     caption = (
         "Left: median over all layers of the one-layer error, against what each method really costs with its codebooks "
@@ -80,13 +81,13 @@ def allocation(records: Records) -> str:
     if choice is None:
         return missing("recipe.yaml", "No recipe")
     html = figure(
-        charts.bits_per_layer(space, choice),
+        layer_charts.bits_per_layer(space, choice),
         "Bits per layer.",
         f"All {len(space.layers)} layers in data-flow order. Above: bits of the codes, coloured by method. Below: the "
         "error of the output that this layer alone causes with the option it got. Point at a bar for its name.",
     )
     html += figure(
-        charts.shares_per_type(space, choice),
+        layer_charts.shares_per_type(space, choice),
         "Method and bits per operation type.",
         "Share of each operation type's weights that got each option; beside it its average bits (codebooks and scales "
         "included), its share of all weights and its share of all bits.",

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+ROW = 0.29  # inches per horizontal row
+CHARACTER = 0.0075  # width of a tick label's character, as a share of a full-width axis
+FLOOR = 1e-6  # errors below this share of the largest are drawn at it
 INK, MUTED, FAINT, RULE = "#1c2530", "#667180", "#b9c0c9", "#e3e7ec"
 RECIPE, BASELINE, SENSITIVITY = "#0b6e75", "#c46a2b", "#7467b0"
 # One hue per way of quantizing; bits make it darker.
@@ -188,3 +191,16 @@ def rows_of(axes: "Axes", names: Sequence[str], *, mono: bool = True) -> None:
         if mono:
             label.set_fontfamily("monospace")
             label.set_fontsize(7.5)
+
+
+def legend_above(canvas: Any, *found: Any) -> None:
+    entries = [entry for axes in found for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
+    canvas.figure.legend(
+        handles, labels, loc="outside upper left", ncols=4 if len(found) == 1 else 5, columnspacing=1.6
+    )
+
+
+def short_name(name: str, limit: int = 44) -> str:
+    """Shorten a dotted path in its middle."""
+    return name if len(name) <= limit else f"{name[: limit // 3]}…{name[len(name) - limit + limit // 3 + 1 :]}"

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from quantdm.errors import QuantDMError
 from quantdm.files import write_json, write_text
-from quantdm.report import charts
+from quantdm.report import charts, layer_charts
 from quantdm.report.drawing import draw_graph
 from quantdm.report.explanations import ordered_groups
 from quantdm.report.insights import Group, group_layers, insights, one_more_bit, width_value, widths
@@ -41,12 +41,12 @@ def save_insights(run_dir: str | Path) -> list[Path]:
     folder = Path(run_dir) / FOLDER
     drawings = {
         **{
-            f"sensitivity_per_{by}.svg": charts.sensitivity(space, ordered_groups(space, by)[0], learned, title)
+            f"sensitivity_per_{by}.svg": layer_charts.sensitivity(space, ordered_groups(space, by)[0], learned, title)
             for by, title in (("op_type", "operation type"), ("block", "block"))
         },
         "methods.svg": charts.methods(space, values),
-        "bits_per_op_type.svg": charts.shares_per_type(space, choice),
-        "bits_per_layer.svg": charts.bits_per_layer(space, choice),
+        "bits_per_op_type.svg": layer_charts.shares_per_type(space, choice),
+        "bits_per_layer.svg": layer_charts.bits_per_layer(space, choice),
     }
     for name, svg in drawings.items():
         write_text(folder / name, svg)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from quantdm.errors import QuantDMError
 from quantdm.report.figures import describe
+from quantdm.report.wording import megabytes, percent, plus_minus, times
 from quantdm.surrogates import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -267,38 +268,3 @@ def _spend(space: SearchSpace, choice: NDArray[np.int64], values: Floats) -> str
             f"collects {percent(gain / whole)} of what is left to gain, as the explanation sees it: a target to try."
         )
     return text
-
-
-# ------------------------------------------------------------------------------------------------------------ numbers
-
-
-def plus_minus(row: dict[str, Any], figure: str = "fid_fp", digits: int | None = None) -> str:
-    """Return "0.0453 ± 0.0031" (it does not break over lines): as many decimals as the spread deserves."""
-    mean, sd = row[figure], row.get(f"{figure}_sd") or 0.0
-    if digits is None:
-        digits = decimals(sd if sd > 0 else abs(mean) / 100)
-    return f"{mean:.{digits}f}\u00a0±\u00a0{sd:.{digits}f}" if sd > 0 else f"{mean:.{digits}f}"
-
-
-def times(ratio: float) -> str:
-    """Return a ratio as "2.8 times"."""
-    return f"{ratio:.1f} times" if ratio < 10 else f"{ratio:,.0f} times"
-
-
-def decimals(spread: float) -> int:
-    """Return the decimals that show two digits of a spread (at most 5)."""
-    return 4 if spread <= 0 else min(5, max(0, 1 - math.floor(math.log10(spread))))
-
-
-def percent(share: float) -> str:
-    """Return a share as per cent: two digits, none pretended."""
-    value = 100 * share
-    return f"{value:.0f}\u00a0%" if value >= 10 else f"{value:.1f}\u00a0%" if value >= 0.1 else f"{value:.2g}\u00a0%"
-
-
-def megabytes(count: float) -> str:
-    """Return bytes in the unit that fits (1 MB = 10^6 bytes)."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f}\u00a0{unit}" if count < 100 * size else f"{count / size:.0f}\u00a0{unit}"
-    return f"{count:.0f}\u00a0bytes"

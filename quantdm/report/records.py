@@ -12,8 +12,8 @@ from quantdm.correction.record import Correction, load_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
 from quantdm.recipe import Recipe, check_layers, load_recipe
-from quantdm.search.run import Run, RunSettings
-from quantdm.search.store import TrialStore
+from quantdm.runs.run import Run, RunSettings
+from quantdm.runs.store import TrialStore
 from quantdm.surrogates import Attribution, SearchSpace
 
 # Record -> the command that makes it (MODEL and RUN_DIR as they were given: a report carries no machine's paths).

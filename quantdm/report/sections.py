@@ -8,9 +8,9 @@ import numpy as np
 
 from quantdm.report import charts, insights
 from quantdm.report.figures import describe
-from quantdm.report.insights import decimals, megabytes, percent, plus_minus
 from quantdm.report.markup import esc, figure, missing, paragraph, strip_png, table
 from quantdm.report.records import Records
+from quantdm.report.wording import decimals, megabytes, percent, plus_minus
 from quantdm.schemes import ORIGINAL_BITS
 
 ROW_NAMES = {

@@ -1,12 +1,12 @@
-"""Surrogates that learn image quality from configurations, their explanation, and the choice under a budget."""
+"""Surrogates that learn image quality from configurations, and their explanation."""
 
-from quantdm.surrogates.additive import AdditiveSurrogate, RidgeSurrogate
+from quantdm.surrogates.additive import AdditiveSurrogate
 from quantdm.surrogates.attribution import Attribution, attribute
 from quantdm.surrogates.block_scores import BlockScores, score_blocks
 from quantdm.surrogates.comparison import agreement, agreement_with_truth
 from quantdm.surrogates.explainers import explain_by_shapley, explain_by_swaps
 from quantdm.surrogates.graph_surrogate import GraphSurrogate
-from quantdm.surrogates.selection import pareto, select, select_lambda
+from quantdm.surrogates.ridge import RidgeSurrogate
 from quantdm.surrogates.space import SearchSpace
 from quantdm.surrogates.tree import TreeSurrogate
 
@@ -23,8 +23,5 @@ __all__ = [
     "attribute",
     "explain_by_shapley",
     "explain_by_swaps",
-    "pareto",
     "score_blocks",
-    "select",
-    "select_lambda",
 ]

@@ -5,20 +5,40 @@ in its in-neighbourhood only. So the score of (block, assignment) is found by en
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from quantdm.surrogates.graph_surrogate import GraphSurrogate
-from quantdm.surrogates.plan import layers_below, make_plan
-from quantdm.surrogates.space import SearchSpace, single_thread
+from quantdm.machine import single_thread
+from quantdm.surrogates.graph_net import GraphNet
+from quantdm.surrogates.plan import Plan, layers_below, make_plan
+from quantdm.surrogates.space import SearchSpace
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 MAX_ASSIGNMENTS = 20_000
 COMPLETIONS = 128  # per (layer, option), where a block has too many assignments
 CHUNK = 4096
+
+
+class HopSurrogate(Protocol):
+    """A fitted ensemble of networks whose hop scores add up to the prediction: what is read of a `GraphSurrogate`."""
+
+    space: SearchSpace
+    plan: Plan
+    networks_: list[GraphNet]
+    prior_values_: Floats | None
+    usage_: Floats | None
+
+    def fitted(self) -> tuple[Floats, Floats]:
+        """Return the statistics [K, 2, M] and the weights [M] of the hop scores."""
+        ...
+
+    def cells(self, choices: Ints, nodes: tuple[int, ...]) -> torch.Tensor:
+        """Return the cell of every node in every configuration: [nodes, T]."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +51,7 @@ class BlockScores:
     scores: Floats
 
 
-def score_blocks(surrogate: GraphSurrogate) -> tuple[Floats, list[BlockScores]]:
+def score_blocks(surrogate: HopSurrogate) -> tuple[Floats, list[BlockScores]]:
     """Return the values of single layers at hop 0 (and of the prior) [K, L, O], and every block's scores, as y.
 
     Their sum over layers and blocks plus a constant is the prediction of each fold's network, exactly. Blocks with more
@@ -62,7 +82,7 @@ def score_blocks(surrogate: GraphSurrogate) -> tuple[Floats, list[BlockScores]]:
     return zero, found
 
 
-def layer_values(surrogate: GraphSurrogate) -> Floats:
+def layer_values(surrogate: HopSurrogate) -> Floats:
     """Project the scores of blocks onto single layers: [K, L, O].
 
     The value of an option is the mean score of the assignments that hold it, the other layers being distributed as in
@@ -81,7 +101,7 @@ def layer_values(surrogate: GraphSurrogate) -> Floats:
     return values
 
 
-def _hop_zero(surrogate: GraphSurrogate, fold: int, encoded: torch.Tensor) -> Floats:
+def _hop_zero(surrogate: HopSurrogate, fold: int, encoded: torch.Tensor) -> Floats:
     """Return what every cell adds to the prediction at hop 0: [L, O]."""
     shape = surrogate.space.bits.shape
     norm = encoded[: shape[0] * shape[1]].abs().sum(dim=1)
@@ -92,7 +112,7 @@ def _hop_zero(surrogate: GraphSurrogate, fold: int, encoded: torch.Tensor) -> Fl
     return found
 
 
-def _unit(surrogate: GraphSurrogate, fold: int, hop: int) -> float:
+def _unit(surrogate: HopSurrogate, fold: int, hop: int) -> float:
     """Return w_m / (σ_m · number of roots): what one unit of a root's norm adds to the prediction."""
     stats, weights = surrogate.fitted()
     present = [m for m, roots in enumerate(surrogate.plan.roots) if roots]

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from quantdm.errors import QuantDMError
 from quantdm.surrogates.attribution import Attribution
-from quantdm.surrogates.space import spearman
+from quantdm.surrogates.ranking import spearman
 
 Floats = NDArray[np.float64]
 

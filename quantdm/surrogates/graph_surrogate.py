@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
+from quantdm.machine import single_thread
 from quantdm.surrogates.additive import AdditiveSurrogate
+from quantdm.surrogates.block_scores import layer_values
 from quantdm.surrogates.graph_net import CellTable, GraphNet, hop_scores
 from quantdm.surrogates.losses import RankLoss, ndcg, rank_loss, relevance
 from quantdm.surrogates.plan import make_plan
-from quantdm.surrogates.space import SearchSpace, check_trials, single_thread, spearman, split_folds
+from quantdm.surrogates.ranking import spearman
+from quantdm.surrogates.space import SearchSpace
+from quantdm.surrogates.trials import check_trials, split_folds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -140,8 +144,6 @@ class GraphSurrogate:
 
     def fold_values(self) -> Floats:
         """Return the layer values of every fold: [K, L, O] (see `quantdm.surrogates.block_scores`)."""
-        from quantdm.surrogates.block_scores import layer_values
-
         return layer_values(self)
 
     def cells(self, choices: Ints, nodes: tuple[int, ...]) -> Tensor:

@@ -15,7 +15,9 @@ from quantdm.files import write_json
 from quantdm.surrogates.additive import AdditiveSurrogate
 from quantdm.surrogates.features import pool
 from quantdm.surrogates.losses import ndcg, relevance
-from quantdm.surrogates.space import SearchSpace, check_trials, read_record, spearman, split_folds
+from quantdm.surrogates.ranking import spearman
+from quantdm.surrogates.space import SearchSpace
+from quantdm.surrogates.trials import check_trials, read_record, split_folds
 
 Floats = NDArray[np.float64]
 FOLDS, MIN_TRIALS = 5, 10

@@ -1,0 +1,161 @@
+"""Gather the second moments of every layer's inputs along sampling trajectories, for the calibrated options."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantdm.denoisers.calls import Call, replay
+from quantdm.errors import QuantDMError, nearest
+from quantdm.files import digest, load_tensors, save_tensors
+from quantdm.quantizers import Moments
+
+BUDGET_BYTES = 2**31
+ROWS = 2**13  # input vectors that are multiplied at a time
+_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def gather_moments(
+    denoiser: nn.Module,
+    calls: Sequence[Call],
+    layer_names: Sequence[str],
+    *,
+    budget_bytes: int = BUDGET_BYTES,
+    folder: str | Path | None = None,
+) -> Mapping[str, Moments]:
+    """Return the second moments of the inputs of every layer over recorded calls.
+
+    Moments are n x n per layer, so layers are gathered in groups whose float64 sums fit into `budget_bytes` (a larger
+    layer makes a group of its own); every group replays all calls.
+
+    Args:
+        denoiser: in full precision; it is left as it was.
+        calls: of this denoiser, as `calibration_calls` records them.
+        layer_names: Linear or Conv layers.
+        folder: where moments are written, one file per layer, and memory-mapped from; layers that are there already
+            for the same weights and calls are not gathered again. None: all are returned in memory, as float32.
+
+    Raises:
+        QuantDMError: no calls, a name that is no Linear or Conv layer, or a layer that the calls never run.
+    """
+    if not calls:
+        raise QuantDMError("calls: got none, expected at least one; record them with calibration_calls")
+    modules = dict(denoiser.named_modules())
+    for name in layer_names:
+        if not isinstance(modules.get(name), (nn.Linear, *_CONV)):
+            raise QuantDMError(f"layer_names: {name!r} is no Linear or Conv layer; {nearest(name, modules)}")
+    layers = {name: modules[name] for name in layer_names}
+    if folder is None:
+        return {
+            name: found for group in _groups(layers, budget_bytes) for name, found in _gather(group, denoiser, calls)
+        }
+    stored = StoredMoments(folder, layers, _key(denoiser, calls))
+    missing = {name: module for name, module in layers.items() if not stored.path(name).is_file()}
+    for group in _groups(missing, budget_bytes):
+        for name, found in _gather(group, denoiser, calls):
+            save_tensors(stored.path(name), {"second": found.second}, {"count": found.count})
+    return stored
+
+
+class StoredMoments(Mapping[str, Moments]):
+    """Moments in files, one per layer, memory-mapped when they are asked for and never kept."""
+
+    def __init__(self, folder: str | Path, layer_names: Iterable[str], key: str) -> None:
+        self.folder, self.layer_names, self.key = Path(folder), tuple(layer_names), key
+
+    def path(self, name: str) -> Path:
+        """Return the file of one layer."""
+        return self.folder / f"{digest(self.key, name)}.safetensors"
+
+    def __getitem__(self, name: str) -> Moments:
+        if name not in self.layer_names:
+            raise KeyError(name)
+        tensors, metadata = load_tensors(self.path(name))
+        return Moments(tensors["second"], metadata["count"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layer_names)
+
+    def __len__(self) -> int:
+        return len(self.layer_names)
+
+
+def input_vectors(module: nn.Module, x: Tensor) -> Tensor:
+    """Return the vectors [G, M, n] that a Linear or Conv layer multiplies its weight.reshape(C_out, -1) with.
+
+    M counts tokens, or places of the output; n follows the order of the weight. G is the number of conv groups.
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    assert isinstance(module, _CONV)
+    dims = len(module.kernel_size)
+    if module.padding_mode == "zeros":
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice)
+    else:
+        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+    for d in range(dims):  # [B, C, *places, *kernel]
+        reach = module.dilation[d] * (module.kernel_size[d] - 1) + 1
+        x = x.unfold(2 + d, reach, module.stride[d])[..., :: module.dilation[d]]
+    x = x.unflatten(1, (module.groups, -1))  # [B, G, C/G, *places, *kernel]
+    order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+    return x.permute(order).reshape(module.groups, -1, x.shape[2] * math.prod(module.kernel_size))
+
+
+@torch.no_grad()
+def _gather(
+    layers: Mapping[str, nn.Module], denoiser: nn.Module, calls: Sequence[Call]
+) -> Iterator[tuple[str, Moments]]:
+    """Yield the moments of some layers; their sums are freed one by one."""
+    sums: dict[str, Tensor] = {}
+    counts = dict.fromkeys(layers, 0)
+
+    def hook(name: str, module: nn.Module, inputs: tuple) -> None:
+        for x in inputs[0].detach().split(max(1, _batch(module, inputs[0]))):
+            vectors = input_vectors(module, x.float())
+            for part in vectors.split(ROWS, dim=1):
+                product = part.mT @ part  # float32 over ROWS vectors, then float64: a sum of thousands keeps its digits
+                sums[name] = sums[name].add_(product) if name in sums else product.double()
+            counts[name] += vectors.shape[1]
+
+    handles = [module.register_forward_pre_hook(partial(hook, name)) for name, module in layers.items()]
+    try:
+        for call in calls:
+            replay(denoiser, [call])
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, count in counts.items():
+        if not count:
+            raise QuantDMError(f"{name}: no input in {len(calls)} calls; leave it out, or calibrate where it runs")
+        yield name, Moments(sums.pop(name).div_(count).float(), count)
+
+
+def _batch(module: nn.Module, x: Tensor) -> int:
+    """Return how many samples to unfold at a time: patches take kernel-size times the room of their image."""
+    if not isinstance(module, _CONV):
+        return len(x)
+    return int(2**24 / max(x[0].numel() * math.prod(module.kernel_size), 1))
+
+
+def _groups(layers: Mapping[str, nn.Module], budget_bytes: int) -> Iterator[dict[str, nn.Module]]:
+    group: dict[str, nn.Module] = {}
+    size = 0
+    for name, module in layers.items():
+        weight: Any = module.weight
+        own = 8 * weight[0].numel() ** 2 * getattr(module, "groups", 1)
+        if group and size + own > budget_bytes:
+            yield group
+            group, size = {}, 0
+        group[name] = module
+        size += own
+    if group:
+        yield group
+
+
+def _key(denoiser: nn.Module, calls: Sequence[Call]) -> str:
+    """Return a digest of what determines the inputs of every layer: the calls' outputs stand for weights and inputs."""
+    return digest(type(denoiser).__name__, len(calls), *[call.output for call in calls])

@@ -1,0 +1,5 @@
+"""python -m quantdm.cli"""
+
+from quantdm.cli.main import main
+
+main()

@@ -1,0 +1,29 @@
+"""The application, and the arguments that several sub-commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="quantdm",
+    help="Make a diffusion pipeline small: where precision is worth its bits, in a size you name.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Embedded pipeline (digits-dit, digits-sd), directory or hub id.")]
+RunDir = Annotated[Path, typer.Option("--run-dir", help="Run directory: every stage leaves its record there.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+TargetBits = Annotated[float | None, typer.Option(help="Average bits per weight, overhead included.")]
+TargetBytes = Annotated[int | None, typer.Option(help="Or the size of the denoiser on disk, in bytes.")]
+Trials = Annotated[int, typer.Option(min=1, help="Configurations whose images are measured.")]
+Seed = Annotated[int, typer.Option(min=0, help="Determines every sampled configuration and noise.")]
+ProtocolFile = Annotated[str | None, typer.Option("--protocol", help="YAML file: what images to measure on.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="PATTERN=SCHEME on top of the recipe; may be repeated, last wins.")
+]
+ModelCard = Annotated[bool, typer.Option("--model-card", help="Also write README.md: ready for the Hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]

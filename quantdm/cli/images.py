@@ -1,0 +1,67 @@
+"""What `generate` and `evaluate` do: open a pipeline by name, make images, measure."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantdm.files import atomic_path
+from quantdm.machine import fast_dtype
+from quantdm.metrics.evaluate import evaluate
+from quantdm.metrics.samples import Draw
+from quantdm.pipelines.generate import generate
+from quantdm.pipelines.loading import load_pipeline, model_name
+from quantdm.pipelines.protocol import Protocol, default_protocol, load_protocol
+from quantdm.progress import bar
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+def protocol_of(model: str, pipe: Any, protocol: str | None) -> Protocol:
+    """Return the protocol that was named, else the one that a run or export carries, else the model's shipped one."""
+    if protocol is not None:
+        return load_protocol(protocol)
+    recipe = Path(model) / "recipe.yaml"
+    if recipe.is_file():
+        from quantdm.recipe import load_recipe
+
+        return default_protocol(load_recipe(recipe).model)
+    return default_protocol(model_name(pipe))
+
+
+def generate_grid(
+    model: str, out: Path, *, images: int, seed: int, steps: int | None, protocol: str | None, columns: int
+) -> Path:
+    """Generate images and write them as one PNG."""
+    from PIL import Image
+
+    pipe = load_pipeline(model)
+    chosen = protocol_of(model, pipe, protocol)
+    draw = Draw(seed, images, steps or chosen.steps)
+    with bar(images, "generate") as progress:
+        pixels = generate(pipe, chosen, draw.seeds, steps=draw.steps, batch_size=50, progress=progress.update)
+    grid = image_grid((pixels.clamp(0, 1) * 255).round().to(torch.uint8), columns)
+    with atomic_path(out) as temporary:
+        Image.fromarray(grid).save(temporary, format="PNG")
+    return out
+
+
+def image_grid(images: torch.Tensor, columns: int) -> np.ndarray:
+    """Lay uint8 images [N, 3, H, W] out row by row; return uint8 [rows * H, columns * W, 3]."""
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
+    canvas[:n] = images
+    return canvas.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, columns * w, c).numpy()
+
+
+def evaluate_model(
+    model: str, *, reference: str | None, images: int, seeds: tuple[int, ...], steps: int | None, protocol: str | None
+) -> dict[str, Any]:
+    """Measure a pipeline by name, in the dtype that is fast here."""
+    dtype = getattr(torch, fast_dtype())
+    pipe = load_pipeline(model, torch_dtype=dtype)
+    full = None if reference is None else load_pipeline(reference, torch_dtype=dtype)
+    chosen = protocol_of(model, pipe, protocol)
+    return evaluate(pipe, protocol=chosen, reference=full, num_images=images, seeds=seeds, steps=steps)

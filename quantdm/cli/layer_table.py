@@ -1,0 +1,90 @@
+"""The layers of an inspection as text and as CSV."""
+
+import csv
+import io
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from quantdm.schemes import ORIGINAL_BITS
+
+WIDTH = 79
+
+
+def layers_csv(record: dict[str, Any]) -> str:
+    """Return the layers of an `inspect_target` record as CSV text."""
+    columns = ("name", "op_type", "block", "shape", "num_weights", "quantizers", "scheme", "bits", "nbytes", "sqnr_db")
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "shape": "x".join(map(str, row["shape"]))} for row in record["layers"])
+    return out.getvalue()
+
+
+def layers_text(record: dict[str, Any]) -> str:
+    """Return the layers of an `inspect_target` record as lines of at most 79 columns, below the paths they share."""
+    rows = record["layers"]
+    quantized = any(row["scheme"] for row in rows)
+    cells = [_cells(row, quantized) for row in rows]
+    head = ("shape", "scheme", "bits", "dB") if quantized else ("shape", "weights")
+    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
+    room = max(12, WIDTH - 2 - sum(widths) - 2 * len(widths))
+
+    def line(indent: str, name: str, values: Sequence[str]) -> list[str]:
+        columns = "".join(f"  {value:>{width}}" for value, width in zip(values, widths, strict=True))
+        label = indent + name
+        if len(label) > room + 2:  # its values stand on the next line
+            return [*textwrap.wrap(label, WIDTH, subsequent_indent=indent), " " * (room + 2) + columns]
+        return [f"{label:<{room + 2}}{columns}"]
+
+    title = textwrap.wrap(f"{record['model']}: {record['denoiser']}", WIDTH)
+    lines = [*title, *line("", "layer", head), "-" * WIDTH]
+    shared = ""
+    for row, values in zip(rows, cells, strict=True):
+        path, leaf = _parent(row)
+        if path != shared and path:
+            lines += textwrap.wrap(path, WIDTH)
+        shared = path
+        lines += line("  " if path else "", leaf, values)
+    return "\n".join([*lines, "-" * WIDTH, *_totals(record, quantized)])
+
+
+def _cells(row: dict[str, Any], quantized: bool) -> tuple[str, ...]:
+    shape = "x".join(map(str, row["shape"])) + (" (2)" if row["quantizers"] == 2 else "")
+    if not quantized:
+        return shape, f"{row['num_weights']:,}"
+    sqnr = row.get("sqnr_db")
+    return shape, row["scheme"] or "original", f"{row['bits']:.3f}", "-" if sqnr is None else f"{sqnr:.1f}"
+
+
+def _parent(row: dict[str, Any]) -> tuple[str, str]:
+    """Split a layer's name before its operation type."""
+    name, leaf = row["name"], row["op_type"]
+    if not name.endswith(leaf):  # "resnets.conv1" stands for "resnets.0.conv1"
+        leaf = leaf.split(".", 1)[-1]
+    return name[: -len(leaf) - 1], leaf
+
+
+def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
+    rows, weights = record["layers"], record["num_weights"]
+    size = f"{record['weight_bytes'] / 1e6:,.3f} MB" + (" packed" if quantized else f" at {ORIGINAL_BITS} bits")
+    text = f"{len(rows)} layers, {weights:,} weights, {record['avg_bits']:.4f} bits per weight, {size}"
+    if record["file_bytes"]:
+        text += f"; its files, with biases and norms, have {record['file_bytes'] / 1e6:,.3f} MB"
+    lines = textwrap.wrap(text + ".", WIDTH)
+    kind = "scheme" if quantized else "op_type"
+    shares, numbers = Counter[str](), Counter[str]()
+    for row in rows:
+        shares[row[kind] or "original"] += row["num_weights"]
+        numbers[row[kind] or "original"] += 1
+    wide = max(map(len, shares))
+    lines += [
+        f"  {k:<{wide}}  {100 * n / weights:6.2f} % of the weights, {numbers[k]} layers"
+        for k, n in shares.most_common()
+    ]
+    if any(row["quantizers"] == 2 for row in rows):
+        lines.append("(2): reads a concatenated long skip, one quantizer per half.")
+    if record["provenance"]:
+        lines += textwrap.wrap(f"recipe: {record['provenance']}", WIDTH)
+    return lines

@@ -1,0 +1,40 @@
+"""Run the command line."""
+
+import os
+import signal
+import sys
+
+import typer
+
+from quantdm.cli import look, measure, recipes, search
+from quantdm.cli.app import app
+from quantdm.errors import QuantDMError
+
+# For the worker processes, which inherit them before their torch starts: spinning threads slow a second busy process
+# thirty-fold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+COMMANDS = (search, recipes, measure, look)  # importing a module registers its sub-commands
+
+
+class Interrupted(BaseException):
+    """Ctrl-C. typer would swallow a KeyboardInterrupt without a word."""
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+def main() -> None:
+    """Run the command line: bad input is one line on standard error, Ctrl-C says how to go on."""
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app()
+    except QuantDMError as error:
+        typer.secho(f"error: {error}", err=True, fg="red")
+        sys.exit(2)
+    except Interrupted:
+        typer.echo("\ninterrupted: what is finished is kept; run the same command again to go on", err=True)
+        sys.exit(130)

@@ -1,0 +1,72 @@
+"""Sub-commands that make images: generate, evaluate, correct."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from quantdm.cli.app import AsJson, Model, Out, ProtocolFile, RunDir, Seed, app
+from quantdm.errors import QuantDMError
+
+
+@app.command(epilog="Example: quantdm generate digits-sd -o digits.png --images 40")
+def generate(
+    model: Model,
+    out: Out,
+    images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the protocol's).")] = None,
+    protocol: ProtocolFile = None,
+    columns: Annotated[int, typer.Option(min=1, help="Images per row of the grid.")] = 10,
+) -> None:
+    """Generate images as one PNG grid."""
+    from quantdm.cli.images import generate_grid
+
+    path = generate_grid(model, out, images=images, seed=seed, steps=steps, protocol=protocol, columns=columns)
+    typer.echo(f"images: {path}")
+
+
+@app.command(epilog="Example: quantdm evaluate runs/mine/export --reference digits-dit")
+def evaluate(
+    model: Model,
+    reference: Annotated[str | None, typer.Option(help="Full-precision pipeline, given the same noises.")] = None,
+    images: Annotated[int, typer.Option(min=2, help="Images per draw.")] = 1000,
+    seeds: Annotated[str, typer.Option(help="Base seeds, one draw each.")] = "101,102,103",
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the protocol's).")] = None,
+    protocol: ProtocolFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a pipeline: FID to full precision with equal noise, paired error, FID to real images."""
+    from quantdm.cli.images import evaluate_model
+
+    try:
+        draws = tuple(int(seed) for seed in seeds.split(","))
+    except ValueError:
+        raise QuantDMError(
+            f"seeds: got {seeds!r}, expected whole numbers with commas between, e.g. 101,102,103"
+        ) from None
+    result = evaluate_model(model, reference=reference, images=images, seeds=draws, steps=steps, protocol=protocol)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    typer.echo(f"{model}: {result['protocol']}")
+    for key, value in result["mean"].items():
+        typer.echo(f"  {key:<10} " + ("-" if value is None else f"{value:.4f} ± {result['sd'][key]:.4f}"))
+
+
+@app.command(epilog="Example: quantdm correct --run-dir runs/mine --bits 6")
+def correct(
+    run_dir: RunDir,
+    bits: Annotated[int, typer.Option(help="Activation bits: 6, 8 or 16 (not quantized).")] = 6,
+    images: Annotated[int, typer.Option(help="Trajectories for the noise statistics.")] = 128,
+) -> None:
+    """Fit the correction of the sampler for a run's recipe and print which variant helps."""
+    from quantdm.runs.correct import correct_recipe
+    from quantdm.runs.run import Run
+
+    run = Run.open(run_dir)
+    correction = correct_recipe(run, bits=bits, images=images)
+    for variant, distances in correction.measured.items():
+        mark = "  <- kept" if variant == correction.variant else ""
+        typer.echo(f"{variant:<14} fid_fp {sum(distances) / len(distances):.4f}{mark}")
+    typer.echo(f"correction: {run.path('correction.safetensors')}")

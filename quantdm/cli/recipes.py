@@ -1,0 +1,74 @@
+"""Sub-commands that take or make recipes: apply, export, import, schema."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantdm.cli.app import Model, ModelCard, Out, Overrides, RunDir, app
+
+
+@app.command(epilog="Example: quantdm apply digits-dit --recipe recipe.yaml -o digits-dit-3bit")
+def apply(
+    model: Model,
+    recipe: Annotated[Path, typer.Option(help="Recipe file.")],
+    out: Out,
+    overrides: Overrides = None,
+    model_card: ModelCard = False,
+) -> None:
+    """Quantize a pipeline by a recipe and save it packed."""
+    from quantdm.hub.export import export_pipeline
+    from quantdm.hub.model_card import write_card
+    from quantdm.recipe import load_recipe
+
+    typer.echo(f"pipeline: {export_pipeline(model, load_recipe(recipe).override(overrides or []), out)}")
+    if model_card:
+        typer.echo(f"model card: {write_card(out)}")
+
+
+@app.command(epilog="Example: quantdm export --run-dir runs/mine -o digits-dit-3bit --model-card")
+def export(run_dir: RunDir, out: Out, model_card: ModelCard = False) -> None:
+    """Write a run's result as a directory that plain diffusers opens."""
+    from quantdm.corridor.export import export_run
+    from quantdm.hub.model_card import write_card
+    from quantdm.runs.run import Run
+
+    run = Run.open(run_dir)
+    typer.echo(f"export: {export_run(run, out)}")
+    if model_card:
+        summary = run.path("summary.json")
+        typer.echo(f"model card: {write_card(out, summary=summary if summary.is_file() else None)}")
+
+
+@app.command("import", epilog="Example: quantdm import dit.pkl --model facebook/DiT-XL-2-256 -o recipe.yaml")
+def import_(
+    file: Annotated[Path, typer.Argument(help="Published configuration, or trials (quant_cache.pkl).")],
+    model: Annotated[str, typer.Option(help="Pipeline it is for: directory, hub id or config.json of the denoiser.")],
+    out: Out,
+) -> None:
+    """Turn a published configuration into a recipe, or published trials into a folder of trial records."""
+    from quantdm.denoisers.inventory import list_layers
+    from quantdm.hub.importer.published import import_recipe, import_trials
+    from quantdm.pipelines.skeleton import open_skeleton
+    from quantdm.runs.store import TrialStore
+
+    layers = list_layers(open_skeleton(model))
+    if out.suffix in (".yaml", ".yml"):
+        recipe = import_recipe(file, layers, model=model)
+        typer.echo(f"recipe: {recipe.save(out)}  ({recipe.avg_bits:.4f} bits per weight)")
+        for note in recipe.provenance.notes:
+            typer.echo(f"  {note}")
+        return
+    store = TrialStore(out)
+    for key, trial in import_trials(file, layers):
+        store.put(key, trial)
+    typer.echo(f"trials: {out}  ({len(store)} records)")
+
+
+@app.command(epilog="Example: quantdm schema > recipe.schema.json")
+def schema() -> None:
+    """Print the JSON schema of recipe files, for editors and other tools."""
+    from quantdm.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=1))

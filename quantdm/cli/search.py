@@ -1,0 +1,122 @@
+"""Sub-commands of the search: the whole of it, and stage by stage."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantdm.cli.app import Model, Out, ProtocolFile, RunDir, Seed, TargetBits, TargetBytes, Trials, app
+
+
+@app.command(epilog="Example: quantdm demo --model digits-sd --target-bits 3.0")
+def demo(
+    model: Annotated[str, typer.Option(help="Embedded pipeline: digits-dit or digits-sd.")] = "digits-dit",
+    target_bits: Annotated[float, typer.Option(help="Average bits per weight, overhead included.")] = 3.0,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory (default: runs/MODEL-BITSbit).")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Every stage with fewer trials and images: two minutes.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Run everything on an embedded pipeline: search, recipe, export, report. Run it again to go on."""
+    from quantdm.corridor.demo import demo
+
+    demo(model, target_bits=target_bits, run_dir=run_dir, quick=quick, seed=seed, say=typer.echo)
+
+
+@app.command(epilog="Example: quantdm bank digits-dit --run-dir runs/mine --target-bits 3.0")
+def bank(
+    model: Model,
+    run_dir: RunDir,
+    target_bits: TargetBits = None,
+    target_bytes: TargetBytes = None,
+    trials: Trials = 160,
+    seed: Seed = 0,
+    protocol: ProtocolFile = None,
+) -> None:
+    """Start a run and quantize every layer with every option (the first stage of `search`, alone)."""
+    from quantdm.pipelines.parts import get_denoiser
+    from quantdm.runs.search import start_run
+    from quantdm.runs.stages import build_bank, describe
+
+    pipe, run = start_run(
+        model, run_dir, target_bits=target_bits, target_bytes=target_bytes, trials=trials, seed=seed, protocol=protocol
+    )
+    describe(run, get_denoiser(pipe))
+    build_bank(run, pipe)
+    typer.echo(f"bank: {run.path('bank')}")
+
+
+@app.command(epilog="Example: quantdm search digits-dit --run-dir runs/mine --target-bits 3.0")
+def search(
+    model: Model,
+    run_dir: RunDir,
+    target_bits: TargetBits = None,
+    target_bytes: TargetBytes = None,
+    trials: Trials = 160,
+    seed: Seed = 0,
+    protocol: ProtocolFile = None,
+) -> None:
+    """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""
+    from quantdm.runs.search import find_recipe, open_engine, start_run
+
+    pipe, run = start_run(
+        model, run_dir, target_bits=target_bits, target_bytes=target_bytes, trials=trials, seed=seed, protocol=protocol
+    )
+    with open_engine(run, pipe) as engine:
+        recipe = find_recipe(run, engine, pipe)
+    typer.echo(f"recipe: {run.path('recipe.yaml')}  ({recipe.avg_bits:.4f} bits per weight)")
+
+
+@app.command(epilog="Example: quantdm fit --run-dir runs/mine")
+def fit(run_dir: RunDir) -> None:
+    """Fit the surrogates on a run's trials and print how well they rank held-out configurations."""
+    from quantdm.files import read_json
+    from quantdm.runs.explain import fit_surrogates
+    from quantdm.runs.run import Run
+    from quantdm.runs.stages import load_space
+    from quantdm.runs.trials import load_trials
+
+    run = Run.open(run_dir)
+    space = load_space(run)
+    fit_surrogates(run, space, *load_trials(run, space))
+    scores = read_json(run.path("surrogate.json"))
+    for name, folds in scores["held_out_spearman"].items():
+        ndcg = scores["held_out_ndcg"][name]
+        typer.echo(
+            f"{name:<22} Spearman {sum(folds) / len(folds):.3f} (folds {min(folds):.3f} to {max(folds):.3f})  "
+            f"NDCG@10 {sum(ndcg) / len(ndcg):.3f}"
+        )
+    for name, value in scores["without_learning"].items():
+        typer.echo(f"{name:<22} Spearman {value:.3f}  (nothing learned)")
+
+
+@app.command(epilog="Example: quantdm explain --run-dir runs/mine")
+def explain(run_dir: RunDir) -> None:
+    """Attribute quality to every layer and scheme (attribution.json) and print the operation types that matter."""
+    from quantdm.cli.tables import show_attribution
+    from quantdm.runs.explain import explain as explain_run
+    from quantdm.runs.explain import fit_surrogates
+    from quantdm.runs.run import Run
+    from quantdm.runs.stages import load_space
+    from quantdm.runs.trials import load_trials
+
+    run = Run.open(run_dir)
+    space = load_space(run)
+    fitted = fit_surrogates(run, space, *load_trials(run, space))
+    show_attribution(space, explain_run(run, fitted))
+
+
+@app.command(epilog="Example: quantdm select --run-dir runs/mine --target-bits 3.5 -o recipe-3.5.yaml")
+def select(
+    run_dir: RunDir,
+    out: Out,
+    target_bits: Annotated[float, typer.Option(help="Average bits per weight, overhead included.")],
+    by: Annotated[str, typer.Option(help="Which explanation chooses: additive, tree or graph.")] = "additive",
+) -> None:
+    """Choose a recipe of another size from a run's attributions (predicted, not measured)."""
+    from quantdm.runs.resize import select_recipe
+    from quantdm.runs.run import Run
+
+    recipe = select_recipe(Run.open(run_dir), target_bits=target_bits, by=by)
+    typer.echo(f"recipe: {recipe.save(out)}  ({recipe.avg_bits:.4f} bits per weight)")

@@ -1,0 +1,109 @@
+"""Trace a denoiser once, on a weightless copy: its graph and the seams of its long skips."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantdm.denoisers.assembly import build_graph
+from quantdm.denoisers.example_inputs import infer_inputs, to_meta
+from quantdm.denoisers.graph import Graph
+from quantdm.denoisers.trace import Trace, trace_forward
+from quantdm.denoisers.weights import weight_specs
+from quantdm.errors import QuantDMError, nearest
+from quantdm.files import digest
+
+_CACHE: dict[str, "Analysis"] = {}
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What one trace gives: the raw trace and the graph made of it."""
+
+    trace: Trace
+    graph: Graph
+
+
+def trace_graph(denoiser: nn.Module, *, example_inputs: Mapping[str, Any] | None = None) -> Graph:
+    """Return the data-flow graph of a diffusers denoiser, traced on the meta device.
+
+    A weightless copy made from the class and its configuration is traced, so real, meta and quantized denoisers give
+    the same graph; nothing is computed and the denoiser is not touched. The result is cached.
+
+    Args:
+        denoiser: any diffusers model (`from_config`, `config`).
+        example_inputs: keyword arguments of one forward call; without them they are inferred from the configuration.
+
+    Raises:
+        QuantDMError: not a diffusers model, inputs that cannot be inferred, a forward that fails on the meta device,
+            or modules that no longer match the configuration (fused projections, adapters).
+
+    Blocks, roots and hops as in Qua2SeDiMo (arXiv 2412.14628).
+    """
+    return analyse(denoiser, example_inputs=example_inputs).graph
+
+
+def analyse(denoiser: nn.Module, *, example_inputs: Mapping[str, Any] | None = None) -> Analysis:
+    """Return the cached trace and graph of a denoiser (see `trace_graph`)."""
+    config = _config(denoiser)
+    key = digest(
+        f"{type(denoiser).__module__}.{type(denoiser).__qualname__}",
+        json.loads(json.dumps(config, sort_keys=True, default=str)),
+        None if example_inputs is None else _signature(example_inputs),
+    )
+    if key not in _CACHE:
+        copy = _meta_copy(denoiser, config)
+        inputs = infer_inputs(copy, config) if example_inputs is None else to_meta(example_inputs)
+        try:
+            trace = trace_forward(copy, dict(inputs))
+        except Exception as error:  # whatever foreign code raises
+            raise QuantDMError(
+                f"{type(denoiser).__name__}: its forward fails on the meta device with inputs {_signature(inputs)}: "
+                f"{type(error).__name__}: {error}; pass example_inputs=... with the keyword arguments of one call"
+            ) from error
+        _CACHE[key] = Analysis(trace, build_graph(trace))
+    found = _CACHE[key]
+    _check_modules(denoiser, [s.name for s in found.trace.specs])
+    return found
+
+
+def _config(denoiser: nn.Module) -> dict[str, Any]:
+    config = getattr(denoiser, "config", None)
+    if not isinstance(denoiser, nn.Module) or not isinstance(config, Mapping) or not hasattr(denoiser, "from_config"):
+        raise QuantDMError(
+            f"denoiser: got {type(denoiser).__name__}, expected a diffusers model with a config; "
+            "pass pipe.unet or pipe.transformer (not a pipeline or a compiled wrapper)"
+        )
+    return {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
+
+
+def _meta_copy(denoiser: nn.Module, config: dict[str, Any]) -> nn.Module:
+    # forked: constants that the constructor draws must not move the caller's random state
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        copy = type(denoiser).from_config(dict(config))  # pyright: ignore[reportAttributeAccessIssue]
+    return copy.to("meta").eval()
+
+
+def _check_modules(denoiser: nn.Module, layers: list[str]) -> None:
+    """Refuse a denoiser whose layers are not those of its configuration."""
+    present = {name for name, _ in denoiser.named_modules()}
+    odd = [name for name in layers if name not in present]
+    odd += sorted({s.name for s in weight_specs(denoiser)} - set(layers))
+    if odd:
+        raise QuantDMError(
+            f"{type(denoiser).__name__}: {len(odd)} layers do not follow from its configuration, the first is "
+            f"{odd[0]} ({nearest(odd[0], layers)}); undo fused projections (unfuse_qkv_projections) and unload adapters"
+        )
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return {str(k): _signature(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_signature(v) for v in value]
+    return str(value)

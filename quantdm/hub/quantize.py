@@ -1,0 +1,132 @@
+"""Quantize the layers of a model all at once or not at all."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from quantdm.denoisers.inventory import LayerRecord, list_layers
+from quantdm.denoisers.names import op_type_of, weights_below
+from quantdm.errors import QuantDMError
+from quantdm.modules.packed import PackedLayer, packed_layers
+from quantdm.modules.swap import PACKED_CLASSES, check_replaceable, dequantize_module_, quantize_module_
+from quantdm.quantizers import QuantizedWeight, count_bits, quantize_weight
+from quantdm.recipe import check_layers
+from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
+
+
+class Bank(Protocol):
+    """Where weights quantized before can be taken from."""
+
+    def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
+        """Return the layer's weight under this scheme."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainLayer:
+    """One Linear or Conv of a model that is not traced."""
+
+    name: str
+    op_type: str
+    shape: tuple[int, ...]
+    split: None = None
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the layer, without its bias."""
+        return math.prod(self.shape)
+
+
+def model_layers(model: nn.Module) -> Sequence[LayerRecord | PlainLayer]:
+    """Return the quantizable layers of a denoiser, VAE or text encoder.
+
+    Text encoders have no long skips and are not traced: there, every Linear and Conv layer is one.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return list_layers(model)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, tuple(PACKED_CLASSES))}
+    below = weights_below(found)
+    return [PlainLayer(n, op_type_of(n, below), tuple(m.weight.shape)) for n, m in found.items()]  # type: ignore[union-attr,arg-type]
+
+
+def stored_bits(layer: LayerRecord | PlainLayer, scheme: Scheme | None) -> int:
+    """Return the exact bits of a layer's weight; an unquantized one counts ORIGINAL_BITS a weight."""
+    if scheme is None:
+        return layer.num_weights * ORIGINAL_BITS
+    return count_bits(layer.shape, scheme, layer.split)
+
+
+def average_bits(layers: Sequence[LayerRecord | PlainLayer], config: QuantConfig) -> float:
+    """Return the bits per weight of a config, overhead included; unquantized layers count ORIGINAL_BITS."""
+    bits = sum(stored_bits(layer, config[layer.name]) for layer in layers)
+    return bits / sum(layer.num_weights for layer in layers)
+
+
+def quantize_layers_(model: nn.Module, config: QuantConfig, *, bank: Bank | None = None, what: str = "recipe") -> None:
+    """Quantize every layer that has a scheme and put packed layers in their places.
+
+    Raises:
+        QuantDMError: the config is for another model, the model is quantized already, its weights are not loaded,
+            contain NaN, or its layers carry hooks. The model is unchanged then.
+    """
+    set_packed_(model, pack_layers(model, config, bank=bank, what=what))
+
+
+def pack_layers(
+    model: nn.Module, config: QuantConfig, *, bank: Bank | None = None, what: str = "recipe"
+) -> dict[str, QuantizedWeight]:
+    """Return the packed weight of every layer that has a scheme; the model stays as it is.
+
+    Raises:
+        QuantDMError: as `quantize_layers_`.
+    """
+    splits = {layer.name: layer.split for layer in model_layers(model)}
+    check_layers(config, splits, what=what)
+    done = packed_layers(model)
+    if done:
+        raise QuantDMError(
+            f"{type(model).__name__} is already quantized ({len(done)} layers); dequantize() it or load the original"
+        )
+    names = [name for name in splits if config[name] is not None]
+    for name in names:
+        layer = model.get_submodule(name)
+        check_replaceable(layer, name)
+        if layer.weight.is_meta:  # type: ignore[union-attr]
+            raise QuantDMError(f"{name}: its weight is not loaded (meta device); load the checkpoint first")
+    quantized: dict[str, QuantizedWeight] = {}
+    for name in tqdm(names, desc="quantize", unit="layer", delay=2, leave=False):
+        scheme = config[name]
+        assert scheme is not None
+        if bank is not None:
+            quantized[name] = bank.get(name, scheme)
+            found = quantized[name]
+            if (found.scheme, found.split) != (scheme, splits[name]):
+                raise QuantDMError(f"{name}: the bank gave {found.scheme} split at {found.split}, expected {scheme}")
+        else:
+            weight: torch.Tensor = model.get_submodule(name).weight.detach()  # type: ignore[union-attr,operator]
+            quantized[name] = quantize_weight(weight, scheme, split=splits[name], name=name)
+        shape = tuple(model.get_submodule(name).weight.shape)  # type: ignore[union-attr,arg-type]
+        if tuple(quantized[name].shape) != shape:
+            raise QuantDMError(f"{name}: the bank has the shape {tuple(quantized[name].shape)}, expected {shape}")
+    return quantized
+
+
+def set_packed_(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> None:
+    """Put packed layers in the places of those that `pack_layers` packed."""
+    for name, weight in quantized.items():
+        quantize_module_(model, name, weight)
+
+
+def dequantize_layers_(model: nn.Module) -> None:
+    """Put torch layers with the decoded weights back in the places of packed layers."""
+    layers: dict[str, PackedLayer] = packed_layers(model)
+    for name, layer in layers.items():
+        check_replaceable(layer, name)
+    for name in layers:
+        dequantize_module_(model, name)

@@ -1,0 +1,101 @@
+"""The machine: cores, memory, devices, versions, and which number format is fast here."""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib.metadata import version
+from typing import Any, Literal
+
+import torch
+
+_CPU_FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2")
+SIZE = 768  # of the matrices that are timed
+
+
+def accelerator() -> str:
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return f"{properties.name}, {properties.total_memory / 2**30:.0f} GB"
+    if torch.backends.mps.is_available():
+        return "Apple GPU (mps)"
+    built = torch.version.cuda
+    return "none" if built is None else f"none that torch (built for CUDA {built}) can use; check the driver"
+
+
+def cpu_features() -> list[str]:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return [name for name in _CPU_FEATURES if capabilities.get(name)]
+
+
+def memory_gb() -> float:
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return float("nan")
+
+
+def has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+
+
+def fastest_of_three(call: Any) -> float:
+    """Return the fastest of three calls, after one that warms up."""
+    call()
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def gflops(dtype: torch.dtype) -> float:
+    a = torch.ones(SIZE, SIZE, dtype=dtype)
+    with torch.no_grad():
+        return 2e-9 * SIZE**3 / fastest_of_three(lambda: a @ a) / torch.get_num_threads()
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Give every thread of ours one of torch's: results do not depend on their number, and none of them spins."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def fast_dtype() -> Literal["bfloat16", "float32"]:
+    """Return the dtype that generates images fastest here: bfloat16 where the processor multiplies it natively."""
+    if torch.cuda.is_available():
+        return "bfloat16"
+    native = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bfloat16" if native.get("amx_bf16") else "float32"
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    names = ("quantdm", "torch", "diffusers", "transformers", "xgboost-cpu", "torch_geometric", "scipy")
+    found = {}
+    for name in names:
+        with contextlib.suppress(Exception):
+            found[name] = version(name)
+    return found
+
+
+def single_thread() -> AbstractContextManager:
+    """Run small linear algebra on one thread: on busy cores, waiting for other threads costs a hundred times more.
+
+    It also makes results independent of the number of cores.
+    """
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(limits=1)

@@ -1,0 +1,1 @@
+"""What a pipeline is: load and check it, look at it once, generate, record."""

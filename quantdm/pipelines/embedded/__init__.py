@@ -1,0 +1,1 @@
+"""The reference pipelines that travel with the package, and the real images that they were trained on."""

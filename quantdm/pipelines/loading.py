@@ -1,0 +1,105 @@
+"""Open pipelines: embedded ones by name, others by directory or hub id."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from packaging.version import Version
+from transformers.utils import logging as transformers_logging
+
+from quantdm.errors import QuantDMError, nearest
+from quantdm.pipelines.stored import check_opened, check_stored
+
+# diffusers renamed the argument in 0.42 and warns about the old name
+DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+EMBEDDED = Path(str(resources.files("quantdm.pipelines.embedded")))
+
+
+def known_pipelines() -> list[str]:
+    """Return the names of the embedded reference pipelines."""
+    return sorted(p.parent.name for p in EMBEDDED.glob("*/model_index.json"))
+
+
+def pipeline_path(name_or_path: str | Path) -> str:
+    """Return where a pipeline lies: an embedded name, a directory, or a hub id (OWNER/NAME) as it is.
+
+    Raises:
+        QuantDMError: neither; the message lists the embedded names.
+    """
+    name = str(name_or_path)
+    if name in known_pipelines():
+        return str(EMBEDDED / name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise QuantDMError(f"pipeline: {path} has no model_index.json; expected a directory of save_pretrained")
+        return str(path)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return name
+    raise QuantDMError(
+        f"pipeline: got {name!r}, expected a directory, a hub id OWNER/NAME or an embedded pipeline; "
+        + nearest(name, known_pipelines())
+    )
+
+
+def load_pipeline(
+    name_or_path: str | Path, *, torch_dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> DiffusionPipeline:
+    """Load a diffusers pipeline: an embedded one by name, any other by directory or hub id.
+
+    Args:
+        name_or_path: e.g. "digits-dit", "digits-sd", "exports/small", "PixArt-alpha/PixArt-XL-2-512x512".
+        torch_dtype: the dtype of the unquantized tensors and of the computation (None: float32).
+        device: where the pipeline is put.
+
+    Raises:
+        QuantDMError: unknown name (the known ones are listed), the checkpoint cannot be opened, or a component's
+            config and weights do not agree on what quantdm quantized.
+    """
+    path = pipeline_path(name_or_path)
+    try:
+        with _no_loading_bars():
+            packed = check_stored(Path(path if Path(path).is_dir() else DiffusionPipeline.download(path)))
+            pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE_ARGUMENT: torch_dtype or torch.float32})
+            check_opened(pipe, packed)
+    except QuantDMError:
+        raise
+    except Exception as error:  # diffusers raises whatever its readers raise: OSError, SafetensorError, ValueError, ...
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise QuantDMError(
+            f"pipeline {str(name_or_path)!r} cannot be opened: {first} "
+            f"(embedded pipelines: {', '.join(known_pipelines())})"
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    # from_pretrained leaves it on the CPU; a needless move to it would warn about float16
+    return pipe if torch.device(device).type == "cpu" else pipe.to(device)
+
+
+@contextmanager
+def _no_loading_bars() -> Iterator[None]:
+    """Hide the bars of diffusers and transformers over components: they flash by in a second and break ours."""
+    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------- model and target
+
+
+def model_name(pipe: DiffusionPipeline) -> str:
+    """Return the name or path a pipeline was loaded from ("" for one that was built in memory)."""
+    source = str(getattr(pipe, "name_or_path", "") or "")
+    for name in known_pipelines():
+        if source and Path(source) == EMBEDDED / name:
+            return name
+    return source

@@ -1,0 +1,62 @@
+"""A model without its weights: built on the meta device from class and configuration, wherever they are stored."""
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from huggingface_hub import hf_hub_download
+from torch import nn
+
+from quantdm.errors import QuantDMError
+from quantdm.files import read_json
+from quantdm.pipelines.loading import known_pipelines, pipeline_path
+from quantdm.pipelines.parts import DENOISER_NAMES
+
+
+def open_skeleton(name_or_path: str | Path) -> nn.Module:
+    """Return the denoiser of a pipeline on the meta device; only its configuration is read, or fetched.
+
+    Args:
+        name_or_path: an embedded pipeline, a directory of a pipeline or of a denoiser, a denoiser's config.json, or a
+            hub id OWNER/NAME.
+
+    Raises:
+        QuantDMError: nothing there, no denoiser in it, or a class that diffusers has not.
+    """
+    config = _denoiser_config(str(name_or_path))
+    name = str(config.get("_class_name"))
+    cls: Any = getattr(diffusers, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
+        raise QuantDMError(f"{name_or_path}: its denoiser is a {name}, which diffusers {diffusers.__version__} has not")
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _denoiser_config(name: str) -> dict[str, Any]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_json(path)
+    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        return read_json(path / "config.json")
+    where = pipeline_path(name)
+    index = read_json(_file(where, "model_index.json"))
+    part = next((part for part in DENOISER_NAMES if isinstance(index.get(part), list) and index[part][0]), None)
+    if part is None:
+        raise QuantDMError(f"{name}: its pipeline has no denoiser ({', '.join(DENOISER_NAMES)})")
+    return read_json(_file(where, f"{part}/config.json"))
+
+
+def _file(where: str, file: str) -> Path:
+    if Path(where).is_dir():
+        return Path(where) / file
+    try:
+        return Path(hf_hub_download(where, file))
+    except Exception as error:  # the hub client raises whatever its network raises
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise QuantDMError(
+            f"{where}: {file} cannot be fetched from the hub ({first[:120]}); name a directory of it or its "
+            f"denoiser's config.json (--model), or an embedded pipeline ({', '.join(known_pipelines())})"
+        ) from None

@@ -1,0 +1,1 @@
+"""A run: its directory, bank, trials and stages, and the search."""

@@ -1,0 +1,234 @@
+"""The bank: every layer quantized with every option, once; a configuration is swapped in by moving pointers."""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Condition
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantdm.denoisers.inventory import LayerRecord
+from quantdm.errors import QuantDMError, nearest
+from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
+from quantdm.machine import cores, one_torch_thread
+from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, weight_error
+from quantdm.runs.weights import weight_reader
+from quantdm.schemes import Scheme
+
+BANK_VERSION = 3
+INDEX = "index.json"
+CACHE_BYTES = 2**31
+# Weights that threads work on at a time, at 40 to 60 bytes each while they are sorted. A larger layer goes alone.
+IN_FLIGHT = 2**25
+
+
+class WeightBank:
+    """All options of all layers of one denoiser, packed on disk, one safetensors file per layer.
+
+    Files are addressed by the content of the weight, the options and the moments, so building again costs a hash and a
+    changed weight is never confused with an old one. They are memory-mapped when a layer is asked for. Decoded weights
+    are kept up to `cache_bytes`, the least recently used ones are dropped first.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        layers: Sequence[LayerRecord],
+        options: Sequence[Scheme],
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self.folder = Path(folder)
+        self.layers = {layer.name: layer for layer in layers}
+        self.options = tuple(options)
+        self.cache_bytes = cache_bytes
+        self._files: dict[str, Path] = {}
+        self._loaded: dict[str, dict[str, QuantizedWeight]] = {}
+        self._errors: dict[str, dict[str, float]] = {}
+        self._dense: OrderedDict[tuple[str, Scheme, torch.dtype, torch.device], torch.Tensor] = OrderedDict()
+        self._dense_bytes = 0
+
+    def build(
+        self,
+        source: nn.Module | str | Path,
+        *,
+        moments: Mapping[str, Moments] | None = None,
+        workers: int | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> "WeightBank":
+        """Quantize what is not on disk yet, layer by layer; nothing of a finished layer stays in memory.
+
+        Args:
+            source: the denoiser, or its safetensors file or folder of them.
+            moments: of the inputs of every layer; needed when an option is calibrated.
+            workers: threads, one layer each, the largest layers first (None: one per core). Files are the same for any
+                number. Torch runs one thread per layer meanwhile.
+            progress: called with the number of weights of every layer that is done.
+
+        Raises:
+            QuantDMError: a weight is missing, of another shape, NaN or infinite; moments are missing or of another
+                layer. Layers that are written stay.
+        """
+        read = weight_reader(source)
+        if moments is not None:
+            missing = [name for name in self.layers if name not in moments]
+            if missing:
+                raise QuantDMError(f"moments: none for {missing[0]}; {nearest(missing[0], moments)}")
+        gate = _Gate(IN_FLIGHT)
+
+        def work(layer: LayerRecord) -> tuple[LayerRecord, Path]:
+            with gate.room(layer.num_weights):
+                weight = read(f"{layer.name}.weight")
+                if tuple(weight.shape) != layer.shape:
+                    raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
+                known = moments[layer.name] if moments is not None and self.calibrated else None
+                path = self._path(layer, weight, known)
+                if not path.is_file():
+                    self._write(path, layer, weight, known)
+                return layer, path
+
+        largest_first = sorted(self.layers.values(), key=lambda layer: -layer.num_weights)
+        with one_torch_thread(), ThreadPoolExecutor(workers or cores()) as pool:
+            try:
+                for future in as_completed([pool.submit(work, layer) for layer in largest_first]):
+                    layer, path = future.result()
+                    self._files[layer.name] = path
+                    if progress is not None:
+                        progress(layer.num_weights)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        files = {name: self._files[name].name for name in self.layers}
+        write_json(self.folder / INDEX, {"version": BANK_VERSION, "layers": files})
+        return self
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        layers: Sequence[LayerRecord],
+        options: Sequence[Scheme],
+        *,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> "WeightBank":
+        """Open a bank that was built before, without the weights it was built from."""
+        bank = cls(folder, layers, options, cache_bytes=cache_bytes)
+        files = read_json(bank.folder / INDEX, version=BANK_VERSION)["layers"]
+        missing = [name for name in bank.layers if name not in files]
+        if missing:
+            raise QuantDMError(f"bank {bank.folder}: no layer {missing[0]!r}; it was built for another denoiser")
+        bank._files = {name: bank.folder / files[name] for name in bank.layers}
+        return bank
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether an option is calibrated, so that `build` needs moments."""
+        return any(scheme.calibration is not None for scheme in self.options)
+
+    def _path(self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> Path:
+        parts: list[Any] = [BANK_VERSION, layer.name, [scheme.label for scheme in self.options], layer.split, weight]
+        if moments is not None:
+            parts += [moments.second, moments.count]
+        return self.folder / f"{digest(*parts)}.safetensors"
+
+    def _write(self, path: Path, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> None:
+        quantized = quantize_options(weight, self.options, split=layer.split, name=layer.name, moments=moments)
+        tensors, errors = {}, {}
+        for scheme, item in zip(self.options, quantized, strict=True):
+            tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
+            errors[scheme.label] = weight_error(weight, item.dequantize(dtype=torch.float32))
+        metadata = {
+            "version": BANK_VERSION,
+            "layer": layer.name,
+            "shape": list(weight.shape),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "split": layer.split,
+            "errors": errors,
+        }
+        save_tensors(path, tensors, metadata)
+
+    def _open(self, name: str) -> dict[str, QuantizedWeight]:
+        if name not in self._loaded:
+            if name not in self._files:
+                raise QuantDMError(f"bank: no layer {name!r} in {self.folder}; build the bank first")
+            tensors, meta = load_tensors(self._files[name])
+            shape, dtype = tuple(meta["shape"]), getattr(torch, meta["dtype"])
+            self._loaded[name] = {
+                scheme.label: QuantizedWeight.from_tensors(
+                    scheme,
+                    shape,
+                    meta["split"],
+                    dtype,
+                    {k.split("/", 1)[1]: v for k, v in tensors.items() if k.split("/", 1)[0] == scheme.label},
+                )
+                for scheme in self.options
+            }
+            self._errors[name] = meta["errors"]
+        return self._loaded[name]
+
+    def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
+        """Return one layer under one scheme, memory-mapped."""
+        options = self._open(layer_name)
+        if scheme.label not in options:
+            raise QuantDMError(f"bank: {layer_name} has no option {scheme.label}; the bank holds {', '.join(options)}")
+        return options[scheme.label]
+
+    def weight_error(self, name: str, scheme: Scheme) -> float:
+        """Return mean|w - ŵ|^2.4 / mean|w|^2.4 of one layer under one scheme."""
+        self._open(name)
+        return self._errors[name][scheme.label]
+
+    def dense(self, name: str, scheme: Scheme, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Return the decoded weight on a device; decoded there, and kept while `cache_bytes` allow."""
+        key = (name, scheme, dtype, torch.device(device))
+        if key in self._dense:
+            self._dense.move_to_end(key)
+            return self._dense[key]
+        stored = self.get(name, scheme)
+        on_device = {k: tensor.to(device) for k, tensor in stored.tensors.items()}
+        weight = dataclasses.replace(stored, tensors=on_device).dequantize(dtype=dtype)
+        if weight.nbytes <= self.cache_bytes:
+            self._dense[key] = weight
+            self._dense_bytes += weight.nbytes
+            while self._dense_bytes > self.cache_bytes:
+                self._dense_bytes -= self._dense.popitem(last=False)[1].nbytes
+        return weight
+
+    @contextmanager
+    def applied(self, denoiser: nn.Module, config: Mapping[str, Scheme | None]) -> Iterator[nn.Module]:
+        """Point the denoiser's weights at the bank's while the context is open; only pointers move."""
+        originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+        try:
+            for name, scheme in config.items():
+                if scheme is not None:
+                    parameter = denoiser.get_parameter(f"{name}.weight")
+                    originals.append((parameter, parameter.data))
+                    parameter.data = self.dense(name, scheme, parameter.dtype, parameter.device)
+            yield denoiser
+        finally:
+            for parameter, data in reversed(originals):  # two names may share one parameter
+                parameter.data = data
+
+
+class _Gate:
+    """Lets threads in while the weights they work on stay below a limit; one that exceeds it alone goes in alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.inside, self.changed = limit, 0, Condition()
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.inside == 0 or self.inside + size <= self.limit)
+            self.inside += size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.inside -= size
+                self.changed.notify_all()

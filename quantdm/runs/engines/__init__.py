@@ -1,0 +1,1 @@
+"""Engines map jobs over workers."""

@@ -1,0 +1,187 @@
+"""The final measurement of a run: the result rows on noises that the search never saw, and the summary."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+
+from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
+from quantdm.machine import versions
+from quantdm.metrics import frechet_distance
+from quantdm.metrics.samples import Draw, real_floor
+from quantdm.metrics.statistics import mean_and_sd
+from quantdm.progress import bar
+from quantdm.quantizers import count_bits
+from quantdm.recipe import ActivationSpec, Recipe
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.evaluator import Job
+from quantdm.runs.run import Run
+from quantdm.runs.stages import RECORD_VERSION
+from quantdm.runs.store import TrialStore
+from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
+from quantdm.surrogates import SearchSpace
+
+GRID_IMAGES = 40
+FIGURES = ("fid_real", "fid_fp", "psnr_fp", "agreement")
+GRID_ROWS = ("fp", "uniform-same-size", "recipe", "recipe+a6+correction")
+
+
+def final_draws(run: Run, *, images: int, count: int = 3) -> list[Draw]:
+    """Return draws whose noises differ from all of the search's."""
+    return [Draw(run.settings.seed * 1000 + 101 + i, images, run.settings.protocol.steps) for i in range(count)]
+
+
+def final_jobs(
+    run: Run, space: SearchSpace, recipe: Recipe, activations: ActivationSpec, correction: str | None
+) -> dict[str, tuple[Job, str]]:
+    """Return row name -> (job without its draw, note) of the result table."""
+    selection = read_json(run.path("selection.json"), version=1)
+    figures, configs = selection["candidates"], selection["configs"]
+    baselines = [name for name in configs if name.startswith("baseline: ")]
+    best_baseline = min(baselines, key=lambda name: figures[name]["fid_fp_mean"])
+    uniform_4, kmeans_4 = (Scheme(method=method, bits=4) for method in ("uniform", "kmeans"))
+    draw = Draw(0, 0, 0)  # replaced by every final draw
+    spec = activations.model_dump(mode="json")
+    return {
+        "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
+        "uniform-w4": (Job(draw, space_config(space, uniform_4)), f"{uniform_4} everywhere"),
+        "kmeans-w4": (Job(draw, space_config(space, kmeans_4)), f"{kmeans_4} everywhere"),
+        "uniform-same-size": (Job(draw, configs[best_baseline]), best_baseline.removeprefix("baseline: ")),
+        "sensitivity-same-size": (Job(draw, configs["sensitivity"]), "knapsack on one-layer noise errors"),
+        "recipe": (Job(draw, recipe.layers), selection["chosen"]),
+        "recipe+a6": (Job(draw, recipe.layers, spec), "6-bit activations"),
+        "recipe+a6+correction": (Job(draw, recipe.layers, spec, correction), "6-bit activations, corrected sampler"),
+    }
+
+
+def space_config(space: SearchSpace, scheme: Scheme) -> dict[str, str | None]:
+    """Return the same scheme for every layer, as labels."""
+    return QuantConfig.uniform(space.layer_names, scheme).to_labels()
+
+
+def measure_rows(
+    run: Run,
+    engine: Engine,
+    space: SearchSpace,
+    jobs: dict[str, tuple[Job, str]],
+    draws: Sequence[Draw],
+    unquantized: int,
+) -> list[dict[str, Any]]:
+    """Measure every row on every draw and return one record per row: means, standard deviations, size."""
+    store = TrialStore(run.path("final"))
+    work = {
+        (name, draw): Job(draw, job.labels, job.activations, job.correction)
+        for name, (job, _) in jobs.items()
+        for draw in draws
+    }
+    with bar(len(work), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
+        found = {key: store.get(run_key(run, job)) for key, job in work.items()}
+        todo = [key for key, record in found.items() if record is None]
+        progress.update(len(work) - len(todo))
+        for _ in engine.map("prepare", draws if todo else []):
+            pass
+        for index, result in engine.map("measure", [work[key] for key in todo]):
+            found[todo[index]] = result
+            store.put(run_key(run, work[todo[index]]), result)
+            progress.update()
+    rows = []
+    for name, (job, note) in jobs.items():
+        figures = mean_and_sd([found[name, draw] or {} for draw in draws])
+        bits = row_bits(space, job)
+        rows.append(
+            {
+                "name": name,
+                "note": note,
+                "avg_bits": bits / int(space.num_weights.sum()),
+                "denoiser_bytes": -(-bits // 8) + unquantized,
+                **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
+                **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
+                "seconds": round(figures["mean"]["seconds"] or 0.0, 3),
+            }
+        )
+    return rows
+
+
+def run_key(run: Run, job: Job) -> str:
+    """Return the key of a final measurement; a refitted correction makes a new one."""
+    if job.correction is None:
+        return job.key
+    return digest(job.key, read_bytes_digest(job.correction))
+
+
+def read_bytes_digest(path: str) -> str:
+    """Return the hash of a file's tensors."""
+    tensors, metadata = load_tensors(path)
+    return digest(metadata, *[tensors[key] for key in sorted(tensors)])
+
+
+def row_bits(space: SearchSpace, job: Job) -> int:
+    """Return the exact bits of a job's quantizable weights (16 each when nothing is quantized)."""
+    if job.labels is None:
+        return int(space.num_weights.sum()) * ORIGINAL_BITS
+    if set(job.labels.values()) <= set(space.labels):
+        choice = [space.labels.index(str(job.labels[name])) for name in space.layer_names]
+        return int(space.total_bits(choice)[0])
+    schemes = {layer.name: Scheme.parse(str(job.labels[layer.name])) for layer in space.layers}
+    return sum(count_bits(layer.shape, schemes[layer.name], layer.split) for layer in space.layers)
+
+
+def sampling_noise(engine: Engine, draws: Sequence[Draw]) -> dict[str, float]:
+    """Return the Frechet distance between full-precision draws of different noises: sampling noise."""
+    features = [engine.local.reference(draw).features for draw in draws]
+    distances = [frechet_distance(a, b) for a, b in combinations(features, 2)]
+    column = torch.tensor(distances, dtype=torch.float64)
+    return {"mean": column.mean().item(), "sd": column.std().item() if len(distances) > 1 else 0.0}
+
+
+def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw: Draw) -> None:
+    """Write samples.safetensors: the first images of a final draw, equal seeds in every row."""
+    few = Draw(draw.base_seed, GRID_IMAGES, draw.steps)
+    tensors = {}
+    for name in GRID_ROWS:
+        job = jobs[name][0]
+        tensors[name] = engine.local.samples(Job(few, job.labels, job.activations, job.correction)).images
+    save_tensors(run.path("samples.safetensors"), tensors)
+
+
+def write_summary(
+    run: Run, rows: list[dict[str, Any]], draws: Sequence[Draw], noise: dict[str, float]
+) -> dict[str, Any]:
+    """Write summary.json and return it."""
+    protocol = run.settings.protocol
+    summary = {
+        "version": RECORD_VERSION,
+        **summary_of(run),
+        "target_bits": run.settings.target_bits,
+        "protocol": {
+            "images": draws[0].images,
+            "draws": [draw.base_seed for draw in draws],
+            "steps": draws[0].steps,
+            "guidance_scale": protocol.guidance_scale,
+            "scheduler": "the pipeline's own",
+            "features": protocol.features,
+            "fid": "Frechet distance of classifier features, float64, no resize",
+            "dtype": run.settings.dtype,
+        },
+        "fid_floor": real_floor(protocol) if protocol.real else None,
+        "fp_noise": noise,
+        "rows": rows,
+    }
+    write_json(run.path("summary.json"), summary)
+    return summary
+
+
+def summary_of(run: Run) -> dict[str, Any]:
+    """Return what every summary says about a run."""
+    scores = read_json(run.path("surrogate.json"), version=1)
+    return {
+        "model": run.settings.model,
+        "seed": run.settings.seed,
+        "trials": scores["trials"],
+        "surrogate": {name: float(np.mean(folds)) for name, folds in scores["held_out_spearman"].items()},
+        "surrogate_sd": {name: float(np.std(folds)) for name, folds in scores["held_out_spearman"].items()},
+        "without_learning": scores["without_learning"],
+        "versions": versions(),
+    }

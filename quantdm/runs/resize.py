@@ -1,0 +1,29 @@
+"""Another size from a run's attributions."""
+
+from quantdm.allocation import select
+from quantdm.errors import QuantDMError
+from quantdm.machine import versions
+from quantdm.recipe import Provenance, Recipe
+from quantdm.runs.explain import load_attributions
+from quantdm.runs.run import Run
+from quantdm.runs.stages import load_space
+
+
+def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
+    """Choose a recipe of another size from a run's attributions; it is predicted, not measured, and says so."""
+    space, attributions = load_space(run), load_attributions(run)
+    if by not in attributions:
+        raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(attributions)}")
+    choice = select(space, attributions[by].values, target_bits=target_bits)
+    return Recipe(
+        model=run.settings.model,
+        layers=space.config(choice).to_labels(),
+        avg_bits=round(float(space.avg_bits(choice)[0]), 6),
+        provenance=Provenance(
+            source=f"predicted by the {by} surrogate, not measured",
+            quantdm=versions().get("quantdm"),
+            seed=run.settings.seed,
+            trials=run.settings.trials,
+            target=f"{target_bits:g} bits per weight",
+        ),
+    )

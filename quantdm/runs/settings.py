@@ -1,0 +1,116 @@
+"""What a search is asked for: effort, target, and the settings that determine every number of a run."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from quantdm.denoisers.inventory import LayerRecord, list_layers
+from quantdm.errors import QuantDMError
+from quantdm.machine import fast_dtype
+from quantdm.pipelines.fingerprint import fingerprint
+from quantdm.pipelines.loading import DiffusionPipeline, model_name
+from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.protocol import Protocol, default_protocol
+from quantdm.quantizers import count_bits
+from quantdm.runs.run import RunSettings
+from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL_BITS, Scheme
+
+MIN_TRIALS = 30
+FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured in a search.
+
+    `label_images` at `label_steps` per trial, `verify_images` per draw for each of the best candidates, `noise_images`
+    for the one-layer noise errors.
+    """
+
+    label_images: int = 300
+    label_steps: int = 8
+    verify_images: int = 500
+    noise_images: int = 16
+
+
+FULL, QUICK = Effort(), Effort(80, 5, 100, 4)
+
+
+def make_settings(
+    pipe: DiffusionPipeline,
+    *,
+    target_bits: float | None,
+    target_bytes: int | None,
+    trials: int,
+    seed: int,
+    options: Sequence[Scheme] = DEFAULT_OPTIONS,
+    protocol: Protocol | None = None,
+    effort: Effort = FULL,
+) -> RunSettings:
+    """Return the checked settings of a search; see `search` for the arguments and errors."""
+    least = max(MIN_TRIALS, 2 * len(options))
+    if trials < least:
+        raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
+    denoiser = get_denoiser(pipe)
+    name = model_name(pipe)
+    return RunSettings(
+        model=name,
+        fingerprint=fingerprint(denoiser),
+        options=tuple(scheme.label for scheme in options),
+        target_bits=checked_target(
+            list_layers(denoiser), options, denoiser, target_bits=target_bits, target_bytes=target_bytes
+        ),
+        trials=trials,
+        seed=seed,
+        protocol=protocol or default_protocol(name),
+        dtype=fast_dtype(),
+        **asdict(effort),
+    )
+
+
+def reachable_bits(layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> tuple[float, float]:
+    """Return the smallest and the largest average bits that the options allow."""
+    table = np.array([[count_bits(layer.shape, scheme, layer.split) for scheme in options] for layer in layers])
+    weights = sum(layer.num_weights for layer in layers)
+    return table.min(axis=1).sum() / weights, table.max(axis=1).sum() / weights
+
+
+def unquantized_bytes(layers: Sequence[LayerRecord], denoiser: torch.nn.Module) -> int:
+    """Return the bytes of a denoiser's biases, norms and embeddings at their original 16 bits."""
+    total = sum(p.numel() for p in denoiser.parameters()) + sum(b.numel() for b in denoiser.buffers())
+    return (total - sum(layer.num_weights for layer in layers)) * ORIGINAL_BITS // 8
+
+
+def checked_target(
+    layers: Sequence[LayerRecord],
+    options: Sequence[Scheme],
+    denoiser: torch.nn.Module,
+    *,
+    target_bits: float | None,
+    target_bytes: int | None,
+) -> float:
+    """Return the target as average bits per weight.
+
+    Raises:
+        QuantDMError: none or both given, or out of reach; the reachable range is stated in the unit that was given.
+    """
+    if (target_bits is None) == (target_bytes is None):
+        raise QuantDMError("target: give exactly one of target_bits (per weight) and target_bytes (denoiser on disk)")
+    low, high = reachable_bits(layers, options)
+    weights, rest = sum(layer.num_weights for layer in layers), unquantized_bytes(layers, denoiser)
+    if target_bits is None:
+        assert target_bytes is not None
+        bits = (target_bytes - rest) * 8 / weights
+        if not low <= bits <= high:
+            raise QuantDMError(
+                f"target: got {target_bytes} bytes, but these options reach {int(low * weights / 8) + rest + 1} to "
+                f"{int(high * weights / 8) + rest} bytes, of which {rest} are not quantized"
+            )
+        return bits
+    if not low <= target_bits <= high:
+        raise QuantDMError(
+            f"target: got {target_bits} bits per weight, but these options reach {low:.4f} to {high:.4f}"
+        )
+    return float(target_bits)

@@ -1,0 +1,120 @@
+"""Trials: which configurations are measured, and their labels."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from quantdm.allocation.sampling import sample_configs, sample_frontier
+from quantdm.errors import QuantDMError
+from quantdm.metrics.samples import Draw
+from quantdm.progress import bar
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.evaluator import Job
+from quantdm.runs.explain import SURROGATES
+from quantdm.runs.proposals import propose
+from quantdm.runs.run import Run
+from quantdm.runs.store import TrialStore
+from quantdm.surrogates import (
+    SearchSpace,
+)
+
+# Shares of the trials: drawn over the whole space, near the frontier of the one-layer sensitivities, and near the
+# frontier of what was learned so far. Trials pay most where the answer lies.
+RANDOM_SHARE, FRONTIER_SHARE = 0.35, 0.3
+BATCH = 70  # learned trials that are chosen at once
+PROPOSERS = ("additive", "tree")  # the network takes a minute to fit, these take seconds
+
+
+# ----------------------------------------------------------------------------------------------------------- trials
+
+
+def label_draw(run: Run) -> Draw:
+    """Return the noises of the search's labels."""
+    return Draw(run.settings.seed * 1000, run.settings.label_images, run.settings.label_steps)
+
+
+def run_trials(
+    run: Run,
+    engine: Engine,
+    space: SearchSpace,
+    *,
+    targets: Sequence[float] = (),
+    proposers: Sequence[str] = PROPOSERS,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write trials/: every planned configuration measured; return choices [T, L] and y = -log(fid_fp) [T].
+
+    The plan is a function of the settings and of earlier labels only, so an interrupted run ends as an undisturbed one.
+    `targets` are the sizes whose frontier is explored (default: the run's), `proposers` the surrogates that choose the
+    learned batches.
+    """
+    total, seed = run.settings.trials, run.settings.seed
+    targets = targets or (run.settings.target_bits,)
+    choices = first_trials(space, total, targets=targets, seed=seed)
+    batches = max(1, round((total - len(choices)) / BATCH))
+    with bar(total, f"trials: {label_draw(run).images} images each") as progress:
+        y = label_trials(run, engine, space, choices, progress)
+        for batch in range(batches):
+            count = (total - len(choices)) // (batches - batch)
+            if count < 1:
+                continue
+            learned = [SURROGATES[name](space, random_state=seed).fit(choices, y) for name in proposers]
+            fresh = propose(space, learned, count, targets=targets, tried=choices, seed=seed + 1 + 1000 * batch)
+            y = np.concatenate([y, label_trials(run, engine, space, fresh, progress)])
+            choices = np.concatenate([choices, fresh])
+    return choices, y
+
+
+def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], seed: int) -> np.ndarray:
+    """Return the choices [T, L] that need no labels: every option alone, random mixes, the sensitivities' frontier."""
+    anchors = np.tile(np.arange(len(space.options))[:, None], (1, len(space.layers)))
+    plan = [anchors, sample_configs(space, max(1, round(total * RANDOM_SHARE) - len(anchors)), seed=seed)]
+    each = max(1, round(total * FRONTIER_SHARE / len(targets)))
+    for index, target in enumerate(targets):
+        plan.append(sample_frontier(space, -space.noise_error, each, target_bits=target, seed=seed + index))
+    return _distinct(np.concatenate(plan))[:total]
+
+
+def load_trials(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Return the choices [T, L] and labels y = -log(fid_fp) [T] of all finished trials of a run."""
+    trials = list(TrialStore(run.path("trials")))
+    if not trials:
+        raise QuantDMError(f"no trials in {run.path('trials')}; run `quantdm search --run-dir {run.folder}` first")
+    rows = [[space.labels.index(trial["config"][name]) for name in space.layer_names] for trial in trials]
+    return np.array(rows), np.array([label_of(trial) for trial in trials])
+
+
+def label_of(trial: dict[str, Any]) -> float:
+    """Return y = -log(fid_fp) of a trial: larger is better, and equal ratios count equally."""
+    return -float(np.log(max(trial["fid_fp"], 1e-9)))
+
+
+def label_trials(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, progress: Any) -> np.ndarray:
+    """Measure choices [T, L] that have no trial yet and return the labels y [T] of all of them."""
+    store = TrialStore(run.path("trials"))
+    configs = [space.config(choice).to_labels() for choice in choices]
+    jobs = [Job(label_draw(run), labels) for labels in configs]
+    records: dict[int, dict[str, Any]] = {}
+    for index, job in enumerate(jobs):
+        record = store.get(job.key)
+        if record is not None:
+            records[index] = record
+    progress.update(len(records))
+    todo = [index for index in range(len(jobs)) if index not in records]
+    if todo:
+        engine.local.reference(label_draw(run))  # once, before the workers want it
+    for position, result in engine.map("measure", [jobs[index] for index in todo]):
+        index = todo[position]
+        records[index] = {
+            "config": configs[index],
+            "avg_bits": float(space.avg_bits(choices[index])[0]),
+            **result,
+        }
+        store.put(jobs[index].key, records[index])
+        progress.update()
+    return np.array([label_of(records[index]) for index in range(len(jobs))])
+
+
+def _distinct(choices: np.ndarray) -> np.ndarray:
+    _, index = np.unique(choices, axis=0, return_index=True)
+    return choices[np.sort(index)]

@@ -1,0 +1,33 @@
+"""Measure named configurations on draws of their own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from quantdm.metrics.samples import Draw
+from quantdm.progress import bar
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.evaluator import Job
+from quantdm.runs.run import Run
+from quantdm.runs.store import TrialStore
+
+# -------------------------------------------------------------------------------------------- selection, verification
+
+
+def verify(
+    run: Run, engine: Engine, configs: dict[str, dict[str, str | None]], draws: Sequence[Draw], description: str
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure named configurations on draws, each once (trials of their own store); return their figures per draw."""
+    store = TrialStore(run.path("verified"))
+    jobs = {(name, draw): Job(draw, labels) for name, labels in configs.items() for draw in draws}
+    with bar(len(jobs), description) as progress:
+        found = {key: store.get(job.key) for key, job in jobs.items()}
+        todo = [key for key, record in found.items() if record is None]
+        progress.update(len(jobs) - len(todo))
+        for _ in engine.map("prepare", list(draws) if todo else []):
+            pass
+        for index, result in engine.map("measure", [jobs[key] for key in todo]):
+            key = todo[index]
+            found[key] = result
+            store.put(jobs[key].key, result)
+            progress.update()
+    return {name: [found[name, draw] or {} for draw in draws] for name in configs}

@@ -1,0 +1,29 @@
+"""How well predictions rank."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quantdm.surrogates.additive_model import Floats, Ints
+from quantdm.surrogates.losses import ndcg, relevance
+
+
+def spearman(a: Sequence[float] | NDArray[np.float64], b: Sequence[float] | NDArray[np.float64]) -> float:
+    """Return Spearman's rank correlation; 0 when one side is constant (it ranks nothing)."""
+    from scipy.stats import rankdata
+
+    rank_a, rank_b = rankdata(a), rankdata(b)
+    if np.ptp(rank_a) == 0 or np.ptp(rank_b) == 0:
+        return 0.0
+    return float(np.corrcoef(rank_a, rank_b)[0, 1])
+
+
+def judge_folds(held_out: Floats, labels: Floats, folds: list[Ints]) -> tuple[list[float], list[float]]:
+    """Return Spearman's correlation and NDCG@10 of every fold's held-out predictions."""
+    known = [np.delete(labels, fold) for fold in folds]
+    gains = [relevance(labels[fold], rest) for fold, rest in zip(folds, known, strict=True)]
+    return (
+        [spearman(held_out[fold], labels[fold]) for fold in folds],
+        [ndcg(gain, held_out[fold]) for fold, gain in zip(folds, gains, strict=True)],
+    )
