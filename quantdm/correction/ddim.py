@@ -67,8 +67,8 @@ class CorrectedDDIMScheduler(CorrectedScheduler, DDIMScheduler):
         return float(self.alphas_cumprod[timestep]), float(after)
 
 
-# model_index.json names the module of a scheduler's class, and diffusers looks there for `SchedulerMixin` to know how to
-# open it: a path that stays the same wherever this file moves.
+# model_index.json names the module of a scheduler's class, and diffusers looks there for `SchedulerMixin` to know how
+# to open it: a path that stays the same wherever this file moves.
 CorrectedDDIMScheduler.__module__ = "quantdm.correction.schedulers"
 
 

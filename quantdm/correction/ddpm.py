@@ -47,6 +47,6 @@ class CorrectedDDPMScheduler(CorrectedScheduler, DDPMScheduler):
         return float(self.alphas_cumprod[timestep]), float(after)
 
 
-# model_index.json names the module of a scheduler's class, and diffusers looks there for `SchedulerMixin` to know how to
-# open it: a path that stays the same wherever this file moves.
+# model_index.json names the module of a scheduler's class, and diffusers looks there for `SchedulerMixin` to know how
+# to open it: a path that stays the same wherever this file moves.
 CorrectedDDPMScheduler.__module__ = "quantdm.correction.schedulers"
