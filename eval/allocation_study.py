@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantdm.denoisers.inventory import list_layers
 from quantdm.files import read_json, write_json
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
-from quantdm.pipelines.loading import load_pipeline
-from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.subject import look_at
 from quantdm.recipe import Provenance, Recipe
 from quantdm.runs import final
 from quantdm.runs.choose import candidate_choices
@@ -32,7 +30,8 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.explain import SURROGATES, explain, fit_surrogates
 from quantdm.runs.run import Run
-from quantdm.runs.settings import make_settings, unquantized_bytes
+from quantdm.runs.search import start_run
+from quantdm.runs.settings import unquantized_bytes
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import label_of, load_trials, run_trials
 from quantdm.runs.verify import verify
@@ -52,20 +51,17 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=None)
     arguments = parser.parse_args()
-    pipe = load_pipeline(arguments.model)
-    denoiser = get_denoiser(pipe)
-    settings = make_settings(pipe, target_bits=3.0, target_bytes=None, trials=TRIALS, seed=0)
-    run = Run.create(arguments.run_dir, settings)
-    describe(run, denoiser)
-    bank = build_bank(run, pipe)
-    with Engine(run, workers=arguments.workers) as engine:
-        space = measure_space(run, engine, denoiser, bank)
+    run, subject = start_run(look_at(arguments.model), arguments.run_dir, target_bits=3.0, trials=TRIALS)
+    describe(run, subject)
+    bank = build_bank(run, subject)
+    with Engine(run, subject, workers=arguments.workers) as engine:
+        space = measure_space(run, engine, subject, bank)
         run_trials(run, engine, space, targets=SIZES, proposers=tuple(SURROGATES))
         choices, y = load_trials(run, space)
         fitted = fit_surrogates(run, space, choices, y)
         attributions = explain(run, fitted)
         fits = held_out(run)
-        rest = unquantized_bytes(list_layers(denoiser), denoiser)
+        rest = unquantized_bytes(subject.layers, subject.weights)
         result: dict[str, Any] = {
             "version": 1,
             "model": arguments.model,
@@ -73,7 +69,7 @@ def main() -> None:
             "surrogates": fits,
             "sizes": {},
         }
-        spec = activation_spec_of(denoiser, ACTIVATION_BITS)
+        spec = activation_spec_of(subject.denoiser, ACTIVATION_BITS)
         block_scores = score_blocks(fitted["graph"])
         for size in SIZES:
             candidates = candidate_choices(run, space, attributions, block_scores, target_bits=size)
@@ -81,7 +77,7 @@ def main() -> None:
             result["sizes"][f"{size:g}"] = rows
             result |= {
                 "sampling_noise": final.sampling_noise(engine, final.final_draws(run, images=1000)),
-                "machine": f"{platform.machine()}, {settings.dtype}",
+                "machine": f"{platform.machine()}, {run.settings.dtype}",
                 "versions": versions(),
                 "date": datetime.date.today().isoformat(),
                 "protocol": "1000 images x 20 steps per draw, draws 101-103; labels 300 images x 8 steps, draw 0",

@@ -45,7 +45,7 @@ def main() -> None:
     swapped = np.tile(reference, (SWAPS, 1))
     swapped[np.arange(SWAPS), layer] = option
     configs = {str(index): space.config(row).to_labels() for index, row in enumerate((reference, *swapped))}
-    with Engine(run, workers=arguments.workers) as engine:
+    with Engine(run, run.open_subject(), workers=arguments.workers) as engine:
         figures = verify(run, engine, configs, [label_draw(run)], "swap one layer a time")
     measured = np.array([label_of(rows[0]) for rows in figures.values()])
     delta = measured[1:] - measured[0]

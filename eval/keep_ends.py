@@ -27,7 +27,7 @@ def main() -> None:
     space = SearchSpace.load(run.path("space.json"))
     column = space.labels.index(SCHEME)
     order = space.noise_error[:, column].argsort()[::-1]
-    evaluator, draws, rows = Evaluator(run), final_draws(run, images=1000), []
+    evaluator, draws, rows = Evaluator(run, run.open_subject()), final_draws(run, images=1000), []
     for kept in range(LAYERS_KEPT + 1):
         names = [space.layer_names[i] for i in order[:kept]]
         labels: dict[str, str | None] = {name: None if name in names else SCHEME for name in space.layer_names}

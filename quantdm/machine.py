@@ -76,6 +76,11 @@ def fast_dtype() -> Literal["bfloat16", "float32"]:
     return "bfloat16" if native.get("amx_bf16") else "float32"
 
 
+def best_device() -> str:
+    """Return where pipelines that are opened by name are put: "cuda" if there is any, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def cores() -> int:
     """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

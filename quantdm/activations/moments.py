@@ -13,6 +13,7 @@ from quantdm.denoisers.calls import Call, replay
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.quantizers import Moments
+from quantdm.recipe.joint import SEPARATOR, split_name
 
 BUDGET_BYTES = 2**31
 ROWS = 2**13  # input vectors that are multiplied at a time
@@ -82,6 +83,24 @@ class StoredMoments(Mapping[str, Moments]):
 
     def __len__(self) -> int:
         return len(self.layer_names)
+
+
+class JointMoments(Mapping[str, Moments]):
+    """The moments of several denoisers under joint names: those of every one but the first are called `PART:layer`."""
+
+    def __init__(self, parts: Mapping[str, Mapping[str, Moments]]) -> None:
+        self.parts = dict(parts)
+
+    def __getitem__(self, name: str) -> Moments:
+        part, own = split_name(name, tuple(self.parts))
+        return self.parts[part][own]
+
+    def __iter__(self) -> Iterator[str]:
+        for number, (part, moments) in enumerate(self.parts.items()):
+            yield from (f"{part}{SEPARATOR}{name}" if number else name for name in moments)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
 
 
 def input_vectors(module: nn.Module, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The application, and the arguments that several sub-commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,3 +27,14 @@ Overrides = Annotated[
 ]
 ModelCard = Annotated[bool, typer.Option("--model-card", help="Also write README.md: ready for the Hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+ExampleInputs = Annotated[
+    Path | None,
+    typer.Option(help="YAML file with the arguments of one call of the denoiser, where they cannot be inferred."),
+]
+
+
+def given_inputs(path: Path | None) -> dict[str, Any] | None:
+    """Read the file of `--example-inputs`, if there is one."""
+    from quantdm.denoisers.given_inputs import read_inputs
+
+    return None if path is None else read_inputs(path)

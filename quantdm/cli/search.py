@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import Model, Out, ProtocolFile, RunDir, Seed, TargetBits, TargetBytes, Trials, app
+from quantdm.cli.app import (
+    ExampleInputs,
+    Model,
+    Out,
+    ProtocolFile,
+    RunDir,
+    Seed,
+    TargetBits,
+    TargetBytes,
+    Trials,
+    app,
+    given_inputs,
+)
 
 
 @app.command(epilog="Example: quantdm demo --model digits-sd --target-bits 3.0")
@@ -33,17 +45,25 @@ def bank(
     trials: Trials = 160,
     seed: Seed = 0,
     protocol: ProtocolFile = None,
+    example_inputs: ExampleInputs = None,
 ) -> None:
     """Start a run and quantize every layer with every option (the first stage of `search`, alone)."""
-    from quantdm.pipelines.parts import get_denoiser
+    from quantdm.pipelines.protocol import load_protocol
+    from quantdm.pipelines.subject import look_at
     from quantdm.runs.search import start_run
     from quantdm.runs.stages import build_bank, describe
 
-    pipe, run = start_run(
-        model, run_dir, target_bits=target_bits, target_bytes=target_bytes, trials=trials, seed=seed, protocol=protocol
+    run, subject = start_run(
+        look_at(model, example_inputs=given_inputs(example_inputs)),
+        run_dir,
+        target_bits=target_bits,
+        target_bytes=target_bytes,
+        trials=trials,
+        seed=seed,
+        protocol=None if protocol is None else load_protocol(protocol),
     )
-    describe(run, get_denoiser(pipe))
-    build_bank(run, pipe)
+    describe(run, subject)
+    build_bank(run, subject)
     typer.echo(f"bank: {run.path('bank')}")
 
 
@@ -56,16 +76,23 @@ def search(
     trials: Trials = 160,
     seed: Seed = 0,
     protocol: ProtocolFile = None,
+    example_inputs: ExampleInputs = None,
 ) -> None:
     """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""
-    from quantdm.runs.search import find_recipe, open_engine, start_run
+    from quantdm.pipelines.protocol import load_protocol
+    from quantdm.runs.search import search
 
-    pipe, run = start_run(
-        model, run_dir, target_bits=target_bits, target_bytes=target_bytes, trials=trials, seed=seed, protocol=protocol
+    recipe = search(
+        model,
+        run_dir=run_dir,
+        target_bits=target_bits,
+        target_bytes=target_bytes,
+        trials=trials,
+        seed=seed,
+        protocol=None if protocol is None else load_protocol(protocol),
+        example_inputs=given_inputs(example_inputs),
     )
-    with open_engine(run, pipe) as engine:
-        recipe = find_recipe(run, engine, pipe)
-    typer.echo(f"recipe: {run.path('recipe.yaml')}  ({recipe.avg_bits:.4f} bits per weight)")
+    typer.echo(f"recipe: {run_dir / 'recipe.yaml'}  ({recipe.avg_bits:.4f} bits per weight)")
 
 
 @app.command(epilog="Example: quantdm fit --run-dir runs/mine")

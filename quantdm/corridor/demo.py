@@ -7,22 +7,28 @@ from typing import Any
 
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
-from quantdm.denoisers.inventory import list_layers
 from quantdm.hub.export import denoiser_bytes
-from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.subject import Subject, look_at
+from quantdm.recipe import Recipe
 from quantdm.report import write_report
 from quantdm.report.insight_files import save_insights
 from quantdm.runs import final
 from quantdm.runs.choose import choose
 from quantdm.runs.correct import activation_spec_of, correct_run
+from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
-from quantdm.runs.search import open_engine, start_run
-from quantdm.runs.settings import FULL_TRIALS, QUICK_TRIALS, unquantized_bytes
+from quantdm.runs.run import Run
+from quantdm.runs.search import start_run
+from quantdm.runs.settings import FULL, FULL_TRIALS, QUICK, QUICK_TRIALS, unquantized_bytes
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
+from quantdm.surrogates import SearchSpace
 
 ACTIVATION_BITS = 6
 FINAL_IMAGES, CORRECTION_IMAGES = {False: 1000, True: 200}, {False: 128, True: 32}  # quick or not
+
+
+Say = Callable[[str], object]
 
 
 def demo(
@@ -33,7 +39,7 @@ def demo(
     quick: bool = False,
     seed: int = 0,
     workers: int | None = None,
-    say: Callable[[str], object] = print,
+    say: Say = print,
 ) -> dict[str, Any]:
     """Run the whole corridor on one pipeline and return its summary.
 
@@ -46,41 +52,57 @@ def demo(
     start = time.monotonic()
     say(f"[1/9] load {model}")
     folder = run_dir or Path("runs") / f"{Path(model).name}-{target_bits:g}bit{'-quick' if quick else ''}"
-    trials = QUICK_TRIALS if quick else FULL_TRIALS
-    pipe, run = start_run(model, folder, target_bits=target_bits, trials=trials, seed=seed, quick=quick)
-    denoiser = get_denoiser(pipe)
-    layers = list_layers(denoiser)
-    weights = sum(layer.num_weights for layer in layers)
-    say(f"      {len(layers)} layers, {weights:,} quantizable weights; run directory {run.folder}")
-    with open_engine(run, pipe, workers=workers) as engine:
-        say(f"[2/9] quantize every layer with {len(run.settings.options)} options")
-        describe(run, denoiser)
-        bank = build_bank(run, pipe)
-        say("[3/9] how sensitive is each layer?")
-        space = measure_space(run, engine, denoiser, bank)
-        say(f"[4/9] measure {trials} sampled configurations (processes: {engine.workers})")
-        run_trials(run, engine, space)
-        say("[5/9] learn image quality from configurations, and explain it")
-        fitted = fit_surrogates(run, space, *load_trials(run, space))
-        attributions = explain(run, fitted)
-        say("[6/9] choose and verify")
-        recipe = choose(run, engine, space, attributions, fitted["graph"])
-        say(f"      recipe: {recipe.avg_bits:.3f} bits per weight ({recipe.provenance.source})")
-        say("[7/9] 6-bit activations and the sampler's correction")
-        spec = activation_spec_of(denoiser, ACTIVATION_BITS)
-        correction = correct_run(run, engine, recipe, spec, images=CORRECTION_IMAGES[quick])
-        say("[8/9] measure the result on noises that the search never saw")
-        draws = final.final_draws(run, images=FINAL_IMAGES[quick])
-        jobs = final.final_jobs(run, space, recipe, spec, str(correction))
-        rows = final.measure_rows(run, engine, space, jobs, draws, unquantized_bytes(layers, denoiser))
-        final.save_grids(run, engine, jobs, draws[0])
-        summary = final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
+    run, subject = start_run(
+        look_at(model),
+        folder,
+        target_bits=target_bits,
+        trials=QUICK_TRIALS if quick else FULL_TRIALS,
+        seed=seed,
+        effort=QUICK if quick else FULL,
+    )
+    weights = sum(layer.num_weights for layer in subject.layers)
+    say(f"      {len(subject.layers)} layers, {weights:,} quantizable weights; run directory {run.folder}")
+    with Engine(run, subject, workers=workers) as engine:
+        space, recipe = _search(run, engine, subject, say)
+        summary = _measure(run, engine, space, recipe, say, quick=quick)
     say("[9/9] export and report")
     export = export_run(run, run.path("export"))
     report = write_report(run.folder)
     save_insights(run.folder)
     show_table(summary)
-    say(f"export:  {export}  (denoiser {denoiser_bytes(export, pipe) / 1e6:.2f} MB on disk)")
+    say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB on disk)")
     say(f"report:  {report}")
     say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     return summary
+
+
+def _search(run: Run, engine: Engine, subject: Subject, say: Say) -> tuple[SearchSpace, Recipe]:
+    """Find the recipe, stage by stage."""
+    say(f"[2/9] quantize every layer with {len(run.settings.options)} options")
+    describe(run, subject)
+    bank = build_bank(run, subject)
+    say("[3/9] how sensitive is each layer?")
+    space = measure_space(run, engine, subject, bank)
+    say(f"[4/9] measure {run.settings.trials} sampled configurations (processes: {engine.workers})")
+    run_trials(run, engine, space)
+    say("[5/9] learn image quality from configurations, and explain it")
+    fitted = fit_surrogates(run, space, *load_trials(run, space))
+    attributions = explain(run, fitted)
+    say("[6/9] choose and verify")
+    recipe = choose(run, engine, space, attributions, fitted["graph"])
+    say(f"      recipe: {recipe.avg_bits:.3f} bits per weight ({recipe.provenance.source})")
+    return space, recipe
+
+
+def _measure(run: Run, engine: Engine, space: SearchSpace, recipe: Recipe, say: Say, *, quick: bool) -> dict[str, Any]:
+    """Add activations and the correction, and measure everything on noises that the search never saw."""
+    subject = engine.subject
+    say("[7/9] 6-bit activations and the sampler's correction")
+    spec = activation_spec_of(subject.denoiser, ACTIVATION_BITS)
+    correction = correct_run(run, engine, recipe, spec, images=CORRECTION_IMAGES[quick])
+    say("[8/9] measure the result on noises that the search never saw")
+    draws = final.final_draws(run, images=FINAL_IMAGES[quick])
+    jobs = final.final_jobs(run, space, recipe, spec, str(correction))
+    rows = final.measure_rows(run, engine, space, jobs, draws, unquantized_bytes(subject.layers, subject.weights))
+    final.save_grids(run, engine, jobs, draws[0])
+    return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quantdm.denoisers.assembly import build_graph
-from quantdm.denoisers.example_inputs import infer_inputs, to_meta
+from quantdm.denoisers.example_inputs import GIVE_INPUTS, infer_inputs, to_meta
 from quantdm.denoisers.graph import Graph
 from quantdm.denoisers.trace import Trace, trace_forward
 from quantdm.denoisers.weights import weight_specs
@@ -17,6 +17,7 @@ from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest
 
 _CACHE: dict[str, "Analysis"] = {}
+_GIVEN: dict[str, dict[str, Any]] = {}  # class and configuration -> the example inputs that a user gave last
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,19 @@ def trace_graph(denoiser: nn.Module, *, example_inputs: Mapping[str, Any] | None
 
 
 def analyse(denoiser: nn.Module, *, example_inputs: Mapping[str, Any] | None = None) -> Analysis:
-    """Return the cached trace and graph of a denoiser (see `trace_graph`)."""
+    """Return the cached trace and graph of a denoiser (see `trace_graph`).
+
+    Example inputs that were given once serve from then on: asked without any, a denoiser of the same class and
+    configuration is seen as it was with them.
+    """
     config = _config(denoiser)
-    key = digest(
+    network = digest(
         f"{type(denoiser).__module__}.{type(denoiser).__qualname__}",
         json.loads(json.dumps(config, sort_keys=True, default=str)),
-        None if example_inputs is None else _signature(example_inputs),
     )
+    if example_inputs is None:
+        example_inputs = _GIVEN.get(network)
+    key = digest(network, None if example_inputs is None else _signature(example_inputs))
     if key not in _CACHE:
         copy = _meta_copy(denoiser, config)
         inputs = infer_inputs(copy, config) if example_inputs is None else to_meta(example_inputs)
@@ -62,9 +69,11 @@ def analyse(denoiser: nn.Module, *, example_inputs: Mapping[str, Any] | None = N
         except Exception as error:  # whatever foreign code raises
             raise QuantDMError(
                 f"{type(denoiser).__name__}: its forward fails on the meta device with inputs {_signature(inputs)}: "
-                f"{type(error).__name__}: {error}; pass example_inputs=... with the keyword arguments of one call"
+                f"{type(error).__name__}: {error}; {GIVE_INPUTS}"
             ) from error
         _CACHE[key] = Analysis(trace, build_graph(trace))
+        if example_inputs is not None:
+            _GIVEN[network] = inputs
     found = _CACHE[key]
     _check_modules(denoiser, [s.name for s in found.trace.specs])
     return found

@@ -15,6 +15,12 @@ BATCH = 2  # not 1: a batch of one would be broadcast where the model means some
 TOKENS = 16  # text tokens, and image tokens of denoisers that take packed latents (a 4 x 4 grid)
 SIZE = 64  # latent height and width where the configuration states none
 FRAMES = 4
+# The remedy of every error of tracing; all doors that it names take them.
+GIVE_INPUTS = (
+    "give the keyword arguments of one call of the denoiser (values do not matter): example_inputs={...} of "
+    "list_layers, trace_graph, apply_recipe, search and QuantDMConfig, --example-inputs FILE on the command line, or "
+    "what quantdm.capture_inputs(pipe, call) returns"
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,7 @@ def infer_inputs(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
     if missing:
         raise QuantDMError(
             f"{type(model).__name__}: cannot infer example inputs for {', '.join(missing)}; expected arguments whose "
-            f"shapes follow from the configuration; pass example_inputs={{{', '.join(f'{m!r}: ...' for m in missing)}, "
-            "...} with the keyword arguments of one forward call (tensors on any device, values do not matter)"
+            f"shapes follow from the configuration; {GIVE_INPUTS}"
         )
     return inputs
 

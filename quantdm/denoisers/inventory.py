@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from quantdm.denoisers.analysis import analyse
+from quantdm.denoisers.analysis import Analysis, analyse
 from quantdm.denoisers.names import op_type_of, stage_of, weights_below
 from quantdm.denoisers.weights import WeightKind
 
@@ -38,7 +38,11 @@ def list_layers(denoiser: nn.Module, *, example_inputs: Mapping[str, Any] | None
     Works on real, meta and quantized denoisers alike: a copy made from class and configuration is traced on the meta
     device (see `trace_graph`, also for the arguments and errors). Cached.
     """
-    analysis = analyse(denoiser, example_inputs=example_inputs)
+    return layers_of(analyse(denoiser, example_inputs=example_inputs))
+
+
+def layers_of(analysis: Analysis) -> tuple[LayerRecord, ...]:
+    """Return the layers that a trace saw, in `named_modules()` order."""
     specs, seams, graph = analysis.trace.specs, analysis.trace.seams, analysis.graph
     below = weights_below(s.name for s in specs)
     position = {n.layer: i for i, n in enumerate(n for n in graph.nodes if n.layer is not None)}

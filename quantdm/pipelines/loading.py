@@ -1,6 +1,6 @@
 """Open pipelines: embedded ones by name, others by directory or hub id."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -48,13 +48,17 @@ def pipeline_path(name_or_path: str | Path) -> str:
 
 
 def load_pipeline(
-    name_or_path: str | Path, *, torch_dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    name_or_path: str | Path,
+    *,
+    torch_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
+    device: str | torch.device = "cpu",
 ) -> DiffusionPipeline:
     """Load a diffusers pipeline: an embedded one by name, any other by directory or hub id.
 
     Args:
         name_or_path: e.g. "digits-dit", "digits-sd", "exports/small", "PixArt-alpha/PixArt-XL-2-512x512".
-        torch_dtype: the dtype of the unquantized tensors and of the computation (None: float32).
+        torch_dtype: the dtype of the unquantized tensors and of the computation (None: float32), or one per component
+            ("default" for all others).
         device: where the pipeline is put.
 
     Raises:
@@ -65,7 +69,8 @@ def load_pipeline(
     try:
         with _no_loading_bars():
             packed = check_stored(Path(path if Path(path).is_dir() else DiffusionPipeline.download(path)))
-            pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE_ARGUMENT: torch_dtype or torch.float32})
+            wanted = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype or torch.float32
+            pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE_ARGUMENT: wanted})
             check_opened(pipe, packed)
     except QuantDMError:
         raise

@@ -1,24 +1,45 @@
-"""Which parts of a pipeline are its denoiser."""
+"""Which parts of a pipeline are its denoisers: found by what they take, not by a list of classes."""
+
+import inspect
 
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from quantdm.errors import QuantDMError
 
-DENOISER_NAMES = ("unet", "transformer", "prior")  # where a pipeline has its denoiser, in this order
+DENOISER_NAMES = ("unet", "transformer", "prior")  # where pipelines have their denoiser, the main one first
+_TIME = {"timestep", "timesteps", "timestep_ratio", "t", "r"}  # a network that takes the time denoises ...
+_CONTROL = {"controlnet_cond", "conditioning_scale"}  # ... unless it only steers another one
+
+
+def find_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return the denoisers of a pipeline by component name, the main one first; most pipelines have one.
+
+    Wan 2.2 has two transformers (one per range of noise levels), Kandinsky's combined pipelines a prior and a U-Net.
+    ControlNets are none.
+
+    Raises:
+        QuantDMError: the pipeline has none.
+    """
+    found = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and _denoises(part)}
+    order = sorted(found, key=lambda name: [*DENOISER_NAMES, name].index(name))
+    if not order:
+        raise QuantDMError(
+            f"{type(pipe).__name__} has no denoiser (a network that takes a timestep, such as `unet` or "
+            f"`transformer`); its components are {', '.join(pipe.components)}"
+        )
+    return {name: found[name] for name in order}
 
 
 def get_denoiser(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
-    """Return the U-Net or transformer of a pipeline (a module is returned as it is).
+    """Return the U-Net or transformer of a pipeline, the main one if it has several (a module is returned as it is).
 
     Raises:
-        QuantDMError: the pipeline has neither.
+        QuantDMError: the pipeline has none.
     """
-    if isinstance(pipe, nn.Module):
-        return pipe
-    for name in DENOISER_NAMES:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    parts = ", ".join(pipe.components)
-    raise QuantDMError(f"{type(pipe).__name__} has no denoiser (`unet` or `transformer`); its components are {parts}")
+    return pipe if isinstance(pipe, nn.Module) else next(iter(find_denoisers(pipe).values()))
+
+
+def _denoises(part: nn.Module) -> bool:
+    taken = inspect.signature(getattr(part, "_orig_mod", part).forward).parameters.keys()
+    return bool(taken & _TIME) and not taken & _CONTROL

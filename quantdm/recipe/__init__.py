@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from quantdm.recipe.joint import joint_config, joint_rules, split_name
 from quantdm.recipe.reading import load_recipe
 from quantdm.recipe.rules import Layer, check_names, pattern_matcher
 from quantdm.recipe.schema import (
@@ -36,7 +37,10 @@ __all__ = [
     "Recipe",
     "Rules",
     "check_layers",
+    "joint_config",
+    "joint_rules",
     "load_recipe",
     "pattern_matcher",
     "recipe_schema",
+    "split_name",
 ]

@@ -11,7 +11,7 @@ import torch
 from quantdm.correction.record import Correction, load_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
-from quantdm.recipe import Recipe, check_layers, load_recipe
+from quantdm.recipe import Recipe, joint_config, load_recipe
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
 from quantdm.surrogates import Attribution, SearchSpace
@@ -56,7 +56,8 @@ class Records:
         """The recipe as positions on the option axis, in the order of the space's layers."""
         if self.space is None or self.recipe is None:
             return None
-        return self.space.choice_of(self.recipe.config)
+        config = joint_config(self.recipe, self.space.layers, self.settings.seen.denoisers)
+        return self.space.choice_of(config)
 
     @cached_property
     def explanation(self) -> tuple[str, Attribution] | None:
@@ -85,7 +86,7 @@ def read_records(run_dir: str | Path) -> Records:
     space = optional("space.json", SearchSpace.load)
     recipe = optional("recipe.yaml", load_recipe)
     if space is not None and recipe is not None:
-        check_layers(recipe.config, space.layer_names, what=f"{run.path('recipe.yaml')}")
+        joint_config(recipe, space.layers, run.settings.seen.denoisers)
     attributions = optional("attribution.json", _read_attributions)
     for name, attribution in (attributions or {}).items():
         if space is not None and (attribution.layers, attribution.options) != (space.layer_names, space.labels):

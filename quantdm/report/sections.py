@@ -225,7 +225,7 @@ def protocol(records: Records) -> str:
     s, summary = records.settings, records.summary or {}
     final, base = summary.get("protocol", {}), s.seed * 1000
     items = [
-        ("Model", f"{model_label(s.model)}, weights {s.fingerprint}"),
+        ("Model", f"{model_label(s.model)}, weights {s.seen.parts[s.seen.denoisers[0]].fingerprint}"),
         ("Target", f"{s.target_bits:g} bits per quantizable weight; codebooks, scales and zero points counted"),
         ("Options per layer", "; ".join(describe(label) for label in s.options)),
         (

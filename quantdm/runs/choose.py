@@ -8,7 +8,8 @@ from quantdm.files import write_json
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
-from quantdm.recipe import Provenance, Recipe
+from quantdm.pipelines.seen import Seen
+from quantdm.recipe import Provenance, Recipe, joint_rules
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.run import Run
 from quantdm.runs.trials import load_trials
@@ -37,7 +38,7 @@ def choose(
     write_json(run.path("selection.json"), {"version": 1, "chosen": best, "candidates": summary, "configs": configs})
     recipe = Recipe(
         model=settings.model,
-        layers=configs[best],
+        **joint_rules(configs[best], settings.seen.denoisers),
         avg_bits=round(summary[best]["avg_bits"], 6),
         provenance=Provenance(
             source=f"measured: {best}, chosen among {len(learned)} candidates by fid_fp",
@@ -45,11 +46,18 @@ def choose(
             seed=settings.seed,
             trials=settings.trials,
             target=f"{settings.target_bits:g} bits per weight",
+            notes=dense_note(settings.seen),
             measured={key: round(summary[best][key], 6) for key in ("fid_fp_mean", "fid_fp_sd", "psnr_fp_mean")},
         ),
     )
     recipe.save(run.path("recipe.yaml"))
     return recipe
+
+
+def dense_note(seen: Seen) -> tuple[str, ...]:
+    """Return what a recipe says of the networks that it leaves as they are."""
+    names = [name for name, part in seen.parts.items() if part.dtype is not None and name not in seen.denoisers]
+    return (f"not quantized: {', '.join(names)}",) if names else ()
 
 
 def candidate_choices(

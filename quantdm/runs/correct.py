@@ -14,13 +14,11 @@ from quantdm.files import digest, read_json, write_json
 from quantdm.metrics import batched, frechet_distance
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate, memoized_text_encoders
-from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
-from quantdm.pipelines.parts import get_denoiser
-from quantdm.recipe import ActivationSpec, Recipe, load_recipe
+from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.recipe import ActivationSpec, Recipe, joint_config, load_recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job, configured
 from quantdm.runs.run import Run
-from quantdm.runs.search import open_engine
 
 
 def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
@@ -28,10 +26,10 @@ def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
     if bits not in (6, 8, 16):
         raise QuantDMError(f"bits: got {bits}, expected 6, 8 or 16 (activations not quantized)")
     recipe = load_recipe(run.path("recipe.yaml"))
-    pipe = load_pipeline(run.settings.model)
-    spec = None if bits == 16 else activation_spec_of(get_denoiser(pipe), bits)
+    subject = run.open_subject()
+    spec = None if bits == 16 else activation_spec_of(subject.denoiser, bits)
     run.path("correction.safetensors").unlink(missing_ok=True)
-    with open_engine(run, pipe) as engine:
+    with Engine(run, subject) as engine:
         return load_correction(correct_run(run, engine, recipe, spec, images=images))
 
 
@@ -54,12 +52,13 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
         images: trajectories for the statistics, and again for each draw on which the variants run freely.
     """
     path, record = run.path("correction.safetensors"), run.path("correction_steps.json")
-    key = digest(recipe.layers, None if activations is None else activations.model_dump(mode="json"), images)
+    labels = joint_config(recipe, engine.subject.layers, engine.subject.part_names).to_labels()
+    key = digest(labels, None if activations is None else activations.model_dump(mode="json"), images)
     if path.is_file() and record.is_file() and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
     evaluator = engine.local
     settings = run.settings
-    pipe = evaluator.pipe(settings.torch_dtype)
+    pipe = evaluator.pipe
     spec = None if activations is None else activations.model_dump(mode="json")
 
     def draws(first: int, count: int, each: int) -> list[Draw]:
@@ -75,8 +74,8 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
     def distance(images_a: torch.Tensor, images_b: torch.Tensor) -> float:
         return frechet_distance(*(batched(evaluator.extractor, x) for x in (images_a, images_b)))
 
-    job = Job(Draw(0, 0, 0), recipe.layers, spec)
-    weights_only = Job(Draw(0, 0, 0), recipe.layers)
+    job = Job(Draw(0, 0, 0), labels, spec)
+    weights_only = Job(Draw(0, 0, 0), labels)
     correction = fit_correction(
         pipe,
         lambda: configured(pipe, evaluator.bank, job),

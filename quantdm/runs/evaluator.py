@@ -3,22 +3,22 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from quantdm.activations import set_activation_bits_
 from quantdm.correction import apply_correction, load_correction
-from quantdm.denoisers.calls import Call, record_calls, replay
-from quantdm.denoisers.inventory import list_layers
+from quantdm.denoisers.calls import Call, replay
+from quantdm.denoisers.ensemble import join_weights
+from quantdm.errors import QuantDMError
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
 from quantdm.pipelines.generate import generate
-from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
-from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.parts import find_denoisers
+from quantdm.pipelines.subject import Subject
 from quantdm.recipe import ActivationSpec
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.run import Run
@@ -41,28 +41,28 @@ class Job:
         """Everything that determines the figures, except the run's own settings."""
         return digest(asdict(self))
 
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Job":
+        """Build a job from the record that `dataclasses.asdict` makes of it."""
+        return cls(**{**record, "draw": Draw(**record["draw"])})
+
 
 class Evaluator:
-    """A loaded pipeline with its bank: turns jobs into figures, in this process."""
+    """A pipeline with its bank: turns jobs into figures, in this process."""
 
-    def __init__(self, run: Run, pipe: DiffusionPipeline | None = None) -> None:
+    def __init__(self, run: Run, subject: Subject) -> None:
         self.run = run
+        self.subject = subject
         self.protocol = run.settings.protocol
         self.extractor = load_extractor(self.protocol.features)
-        self._pipes: dict[torch.dtype, DiffusionPipeline] = {}
-        self._given = pipe
-        self._calls: list[Call] | None = None
+        self._calls: dict[str, list[Call]] | None = None
         self._references: dict[Draw, Samples] = {}
-        layers = list_layers(get_denoiser(self.pipe(run.settings.torch_dtype)))
-        self.bank = WeightBank.open(run.path("bank"), layers, run.settings.schemes)
+        self.bank = WeightBank.open(run.path("bank"), subject.layers, run.settings.schemes)
 
-    def pipe(self, dtype: torch.dtype) -> DiffusionPipeline:
-        """Return the pipeline in that dtype; a live pipeline that has no source is used in its own."""
-        if self._given is not None:
-            return self._given
-        if dtype not in self._pipes:
-            self._pipes[dtype] = load_pipeline(self.run.settings.model, torch_dtype=dtype)
-        return self._pipes[dtype]
+    @cached_property
+    def pipe(self) -> DiffusionPipeline:
+        """The pipeline in the dtype in which images are generated."""
+        return self.subject.in_dtype(self.run.settings.torch_dtype)
 
     # ------------------------------------------------------------------------------------------------------ images
 
@@ -90,52 +90,66 @@ class Evaluator:
 
     def samples(self, job: Job) -> Samples:
         """Generate the samples of one job."""
-        pipe = self.pipe(self.run.settings.torch_dtype)
-        with configured(pipe, self.bank, job):
-            return draw_samples(pipe, self.protocol, self.extractor, job.draw)
+        with configured(self.pipe, self.bank, job):
+            return draw_samples(self.pipe, self.protocol, self.extractor, job.draw)
 
     # ----------------------------------------------------------------------------------------------- sensitivities
 
     def sensitivity(self, layer_name: str) -> list[float]:
         """Return, per option, the relative teacher-forced error of the output when only this layer is quantized.
 
-        The inputs are those of the full-precision trajectory at NOISE_CALLS timesteps, so nothing accumulates. float32:
-        bfloat16 rounding would hide the small errors.
+        The inputs are those of the full-precision trajectory at NOISE_CALLS timesteps, so nothing accumulates. The
+        pipeline computes in the dtype it was opened in: float32 unless it was given otherwise; bfloat16 rounding would
+        hide the small errors.
         """
-        denoiser = get_denoiser(self.pipe(torch.float32))
-        calls = self._recorded()
+        part = self.subject.part_of(layer_name)
+        denoiser, calls = self.subject.denoisers[part], self._recorded()[part]
         errors = []
         for scheme in self.run.settings.schemes:
-            with self.bank.applied(denoiser, {layer_name: scheme}):
+            with self.bank.applied(self.subject.weights, {layer_name: scheme}):
                 outputs = replay(denoiser, calls)
             pairs = zip(outputs, calls, strict=True)
             errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
         return errors
 
-    def _recorded(self) -> list[Call]:
+    def _recorded(self) -> dict[str, list[Call]]:
+        """Return NOISE_CALLS calls of every denoiser, from the middle of its own."""
         if self._calls is None:
-            settings = self.run.settings
-            pipe = self.pipe(torch.float32)
+            settings, subject = self.run.settings, self.subject
             draw = Draw(settings.seed * 1000 + 1, settings.noise_images, settings.label_steps)
-            wanted = [round((i + 1) * draw.steps / (NOISE_CALLS + 1)) for i in range(NOISE_CALLS)]
-            with record_calls(get_denoiser(pipe), sorted(set(wanted))) as recording:
-                generate(pipe, self.protocol, draw.seeds, steps=draw.steps)
-            self._calls = recording.calls
+            with subject.recording(subject.pipe, dict.fromkeys(subject.part_names, ())) as counted:
+                generate(subject.pipe, self.protocol, draw.seeds[:1], steps=draw.steps)
+            wanted = {part: _middle(recording.seen) for part, recording in counted.items()}
+            with subject.recording(subject.pipe, wanted) as recorded:
+                generate(subject.pipe, self.protocol, draw.seeds, steps=draw.steps)
+            self._calls = {part: recording.calls for part, recording in recorded.items()}
+            silent = [part for part, calls in self._calls.items() if not calls]
+            if silent:
+                raise QuantDMError(
+                    f"{', '.join(silent)}: was never called in {draw.steps} steps; raise the steps of the protocol so "
+                    "that every denoiser works"
+                )
         return self._calls
 
 
+def _middle(count: int) -> list[int]:
+    """Return which of `count` calls are looked at: NOISE_CALLS evenly from the inside, each once."""
+    return sorted({min(round((i + 1) * count / (NOISE_CALLS + 1)), count - 1) for i in range(NOISE_CALLS)} - {-1})
+
+
 @contextmanager
-def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job) -> Iterator[nn.Module]:
+def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job) -> Iterator[None]:
     """Give a full-precision pipeline a job's weights, activations and correction while the context is open."""
-    denoiser = get_denoiser(pipe)
+    denoisers = find_denoisers(pipe)
     with ExitStack() as stack:
         if job.labels is not None:
-            stack.enter_context(bank.applied(denoiser, QuantConfig.from_labels(job.labels)))
+            stack.enter_context(bank.applied(join_weights(denoisers), QuantConfig.from_labels(job.labels)))
         if job.activations is not None:
-            set_activation_bits_(denoiser, ActivationSpec.model_validate(job.activations))
-            stack.callback(set_activation_bits_, denoiser, None)
+            for denoiser in denoisers.values():
+                set_activation_bits_(denoiser, ActivationSpec.model_validate(job.activations))
+                stack.callback(set_activation_bits_, denoiser, None)
         if job.correction is not None:
             scheduler = pipe.scheduler
             apply_correction(pipe, load_correction(Path(job.correction)))
             stack.callback(setattr, pipe, "scheduler", scheduler)
-        yield denoiser
+        yield

@@ -14,7 +14,7 @@ from quantdm.metrics.samples import Draw, real_floor
 from quantdm.metrics.statistics import mean_and_sd
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
-from quantdm.recipe import ActivationSpec, Recipe
+from quantdm.recipe import ActivationSpec, Recipe, joint_config
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.run import Run
@@ -44,15 +44,16 @@ def final_jobs(
     uniform_4, kmeans_4 = (Scheme(method=method, bits=4) for method in ("uniform", "kmeans"))
     draw = Draw(0, 0, 0)  # replaced by every final draw
     spec = activations.model_dump(mode="json")
+    chosen = joint_config(recipe, space.layers, run.settings.seen.denoisers).to_labels()
     return {
         "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
         "uniform-w4": (Job(draw, space_config(space, uniform_4)), f"{uniform_4} everywhere"),
         "kmeans-w4": (Job(draw, space_config(space, kmeans_4)), f"{kmeans_4} everywhere"),
         "uniform-same-size": (Job(draw, configs[best_baseline]), best_baseline.removeprefix("baseline: ")),
         "sensitivity-same-size": (Job(draw, configs["sensitivity"]), "knapsack on one-layer noise errors"),
-        "recipe": (Job(draw, recipe.layers), selection["chosen"]),
-        "recipe+a6": (Job(draw, recipe.layers, spec), "6-bit activations"),
-        "recipe+a6+correction": (Job(draw, recipe.layers, spec, correction), "6-bit activations, corrected sampler"),
+        "recipe": (Job(draw, chosen), selection["chosen"]),
+        "recipe+a6": (Job(draw, chosen, spec), "6-bit activations"),
+        "recipe+a6+correction": (Job(draw, chosen, spec, correction), "6-bit activations, corrected sampler"),
     }
 
 

@@ -3,7 +3,7 @@
 from quantdm.allocation import select
 from quantdm.errors import QuantDMError
 from quantdm.machine import versions
-from quantdm.recipe import Provenance, Recipe
+from quantdm.recipe import Provenance, Recipe, joint_rules
 from quantdm.runs.explain import load_attributions
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
@@ -17,7 +17,7 @@ def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
     choice = select(space, attributions[by].values, target_bits=target_bits)
     return Recipe(
         model=run.settings.model,
-        layers=space.config(choice).to_labels(),
+        **joint_rules(space.config(choice).to_labels(), run.settings.seen.denoisers),
         avg_bits=round(float(space.avg_bits(choice)[0]), 6),
         provenance=Provenance(
             source=f"predicted by the {by} surrogate, not measured",

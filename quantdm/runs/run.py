@@ -7,22 +7,31 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.seen import Seen, differences
+from quantdm.pipelines.subject import Subject, reopen
 from quantdm.schemes import Scheme
 
-RUN_VERSION = 1
+RUN_VERSION = 2
+MANIFEST, SNAPSHOT = "run.json", "subject"
 
 
 class RunSettings(BaseModel):
-    """What determines every number of a run. Two runs of equal settings end in the same recipe."""
+    """What determines every number of a run. Two runs of equal settings end in the same recipe.
+
+    `model` is what the pipeline is called, `location` where it can be opened again ("": a snapshot in the run
+    directory), `seen` what it was when the run started.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    version: Literal[1] = RUN_VERSION
+    version: Literal[2] = RUN_VERSION
     model: str
-    fingerprint: str
+    location: str
+    seen: Seen
     options: tuple[str, ...]
     target_bits: float
     trials: int
@@ -32,7 +41,7 @@ class RunSettings(BaseModel):
     label_steps: int
     verify_images: int
     noise_images: int
-    dtype: Literal["bfloat16", "float32"]
+    dtype: Literal["bfloat16", "float16", "float32"]
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -56,26 +65,37 @@ class Run:
         """Return the path of a record, e.g. `path("recipe.yaml")`."""
         return self.folder / name
 
-    @classmethod
-    def create(cls, folder: str | Path, settings: RunSettings) -> "Run":
-        """Start a run, or go on with one of the same settings.
+    @property
+    def location(self) -> str:
+        """Where the run's pipeline can be opened: its source, or the snapshot that the run keeps of a changed one."""
+        return self.settings.location or str(self.path(SNAPSHOT))
+
+    def open_subject(self) -> Subject:
+        """Open the run's pipeline again and look at it.
 
         Raises:
-            QuantDMError: the folder holds a run of other settings, or files that are no run.
+            QuantDMError: it is gone, or no longer what it was when the run started.
+        """
+        settings = self.settings
+        inputs = {part: parse_inputs(record) for part, record in settings.seen.example_inputs.items()}
+        return reopen(self.location, settings.model, settings.seen, example_inputs=inputs or None)
+
+    @classmethod
+    def create(cls, folder: str | Path, settings: RunSettings, *, keep_dtype: bool = True) -> "Run":
+        """Start a run, or go on with one of the same settings.
+
+        Args:
+            keep_dtype: whether a run that goes on keeps the dtype that the first machine chose.
+
+        Raises:
+            QuantDMError: the folder holds a run of other settings (they are named), or files that are no run.
         """
         folder = Path(folder)
-        manifest = folder / "run.json"
-        if manifest.is_file():
+        if (folder / MANIFEST).is_file():
             run = cls.open(folder)
-            # The dtype was the first machine's choice; a resumed run keeps it.
-            settings = settings.model_copy(update={"dtype": run.settings.dtype})
-            differing = [
-                f"{key} is {_short(old)}, asked for {_short(new)}"
-                for (key, old), new in zip(
-                    run.settings.model_dump(mode="json").items(), settings.model_dump(mode="json").values(), strict=True
-                )
-                if old != new
-            ]
+            if keep_dtype:
+                settings = settings.model_copy(update={"dtype": run.settings.dtype})
+            differing = _differences(run.settings, settings)
             if differing:
                 raise QuantDMError(
                     f"run directory {folder} belongs to another run: {'; '.join(differing[:3])}. "
@@ -83,8 +103,8 @@ class Run:
                 )
             return run
         if folder.is_file() or (folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith("."))):
-            raise QuantDMError(f"run directory {folder} is not empty and holds no run.json; choose another --run-dir")
-        write_json(manifest, settings.model_dump(mode="json"))
+            raise QuantDMError(f"run directory {folder} is not empty and holds no {MANIFEST}; choose another --run-dir")
+        write_json(folder / MANIFEST, settings.model_dump(mode="json"))
         return cls(folder, settings)
 
     @classmethod
@@ -94,7 +114,7 @@ class Run:
         Raises:
             QuantDMError: no run there, or one of another version.
         """
-        manifest = Path(folder) / "run.json"
+        manifest = Path(folder) / MANIFEST
         if not manifest.is_file():
             raise QuantDMError(f"no run in {folder}: {manifest.name} is missing; start one with `quantdm search`")
         try:
@@ -102,6 +122,14 @@ class Run:
         except ValidationError as error:
             first = error.errors()[0]
             raise QuantDMError(f"{manifest}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _differences(first: RunSettings, second: RunSettings) -> list[str]:
+    """Return which settings differ; where a pipeline lies makes no difference, what it is does."""
+    apart = {"seen", "location"}
+    old, new = (settings.model_dump(mode="json", exclude=apart) for settings in (first, second))
+    found = [f"{key} is {_short(old[key])}, asked for {_short(new[key])}" for key in old if old[key] != new[key]]
+    return found + differences(first.seen, second.seen)
 
 
 def _short(value: Any) -> str:

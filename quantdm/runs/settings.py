@@ -6,13 +6,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from quantdm.denoisers.inventory import LayerRecord, list_layers
+from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError
 from quantdm.machine import fast_dtype
-from quantdm.pipelines.fingerprint import fingerprint
-from quantdm.pipelines.loading import DiffusionPipeline, model_name
-from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol, default_protocol
+from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
 from quantdm.runs.run import RunSettings
 from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL_BITS, Scheme
@@ -39,7 +37,7 @@ FULL, QUICK = Effort(), Effort(80, 5, 100, 4)
 
 
 def make_settings(
-    pipe: DiffusionPipeline,
+    subject: Subject,
     *,
     target_bits: float | None,
     target_bytes: int | None,
@@ -53,19 +51,19 @@ def make_settings(
     least = max(MIN_TRIALS, 2 * len(options))
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
-    denoiser = get_denoiser(pipe)
-    name = model_name(pipe)
+    free = subject.dtype_is_free
     return RunSettings(
-        model=name,
-        fingerprint=fingerprint(denoiser),
+        model=subject.name,
+        location=subject.location or "",
+        seen=subject.seen,
         options=tuple(scheme.label for scheme in options),
         target_bits=checked_target(
-            list_layers(denoiser), options, denoiser, target_bits=target_bits, target_bytes=target_bytes
+            subject.layers, options, subject.weights, target_bits=target_bits, target_bytes=target_bytes
         ),
         trials=trials,
         seed=seed,
-        protocol=protocol or default_protocol(name),
-        dtype=fast_dtype(),
+        protocol=protocol or default_protocol(subject.name),
+        dtype=fast_dtype() if free else str(subject.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         **asdict(effort),
     )
 

@@ -1,25 +1,20 @@
 """The first stages of a search: layers, bank, search space."""
 
-import numpy as np
-from torch import nn
+from collections.abc import Mapping
 
-from quantdm.activations.moments import gather_moments
-from quantdm.denoisers.analysis import trace_graph
-from quantdm.denoisers.graph import Graph
-from quantdm.denoisers.inventory import LayerRecord, list_layers
+import numpy as np
+
+from quantdm.activations.moments import JointMoments, gather_moments
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
-from quantdm.pipelines.generate import calibration_calls
-from quantdm.pipelines.loading import DiffusionPipeline
-from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.generate import generate
+from quantdm.pipelines.subject import Subject
 from quantdm.progress import bar
-from quantdm.quantizers import count_bits
+from quantdm.quantizers import Moments, count_bits
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.run import Run
-from quantdm.surrogates import (
-    SearchSpace,
-)
+from quantdm.surrogates import SearchSpace
 
 RECORD_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
@@ -30,41 +25,44 @@ CALIBRATION_IMAGES, CALIBRATION_SEED = 16, 900
 # ------------------------------------------------------------------------------------------------------ layers, bank
 
 
-def describe(run: Run, denoiser: nn.Module) -> tuple[tuple[LayerRecord, ...], Graph]:
+def describe(run: Run, subject: Subject) -> None:
     """Write layers.json and graph.json."""
-    layers, graph = list_layers(denoiser), trace_graph(denoiser)
-    write_json(
-        run.path("layers.json"),
-        {"version": RECORD_VERSION, "layers": [{**vars(layer), "shape": list(layer.shape)} for layer in layers]},
-    )
-    write_json(run.path("graph.json"), graph.to_dict())
-    return layers, graph
+    layers = [{**vars(layer), "shape": list(layer.shape)} for layer in subject.layers]
+    write_json(run.path("layers.json"), {"version": RECORD_VERSION, "layers": layers})
+    write_json(run.path("graph.json"), subject.graph.to_dict())
 
 
-def build_bank(run: Run, pipe: DiffusionPipeline) -> WeightBank:
+def build_bank(run: Run, subject: Subject) -> WeightBank:
     """Write bank/: every layer under every option; calibrated options see the inputs of CALIBRATION_IMAGES images."""
-    denoiser = get_denoiser(pipe)
-    layers, settings = list_layers(denoiser), run.settings
-    bank = WeightBank(run.path("bank"), layers, settings.schemes)
-    moments = None
-    if bank.calibrated:
-        first = (settings.seed * 1000 + CALIBRATION_SEED) * 10**6
-        seeds = range(first, first + CALIBRATION_IMAGES)
-        calls = calibration_calls(pipe, settings.protocol, seeds, steps=settings.label_steps)
-        moments = gather_moments(denoiser, calls, [layer.name for layer in layers], folder=run.path("moments"))
-    with bar(sum(layer.num_weights for layer in layers), "bank: weights x options") as progress:
-        return bank.build(denoiser, moments=moments, progress=progress.update)
+    bank = WeightBank(run.path("bank"), subject.layers, run.settings.schemes)
+    moments = calibrate(run, subject) if bank.calibrated else None
+    with bar(sum(layer.num_weights for layer in subject.layers), "bank: weights x options") as progress:
+        return bank.build(subject.weights, moments=moments, progress=progress.update)
+
+
+def calibrate(run: Run, subject: Subject) -> Mapping[str, Moments]:
+    """Write moments/: the second moments of the inputs of every layer along sampling trajectories."""
+    settings = run.settings
+    first = (settings.seed * 1000 + CALIBRATION_SEED) * 10**6
+    seeds = range(first, first + CALIBRATION_IMAGES)
+    with subject.recording(subject.pipe) as recorded:
+        generate(subject.pipe, settings.protocol, seeds, steps=settings.label_steps)
+    found: dict[str, Mapping[str, Moments]] = {}
+    for part, module in subject.denoisers.items():
+        names = [layer.name for layer in subject.part_layers[part]]
+        found[part] = gather_moments(module, recorded[part].calls, names, folder=run.path("moments"))
+    return JointMoments(found)
 
 
 # ----------------------------------------------------------------------------------------------------- search space
 
 
-def measure_space(run: Run, engine: Engine, denoiser: nn.Module, bank: WeightBank) -> SearchSpace:
+def measure_space(run: Run, engine: Engine, subject: Subject, bank: WeightBank) -> SearchSpace:
     """Write sensitivity.json (one-layer noise errors) and space.json (bits and errors of every layer x option)."""
     path = run.path("space.json")
     if path.is_file():
         return SearchSpace.load(path)
-    layers, graph = list_layers(denoiser), trace_graph(denoiser)
+    layers = subject.layers
     measured = run.path(SENSITIVITY_FILE)
     errors: dict[str, list[float]] = {}
     if measured.is_file():
@@ -80,7 +78,7 @@ def measure_space(run: Run, engine: Engine, denoiser: nn.Module, bank: WeightBan
     options = run.settings.schemes
     space = SearchSpace(
         layers=layers,
-        graph=graph,
+        graph=subject.graph,
         options=options,
         bits=np.array([[count_bits(la.shape, scheme, la.split) for scheme in options] for la in layers]),
         weight_error=np.array([[bank.weight_error(la.name, scheme) for scheme in options] for la in layers]),

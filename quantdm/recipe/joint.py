@@ -1,0 +1,60 @@
+"""Recipes of pipelines with several denoisers: one joint config, `PART:layer` for every part but the first.
+
+In a recipe the main denoiser's rules stand at the top, those of further ones under `components`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from quantdm.recipe.rules import Layer
+from quantdm.recipe.schema import Recipe, Rules
+from quantdm.schemes import QuantConfig, Scheme
+
+SEPARATOR = ":"
+
+
+class _Own(NamedTuple):
+    """A layer under its name within its part."""
+
+    name: str
+    op_type: str
+
+
+def split_name(name: str, parts: Sequence[str]) -> tuple[str, str]:
+    """Return the part that a joint name belongs to, and its name there; `parts` are all parts, the main one first."""
+    head, separator, tail = name.partition(SEPARATOR)
+    return (head, tail) if separator and head in parts[1:] else (parts[0], name)
+
+
+def joint_config(recipe: Recipe, layers: Iterable[Layer], parts: Sequence[str]) -> QuantConfig:
+    """Return the scheme of every layer of every denoiser; a denoiser without rules stays in its original precision.
+
+    Args:
+        recipe: patterns and types are resolved.
+        layers: those of all denoisers, under joint names and operation types.
+        parts: the denoisers, the main one first.
+
+    Raises:
+        QuantDMError: the recipe does not fit the layers.
+    """
+    layers = list(layers)
+    schemes: dict[str, Scheme | None] = {}
+    for part in parts:
+        own = {layer.name: layer for layer in layers if split_name(layer.name, parts)[0] == part}
+        records = [_Own(*(split_name(text, parts)[1] for text in (la.name, la.op_type))) for la in own.values()]
+        rules: Recipe | None = recipe
+        if part != parts[0]:
+            rules = recipe.component(part) if part in recipe.components else None
+        found = {} if rules is None else rules.resolve(records, what=f"recipe for {rules.model}")
+        schemes |= {name: found[record.name] if found else None for name, record in zip(own, records, strict=True)}
+    return QuantConfig({layer.name: schemes[layer.name] for layer in layers})
+
+
+def joint_rules(labels: Mapping[str, str | None], parts: Sequence[str]) -> dict[str, Any]:
+    """Return the `layers` and `components` of the recipe that a joint config means (the inverse of `joint_config`)."""
+    found: dict[str, dict[str, str | None]] = {part: {} for part in parts}
+    for name, label in labels.items():
+        part, own = split_name(name, parts)
+        found[part][own] = label
+    main, *others = parts
+    return {"layers": found[main], "components": {part: Rules(layers=found[part]) for part in others}}

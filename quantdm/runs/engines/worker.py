@@ -1,0 +1,59 @@
+"""A worker: one process with one pipeline, which answers jobs line by line until its input ends.
+
+It is started as a program of its own (`python -m quantdm.runs.engines.worker RUN_DIR`), so it never imports the script
+that called the search. Jobs come as lines of JSON on standard input, answers leave as lines of JSON on standard output;
+whatever libraries print goes to standard error.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from typing import Any
+
+import torch
+
+from quantdm.errors import QuantDMError
+from quantdm.metrics.samples import Draw
+from quantdm.runs.evaluator import Evaluator, Job
+from quantdm.runs.run import Run
+
+ARGUMENTS: dict[str, Any] = {"sensitivity": str, "measure": Job.from_dict, "prepare": lambda record: Draw(**record)}
+
+
+def main(run_dir: str) -> None:
+    """Open the run's pipeline and answer jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
+    evaluator: Evaluator | None = None
+    while True:
+        job = json.loads(jobs.get())
+        try:
+            if evaluator is None:
+                run = Run.open(run_dir)
+                evaluator = Evaluator(run, run.open_subject())
+            answer = {"result": getattr(evaluator, job["method"])(ARGUMENTS[job["method"]](job["argument"]))}
+        except QuantDMError as error:
+            answer = {"error": str(error)}
+        except Exception:  # whatever a pipeline raises: the parent shows it
+            answer = {"traceback": traceback.format_exc()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _listen(jobs: "queue.SimpleQueue[str]") -> None:
+    """Pass jobs on; end this process when its parent closes the pipe or was killed, whatever it is doing."""
+    for line in sys.stdin:
+        jobs.put(line)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
