@@ -17,10 +17,12 @@ from quantdm.hub import QuantDMConfig, apply_recipe, register
 from quantdm.hub.export import export_pipeline
 from quantdm.metrics.evaluate import evaluate
 from quantdm.modules import set_residency
+from quantdm.pipelines.capture import capture_inputs
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import load_pipeline
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol, load_protocol
+from quantdm.pipelines.subject import Subject, look_at
 from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe import ActivationSpec, Recipe, load_recipe
 from quantdm.report import write_report
@@ -46,8 +48,10 @@ __all__ = [
     "QuantizedWeight",
     "Recipe",
     "Scheme",
+    "Subject",
     "apply_correction",
     "apply_recipe",
+    "capture_inputs",
     "demo",
     "evaluate",
     "export_pipeline",
@@ -59,6 +63,7 @@ __all__ = [
     "load_pipeline",
     "load_protocol",
     "load_recipe",
+    "look_at",
     "quantize_weight",
     "register",
     "remove_correction",

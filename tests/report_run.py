@@ -14,6 +14,7 @@ from quantdm.denoisers.analysis import trace_graph
 from quantdm.denoisers.inventory import list_layers
 from quantdm.files import save_tensors, write_json
 from quantdm.pipelines.protocol import load_protocol
+from quantdm.pipelines.seen import Part, Seen
 from quantdm.quantizers import count_bits
 from quantdm.recipe import Provenance, Recipe
 from quantdm.runs.run import Run, RunSettings
@@ -70,11 +71,19 @@ ROWS = [
 ]
 
 
+SEEN = Seen(
+    pipeline="DiTPipeline",
+    denoisers=("transformer",),
+    parts={"transformer": Part(class_name="DiTTransformer2DModel", fingerprint="0123456789abcdef", dtype="float32")},
+    device="cpu",
+)
+
+
 def make_run(folder: Path, space: SearchSpace, *, model: str = "digits-dit") -> Path:
     """Write every record of a finished run."""
     rng = np.random.default_rng(1)
     settings = RunSettings(
-        model=model, fingerprint="0123456789abcdef", options=space.labels, target_bits=3.2, trials=24, seed=0,
+        model=model, location="", seen=SEEN, options=space.labels, target_bits=3.2, trials=24, seed=0,
         protocol=load_protocol("digits-dit"), label_images=100, label_steps=6, verify_images=200, noise_images=4,
         dtype="float32",
     )  # fmt: skip

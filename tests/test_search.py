@@ -28,10 +28,11 @@ from quantdm import (
 from quantdm.metrics import relative_error
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
+from quantdm.pipelines.subject import look_at
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.evaluator import Evaluator, Job
 from quantdm.runs.run import Run
-from quantdm.runs.settings import make_settings
+from quantdm.runs.search import start_run
 from quantdm.runs.stages import build_bank
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import load_trials
@@ -122,14 +123,14 @@ def test_a_swap_moves_pointers_and_comes_back(finished, dit):
 def test_sensitivity_is_the_error_of_one_layer(finished, dit):
     folder, _ = finished
     space = SearchSpace.load(folder / "space.json")
-    evaluator = Evaluator(Run.open(folder), dit)
+    evaluator = Evaluator(Run.open(folder), look_at(dit))
     name = space.layer_names[10]
     assert evaluator.sensitivity(name) == pytest.approx(space.noise_error[10].tolist(), rel=1e-3)
     assert (space.noise_error[:, 0] > space.noise_error[:, 1]).all()  # 2 bits hurt every layer more than 4
 
 
 def test_full_precision_measured_as_a_job_is_exact(finished, dit):
-    evaluator = Evaluator(Run.open(finished[0]), dit)
+    evaluator = Evaluator(Run.open(finished[0]), look_at(dit))
     figures = evaluator.measure(Job(Draw(77, 20, 2)))
     assert figures["fid_fp"] < 1e-9
     assert figures["psnr_fp"] is None
@@ -199,10 +200,10 @@ def test_a_budget_in_bytes_states_its_range_in_bytes(dit, tmp_path):
 def test_calibrated_options_are_calibrated_along_trajectories(tmp_path):
     pipe = load_pipeline("digits-dit")
     options = [Scheme.parse(f"kmeans-channel-{bits}{kind}") for bits in (2, 4) for kind in ("", "-feedback")]
-    settings = make_settings(
-        pipe, target_bits=3.0, target_bytes=None, trials=30, seed=0, options=options, effort=EFFORT
+    run, subject = start_run(
+        look_at(pipe), tmp_path / "run", target_bits=3.0, trials=30, options=options, effort=EFFORT
     )
-    bank = build_bank(Run.create(tmp_path / "run", settings), pipe)
+    bank = build_bank(run, subject)
     name = "transformer_blocks.2.ff.net.0.proj"
     plain, fed_back = (bank.get(name, scheme).dequantize() for scheme in options[:2])
     weight = pipe.transformer.get_parameter(f"{name}.weight")

@@ -12,13 +12,16 @@ from transformers.quantizers import auto as transformers_auto
 
 from quantdm.activations.bits import layer_bits
 from quantdm.activations.hooks import activation_spec, set_activation_bits_
+from quantdm.denoisers.analysis import analyse
+from quantdm.denoisers.given_inputs import describe_inputs
 from quantdm.errors import QuantDMError
 from quantdm.hub.config import QuantDMConfig, QuantizationMethod
 from quantdm.hub.diffusers_plugin import QuantDMQuantizer
 from quantdm.hub.header import layer_table
 from quantdm.hub.quantize import Bank, average_bits, model_layers, pack_layers, set_packed_
+from quantdm.hub.targets import targets
 from quantdm.hub.transformers_plugin import QuantDMHfQuantizer
-from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.parts import inputs_by_part
 from quantdm.quantizers import QuantizedWeight
 from quantdm.recipe import ActivationSpec, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
@@ -39,6 +42,7 @@ def apply_recipe(
     recipe_or_config: Recipe | QuantConfig | str | Path,
     *,
     bank: Bank | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> Model:
     """Quantize a live pipeline's denoiser (or a model) in place: its weights stay packed from now on.
 
@@ -48,7 +52,9 @@ def apply_recipe(
     Args:
         pipe_or_denoiser: a diffusers pipeline, a denoiser, or a text encoder.
         recipe_or_config: a recipe (or its file), or a scheme for every layer. A recipe also sets activations.
-        bank: takes weights of the denoiser that were quantized before instead of quantizing them again.
+        bank: takes weights of the denoisers that were quantized before instead of quantizing them again.
+        example_inputs: keyword arguments of one call of the denoiser, where its class and configuration do not tell
+            them (see `capture_inputs`); of several denoisers: component name -> keyword arguments.
 
     Returns:
         The same object.
@@ -64,11 +70,15 @@ def apply_recipe(
             "recipe: got a dict, expected a Recipe or QuantConfig; wrap it: QuantConfig.from_labels(...)"
         )
     recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
+    inputs = inputs_by_part(pipe_or_denoiser, example_inputs)
+    for model, given in inputs:
+        analyse(model, example_inputs=given)  # from here on they are known
     before: list[tuple[Any, ActivationSpec | None]] = []
     packed: list[tuple[Any, QuantDMConfig, dict[str, QuantizedWeight]]] = []
     try:
-        for model, part, stored in _targets(pipe_or_denoiser, recipe, bank):
-            config = QuantDMConfig(recipe=part)
+        for model, part, stored in targets(pipe_or_denoiser, recipe, bank):
+            given = next((describe_inputs(own) for owner, own in inputs if owner is model), None)
+            config = QuantDMConfig(recipe=part, example_inputs=given)
             spec = activation_spec(model)
             config.activations = config.activations or spec
             _check_activations(model, config.activations)
@@ -87,32 +97,6 @@ def apply_recipe(
         set_activation_bits_(model, config.activations)
         _mark_quantized_(model, config)
     return pipe_or_denoiser
-
-
-def _targets(
-    pipe: Any, recipe: Recipe | QuantConfig, bank: Bank | None
-) -> list[tuple[Any, Recipe | QuantConfig, Bank | None]]:
-    """Return the models that a recipe quantizes, each with its rules."""
-    names = list(recipe.components) if isinstance(recipe, Recipe) else []
-    if names and isinstance(pipe, nn.Module):
-        raise QuantDMError(
-            f"recipe: has components ({', '.join(names)}), got only a {type(pipe).__name__}; apply it to the pipeline, "
-            "or one part of it: recipe.component(NAME)"
-        )
-    targets: list[tuple[Any, Recipe | QuantConfig, Bank | None]] = []
-    if not isinstance(recipe, Recipe) or recipe.has_rules or not names:
-        targets.append((get_denoiser(pipe), recipe, bank))
-    for name in names:
-        assert isinstance(recipe, Recipe)
-        part = getattr(pipe, "components", {}).get(name)
-        if not isinstance(part, nn.Module) or part is get_denoiser(pipe):
-            models = [n for n, c in pipe.components.items() if isinstance(c, nn.Module) and c is not get_denoiser(pipe)]
-            raise QuantDMError(
-                f"recipe: component {name!r} is no further model of the {type(pipe).__name__}; it has "
-                f"{', '.join(models) or 'none'} (the denoiser's rules stand at the top)"
-            )
-        targets.append((part, recipe.component(name), None))
-    return targets
 
 
 def _check_activations(model: nn.Module, spec: ActivationSpec | None) -> None:

@@ -7,8 +7,11 @@ from typing import Any
 
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin as DiffusersConfigMixin
 from pydantic import ValidationError
+from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
+from quantdm.denoisers.analysis import analyse
+from quantdm.denoisers.given_inputs import describe_inputs, parse_inputs
 from quantdm.errors import QuantDMError
 from quantdm.recipe import ActivationSpec, Layer, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
@@ -35,6 +38,8 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
         model: the model that the recipe is for (default: the recipe's).
         avg_bits: average bits per weight, for people who read config.json.
         version: of the export format.
+        example_inputs: keyword arguments of one call of the denoiser, where its class and config do not tell them:
+            tensors, or text such as "float32[2, 4, 64, 64]"; they travel with a saved model.
         future: keys that a later quantdm may write; ignored, as the version decides what can be read.
 
     Raises:
@@ -49,6 +54,7 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
         avg_bits: float | None = None,
         version: int = EXPORT_VERSION,
         component: str | None = None,
+        example_inputs: Mapping[str, Any] | None = None,
         **future: object,
     ) -> None:
         if version != EXPORT_VERSION:
@@ -78,6 +84,7 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
         self.model = model
         self.avg_bits = avg_bits
         self.version = version
+        self.example_inputs = None if example_inputs is None else describe_inputs(example_inputs)
 
     @property
     def what(self) -> str:
@@ -96,12 +103,17 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
             )
         return self.recipe.resolve(layers, what=self.what) if isinstance(self.recipe, Recipe) else self.recipe
 
+    def tell_inputs(self, model: nn.Module) -> None:
+        """Make the example inputs known for this model, if there are any: whoever traces it later needs none."""
+        if self.example_inputs is not None:
+            analyse(model, example_inputs=parse_inputs(self.example_inputs))
+
     def to_dict(self) -> dict[str, Any]:
         """Return what is written into config.json: compact, without the layers."""
         record: dict[str, Any] = {"quant_method": self.quant_method.value, "version": self.version}
         if self.activations is not None:
             record["activations"] = self.activations.model_dump(mode="json")
-        optional = {"model": self.model, "avg_bits": self.avg_bits}
+        optional = {"model": self.model, "avg_bits": self.avg_bits, "example_inputs": self.example_inputs}
         return record | {key: value for key, value in optional.items() if value is not None}
 
     def to_diff_dict(self) -> dict[str, Any]:

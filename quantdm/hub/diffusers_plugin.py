@@ -117,6 +117,7 @@ class QuantDMQuantizer(DiffusersQuantizer):
         layer._parameters["packed"] = nn.Parameter(raw, requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.quantization_config.tell_inputs(model)
         if self.pre_quantized:
             check_loaded(model)
         else:

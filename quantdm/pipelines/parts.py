@@ -1,6 +1,8 @@
 """Which parts of a pipeline are its denoisers: found by what they take, not by a list of classes."""
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -38,6 +40,19 @@ def get_denoiser(pipe: DiffusionPipeline | nn.Module) -> nn.Module:
         QuantDMError: the pipeline has none.
     """
     return pipe if isinstance(pipe, nn.Module) else next(iter(find_denoisers(pipe).values()))
+
+
+def inputs_by_part(pipe: Any, given: Mapping[str, Any] | None) -> list[tuple[nn.Module, Mapping[str, Any]]]:
+    """Return the denoisers for which example inputs were given, each with its own.
+
+    `given` are the keyword arguments of one call of the main denoiser, or component name -> keyword arguments.
+    """
+    if given is None:
+        return []
+    denoisers = {"": pipe} if isinstance(pipe, nn.Module) else find_denoisers(pipe)
+    if set(given) <= set(denoisers) and all(isinstance(value, Mapping) for value in given.values()):
+        return [(denoisers[name], inputs) for name, inputs in given.items()]
+    return [(next(iter(denoisers.values())), given)]
 
 
 def _denoises(part: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from quantdm.errors import QuantDMError
 from quantdm.machine import best_device
 from quantdm.pipelines.casting import in_dtype
 from quantdm.pipelines.loading import load_pipeline, model_name
-from quantdm.pipelines.parts import find_denoisers
+from quantdm.pipelines.parts import find_denoisers, inputs_by_part
 from quantdm.pipelines.seen import Seen, differences, see
 from quantdm.recipe.joint import split_name
 
@@ -134,7 +134,12 @@ def look_at(
     named = isinstance(pipe, (str, Path))
     live = load_pipeline(pipe, device=device or best_device()) if isinstance(pipe, (str, Path)) else pipe
     denoisers = find_denoisers(live)
-    inputs = _inputs_by_part(example_inputs, denoisers)
+    inputs = {
+        name: given
+        for name, module in denoisers.items()
+        for owner, given in inputs_by_part(live, example_inputs)
+        if owner is module
+    }
     found = {name: analyse(module, example_inputs=inputs.get(name)) for name, module in denoisers.items()}
     seen = see(live, {name: describe_inputs(given) for name, given in inputs.items()})
     name = str(pipe) if isinstance(pipe, (str, Path)) else model_name(live)
@@ -165,14 +170,6 @@ def reopen(location: str, name: str, seen: Seen, *, example_inputs: Inputs | Non
             "put it back, or start another run"
         )
     return replace(subject, name=name)
-
-
-def _inputs_by_part(given: Inputs | None, denoisers: Mapping[str, nn.Module]) -> dict[str, Inputs]:
-    if given is None:
-        return {}
-    if set(given) <= set(denoisers) and all(isinstance(value, Mapping) for value in given.values()):
-        return dict(given)
-    return {next(iter(denoisers)): given}
 
 
 def _opens_the_same(name: str, seen: Seen) -> bool:

@@ -1,5 +1,6 @@
 """Run jobs: in this process, or in one single-threaded process per core."""
 
+import contextlib
 import json
 import os
 import queue
@@ -38,6 +39,7 @@ class Engine:
         alone = subject.device.type != "cpu" or subject.location is None
         self.workers = 1 if alone else workers or cores()
         self._processes: list[subprocess.Popen[str]] = []
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Engine":
         return self
@@ -56,7 +58,14 @@ class Engine:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._processes = []
+        for thread in self._threads:
+            thread.join()
+        for process in self._processes:
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what was still to be written has no reader any more
+                    assert pipe is not None
+                    pipe.close()
+        self._processes, self._threads = [], []
 
     @cached_property
     def local(self) -> Evaluator:
@@ -80,8 +89,11 @@ class Engine:
         for index, argument in enumerate(arguments):
             plain = asdict(argument) if is_dataclass(argument) and not isinstance(argument, type) else argument
             todo.put((index, json.dumps({"method": method, "argument": plain})))
-        for process in self._processes:
-            threading.Thread(target=_serve, args=(process, todo, done), daemon=True).start()
+        self._threads = [
+            threading.Thread(target=_serve, args=(process, todo, done), daemon=True) for process in self._processes
+        ]
+        for thread in self._threads:
+            thread.start()
         for _ in arguments:
             index, answer = done.get()
             if isinstance(answer, QuantDMError):
