@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import AsJson, Overrides, RunDir, app
+from quantdm.cli.app import AsJson, ExampleInputs, Overrides, RunDir, app, given_inputs
 
 
 @app.command(epilog="Example: quantdm inspect digits-dit --scheme kmeans-channel-4 --set 'proj_out*=uniform-channel-8'")
@@ -19,12 +19,20 @@ def inspect(
     overrides: Overrides = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line of CSV per layer.")] = False,
+    example_inputs: ExampleInputs = None,
 ) -> None:
     """List the quantizable layers of a pipeline, an export or a recipe's model: shape, scheme, bits, SQNR."""
     from quantdm.cli.layer_table import layers_csv, layers_text
     from quantdm.hub.inspection import inspect_target
 
-    record = inspect_target(target, model=model, scheme=scheme, recipe=recipe, overrides=overrides or [])
+    record = inspect_target(
+        target,
+        model=model,
+        scheme=scheme,
+        recipe=recipe,
+        overrides=overrides or [],
+        example_inputs=given_inputs(example_inputs),
+    )
     if as_json:
         typer.echo(json.dumps(record, indent=1))
     else:

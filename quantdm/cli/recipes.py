@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import Model, ModelCard, Out, Overrides, RunDir, app
+from quantdm.cli.app import ExampleInputs, Model, ModelCard, Out, Overrides, RunDir, app, given_inputs
 
 
 @app.command(epilog="Example: quantdm apply digits-dit --recipe recipe.yaml -o digits-dit-3bit")
@@ -16,13 +16,16 @@ def apply(
     out: Out,
     overrides: Overrides = None,
     model_card: ModelCard = False,
+    example_inputs: ExampleInputs = None,
 ) -> None:
     """Quantize a pipeline by a recipe and save it packed."""
     from quantdm.hub.export import export_pipeline
     from quantdm.hub.model_card import write_card
     from quantdm.recipe import load_recipe
 
-    typer.echo(f"pipeline: {export_pipeline(model, load_recipe(recipe).override(overrides or []), out)}")
+    chosen = load_recipe(recipe).override(overrides or [])
+    made = export_pipeline(model, chosen, out, example_inputs=given_inputs(example_inputs))
+    typer.echo(f"pipeline: {made}")
     if model_card:
         typer.echo(f"model card: {write_card(out)}")
 

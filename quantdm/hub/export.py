@@ -2,7 +2,9 @@
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +27,7 @@ def export_pipeline(
     *,
     bank: Bank | None = None,
     correction: str | Path | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> Path:
     """Quantize a pipeline by a recipe and save it; nothing half-written is left behind.
 
@@ -36,6 +39,7 @@ def export_pipeline(
         folder: where it is written; an earlier export there is replaced, anything else is refused.
         bank: takes packed weights from here instead of quantizing again.
         correction: a file of `Correction.save` that travels along.
+        example_inputs: as for `apply_recipe`.
 
     Raises:
         QuantDMError: the recipe is for another model, or the folder holds something else.
@@ -45,7 +49,7 @@ def export_pipeline(
         raise QuantDMError(f"export: {folder} exists and is no export of quantdm; choose another directory")
     dtype = lossless_dtype(load_pipeline(model))
     pipe = load_pipeline(model, torch_dtype=dtype)
-    apply_recipe(pipe, recipe, bank=bank)
+    apply_recipe(pipe, recipe, bank=bank, example_inputs=example_inputs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         made = Path(temporary) / folder.name

@@ -1,7 +1,7 @@
 """Everything that `quantdm inspect` knows of a pipeline, an export or a recipe, as a record."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from quantdm.denoisers.analysis import analyse
 from quantdm.errors import QuantDMError
 from quantdm.hub.quantize import model_layers, stored_bits
 from quantdm.metrics import relative_error
 from quantdm.modules import packed_layers
 from quantdm.modules.blob import blob_size
 from quantdm.pipelines.loading import EMBEDDED, known_pipelines, load_pipeline, pipeline_path
-from quantdm.pipelines.parts import DENOISER_NAMES, get_denoiser
+from quantdm.pipelines.parts import DENOISER_NAMES, find_denoisers
 from quantdm.pipelines.skeleton import open_skeleton
 from quantdm.quantizers import quantize_weight
 from quantdm.recipe import Recipe, load_recipe
@@ -29,6 +30,7 @@ def inspect_target(
     scheme: str | None = None,
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return one record per quantizable layer of a pipeline, an export, or the model of a recipe file.
 
@@ -38,6 +40,7 @@ def inspect_target(
         scheme: show the bits and SQNR of every layer under this scheme.
         recipe: or under the schemes of this recipe.
         overrides: `PATTERN=SCHEME` on top of the scheme or recipe.
+        example_inputs: keyword arguments of one call of the denoiser, where they cannot be inferred.
 
     Returns:
         A JSON record. Layers of further parts of the pipeline are named `PART:layer`. SQNR is there where the original
@@ -59,6 +62,8 @@ def inspect_target(
         raise QuantDMError(f"inspect: --model goes with a recipe file, got {target!r}")
     where = model or (rules.model if is_recipe and rules is not None else target)
     parts = _open(where, rules)
+    if example_inputs is not None:
+        analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
     rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where)]
     weights = sum(row["num_weights"] for row in rows)
     bits = sum(row["num_bits"] for row in rows)
@@ -76,18 +81,18 @@ def inspect_target(
 
 
 def _open(where: str, rules: Recipe | None) -> dict[str, nn.Module]:
-    """Return the denoiser (named "") and the further parts that are or will be quantized."""
+    """Return the denoiser (named "") and the further parts that are or may be quantized."""
     local = Path(where).is_dir() or where in known_pipelines()
     if not local or not (Path(pipeline_path(where)) / "model_index.json").is_file():
         if rules is not None and rules.components:
             raise QuantDMError(f"inspect: the recipe has components, and {where} is no directory of a pipeline")
         return {"": open_skeleton(where)}
     pipe = load_pipeline(where)
-    denoiser = get_denoiser(pipe)
+    main, *others = find_denoisers(pipe).items()
     wanted = set(rules.components) if rules is not None else set()
-    found = {"": denoiser}
+    found = {"": main[1], **dict(others)}
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and part is not denoiser and (name in wanted or packed_layers(part)):
+        if isinstance(part, nn.Module) and name not in (main[0], *found) and (name in wanted or packed_layers(part)):
             found[name] = part
     if wanted - set(found):
         raise QuantDMError(f"inspect: {where} has no component {min(wanted - set(found))!r} that the recipe names")
@@ -100,8 +105,11 @@ def _rows(part_name: str, part: nn.Module, rules: Recipe | None, where: str) -> 
         raise QuantDMError(f"inspect: {where} is quantized already; leave out schemes and recipes to see its layers")
     config = None
     if rules is not None:
-        own = rules.component(part_name) if part_name else rules
-        config = QuantConfig.uniform([r.name for r in layers], None) if _untouched(own) else own.resolve(layers)
+        own = rules if not part_name else rules.component(part_name) if part_name in rules.components else None
+        if own is None or (not own.has_rules and own.components):
+            config = QuantConfig.uniform([layer.name for layer in layers], None)
+        else:
+            config = own.resolve(layers)
     rows = []
     # disable=None: no bar where nobody watches
     progress = tqdm(layers, desc="quantize", unit="layer", delay=2, leave=False, disable=None if config else True)
@@ -123,10 +131,6 @@ def _rows(part_name: str, part: nn.Module, rules: Recipe | None, where: str) -> 
             row["sqnr_db"] = None if scheme is None else _sqnr_db(part, layer, scheme)
         rows.append(row)
     return rows
-
-
-def _untouched(rules: Recipe) -> bool:
-    return not rules.has_rules and bool(rules.components)
 
 
 def _sqnr_db(part: nn.Module, layer: Any, scheme: Scheme) -> float | None:
