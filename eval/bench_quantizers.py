@@ -1,7 +1,7 @@
 """The quantizers beside their peers, side by side in one run; writes eval/results/bench_quantizers.json.
 
     python -m venv .peers
-    .peers/bin/pip install -c constraints.txt torch diffusers transformers accelerate scikit-learn numba \\
+    .peers/bin/pip install torch==2.13.0 diffusers transformers accelerate scikit-learn numba \\
         flash1dkmeans bitsandbytes sdnq hqq torchao optimum-quanto
     python eval/bench_quantizers.py --peers .peers/bin/python             # all parts
     python eval/bench_quantizers.py --peers .peers/bin/python --parts rows models

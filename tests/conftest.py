@@ -1,5 +1,10 @@
 """Shared fixtures: everything here is real (tiny diffusers models, the embedded pipelines), nothing is mocked."""
 
+import os
+
+# Results depend on the number of threads in their last bits: this process and those it starts all take one.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

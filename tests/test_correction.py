@@ -17,7 +17,7 @@ from quantdm.correction import (
     statistics_from_pairs,
     step_table,
 )
-from quantdm.correction.variance import deterministic_target, log_snr
+from quantdm.correction.variance import deterministic_stretch, deterministic_target, log_snr, noise_level
 from quantdm.errors import QuantDMError
 
 ALPHAS = DDIMScheduler().alphas_cumprod
@@ -101,6 +101,16 @@ def test_a_slope_of_few_samples_is_not_significant():
     fit = statistics_from_pairs([500], [m], [m + 0.2 * m + 0.4 * noise]).correction(ALPHAS)
     assert fit.diagnostics["r2"][0] > 0.05  # would pass by its share of variance
     assert fit.k[0] == 0
+
+
+def test_outputs_that_do_not_vary_have_no_slope():
+    values = torch.rand(40, 2, 1, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for m, delta in values:
+        m = 1000 * m.expand(16, 2, 7, 7)
+        fit = statistics_from_pairs([500], [m], [m + delta]).correction(ALPHAS)
+        assert not fit.k.any()
+        assert fit.q == pytest.approx([0.0], abs=1e-12)
+        assert np.allclose(fit.bias, delta.flatten(), atol=1e-12)
 
 
 def test_streaming_in_batches_gives_the_same_statistics_as_all_at_once():
@@ -318,6 +328,50 @@ def test_a_schedule_that_starts_at_zero_snr_keeps_its_own_first_step(eta):
     assert steps[0].isfinite().all()
 
 
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_a_step_is_finite_and_the_plain_one_where_that_is_finite(schedule, prediction):
+    settings = {"beta_schedule": schedule, "prediction_type": prediction, "timestep_spacing": "trailing"}
+    settings["rescale_betas_zero_snr"] = True
+    alphas = DDIMScheduler(beta_schedule=schedule, rescale_betas_zero_snr=True).alphas_cumprod
+    full = make_correction([999, 500], q=0.2, prediction_type=prediction, alphas=alphas)
+    for steps in (1, 2, 3, 4, 5, 7, 8, 10, 13, 20, 25, 50):
+        base = make_scheduler(DDIMScheduler, None, steps=steps, **settings)
+        nothing = make_scheduler(DDIMScheduler, full.with_variant("none"), steps=steps, **settings)
+        corrected = make_scheduler(DDIMScheduler, full, steps=steps, **settings)
+        for t in (base.timesteps[0], base.timesteps[-1]):
+            for eta in (0.0, 0.5, 1.0):
+
+                def step(scheduler, t=t, eta=eta):
+                    generator = torch.Generator().manual_seed(5)
+                    return scheduler.step(OUTPUT, t, SAMPLE, eta=eta, generator=generator).prev_sample
+
+                plain, same = step(base), step(nothing)
+                assert same.isfinite().all()
+                assert torch.equal(same, plain) or not plain.isfinite().all()
+                assert step(corrected).isfinite().all()
+
+
+def test_an_eta_that_the_schedule_has_no_noise_for_is_refused():
+    ours = make_scheduler(DDIMScheduler, None, steps=10)
+    ours = CorrectedDDIMScheduler.from_config(ours.config)
+    ours.set_timesteps(10)
+    with pytest.raises(QuantDMError, match=r"got eta 2\.0, expected 0 to 1"):
+        ours.step(OUTPUT, 900, SAMPLE, eta=2.0)
+
+
+def test_a_step_to_its_own_noise_level_is_not_stretched():
+    for alpha_bar in torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist():
+        level = noise_level(alpha_bar)
+        assert deterministic_target(level, level, 0.3) == pytest.approx(level)
+        assert deterministic_stretch(alpha_bar, alpha_bar, 0.3) == 1.0
+    for q in np.linspace(0.01, 1.0, 50):  # such a scheduler ends where it is
+        correction = make_correction([500, 0], k=0.0, q=q)
+        ours = make_scheduler(DDIMScheduler, correction, steps=10, set_alpha_to_one=False)
+        base = make_scheduler(DDIMScheduler, None, steps=10, set_alpha_to_one=False)
+        assert torch.equal(ours.step(OUTPUT, 0, SAMPLE).prev_sample, base.step(OUTPUT, 0, SAMPLE).prev_sample)
+
+
 @pytest.mark.parametrize("kind", ["fixed_small", "fixed_small_log", "fixed_large", "learned_range"])
 def test_every_ddpm_variance_is_lowered_by_the_same_amount(kind):
     predicted = torch.full((64, 2, 4, 4), 0.3)
@@ -374,6 +428,16 @@ def test_the_step_table_tells_what_share_of_the_variance_is_absorbed(plain, eta)
         assert a["k"] == pytest.approx(0.1)
     assert sum(row["feasible"] for row in small) > 20
     assert scheduler.num_inference_steps == 3
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(("plain", "eta"), [(DDIMScheduler, 0.0), (DDIMScheduler, 1.0), (DDPMScheduler, 0.0)])
+def test_the_step_table_is_finite_at_zero_snr(plain, eta, prediction):
+    settings = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": prediction}
+    scheduler = make_scheduler(plain, None, steps=10, **settings)
+    correction = make_correction([999, 500], prediction_type=prediction, alphas=scheduler.alphas_cumprod)
+    rows = step_table(correction, scheduler, 10, eta=eta)
+    assert all(np.isfinite(value) for row in rows for value in row.values())
 
 
 # ---------------------------------------------------------- a sampler whose score is exact: a mixture of two Gaussians

@@ -343,6 +343,7 @@ def test_a_corrected_pipeline_saves_and_loads_in_a_new_process(tmp_path):
     script = f"""
 import torch, quantdm
 from diffusers import DiffusionPipeline
+torch.set_num_threads(1)
 pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "export")!r})
 torch.manual_seed(5)
 images = pipe([0, 1, 2, 3], 3.0, [torch.Generator().manual_seed(5 + i) for i in range(4)],

@@ -177,7 +177,7 @@ def test_input_that_cannot_be_inferred_is_named() -> None:
         list_layers(Strange())
     given = {"hidden_states": torch.zeros(1, 2, 4), "aura": torch.zeros(3), "mood": torch.zeros(1)}
     assert [r.name for r in list_layers(Strange(), example_inputs=given)] == ["proj"]
-    with pytest.raises(QuantDMError, match=r"fails on the meta device.*aura.*7"):
+    with pytest.raises(QuantDMError, match=r"fails on the meta device with inputs .*aura.*7"):
         list_layers(Strange(), example_inputs={**given, "aura": torch.zeros(7)})
 
 

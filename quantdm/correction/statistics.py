@@ -19,10 +19,15 @@ KEPT_VALUES = 512
 
 
 class Moments:
-    """Sums of V variables and of their products per channel, in float64."""
+    """Sums of V variables and of their products per channel, in float64.
+
+    They count from each channel's first value: variance is a difference of sums, and of values that are nearly the same
+    it would be rounding alone, positive or negative.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self._origin: torch.Tensor | None = None
         self._first = torch.zeros(())
         self._second = torch.zeros(())
 
@@ -30,18 +35,22 @@ class Moments:
         """Add V tensors of equal shape [N, C, ...]."""
         x = torch.stack([v.double().transpose(0, 1).flatten(1) for v in variables])
         self.count += x.shape[2]
+        if self._origin is None:
+            self._origin = x[:, :, :1].clone()
+        x = x - self._origin
         self._first = self._first + x.sum(dim=2)
         self._second = self._second + torch.einsum("vcn,wcn->vwc", x, x)
 
     @property
     def mean(self) -> torch.Tensor:
         """Means [V, C]."""
-        return self._first / self.count
+        assert self._origin is not None
+        return self._origin[:, :, 0] + self._first / self.count
 
     @property
     def cov(self) -> torch.Tensor:
         """Covariances within each channel, summed over channels, [V, V]."""
-        mean = self.mean
+        mean = self._first / self.count
         return (self._second / self.count - mean[:, None] * mean[None, :]).sum(dim=2)
 
 

@@ -1,6 +1,7 @@
 """What a correction does, step by step: the table of the report."""
 
 import copy
+import math
 
 from diffusers import DDIMScheduler, DDPMScheduler
 
@@ -38,7 +39,8 @@ def step_table(
         else:
             here, after = variance.noise_level(alpha_bar), variance.noise_level(alpha_bar_prev)
             available = after**2
-            absorbed = ((here - after) * q) ** 2
+            # from pure noise the scheduler's own step is taken, see `variance.ddim_absorbed`
+            absorbed = ((here - after) * q) ** 2 if math.isfinite(here) else 0.0
             feasible = variance.deterministic_target(here, after, q) < after
         rows.append(
             {

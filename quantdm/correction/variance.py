@@ -21,21 +21,23 @@ def epsilon_units(prediction_type: str, alpha_bar: float) -> float:
     if prediction_type == "v_prediction":
         return math.sqrt(alpha_bar)
     if prediction_type == "sample":
-        return math.sqrt(alpha_bar / (1.0 - alpha_bar))
+        return math.sqrt(alpha_bar / (1.0 - alpha_bar)) if alpha_bar < 1.0 else 0.0  # no noise: no epsilon either
     assert prediction_type == "epsilon", prediction_type
     return 1.0
 
 
 def ddpm_absorbed(alpha_bar: float, alpha_bar_prev: float, q: float) -> float:
     """Return the variance that the noise adds in a DDPM step: beta_t^2 / (alpha_t (1 - alpha_bar_t)) q^2 (PTQD)."""
-    alpha = alpha_bar / alpha_bar_prev
-    if alpha <= 0.0:  # zero terminal SNR: the step starts from pure noise and has no epsilon to speak of
+    if not 0.0 < alpha_bar < 1.0:  # zero terminal SNR: a step from pure noise has no epsilon to speak of
         return 0.0
+    alpha = alpha_bar / alpha_bar_prev
     return (1.0 - alpha) ** 2 / (alpha * (1.0 - alpha_bar)) * q**2
 
 
 def ddim_sigma(alpha_bar: float, alpha_bar_prev: float, eta: float) -> float:
     """Return DDIM's sigma_t(eta) (Song et al. 2021, equation 16)."""
+    if alpha_bar >= 1.0 or alpha_bar_prev <= 0.0:
+        return 0.0
     variance = (1.0 - alpha_bar_prev) / (1.0 - alpha_bar) * (1.0 - alpha_bar / alpha_bar_prev)
     return eta * math.sqrt(max(variance, 0.0))
 
@@ -74,3 +76,12 @@ def deterministic_target(sigma: float, sigma_next: float, q: float) -> float:
     if disc < 0.0:
         return sigma_next
     return (sigma * q**2 + math.sqrt(disc)) / (1.0 + q**2)
+
+
+def deterministic_stretch(alpha_bar: float, alpha_bar_prev: float, q: float) -> float:
+    """Return how much longer the step to `deterministic_target` is than the scheduler's own; 1 where it takes that."""
+    sigma, sigma_next = noise_level(alpha_bar), noise_level(alpha_bar_prev)
+    if sigma == sigma_next:  # set_alpha_to_one=False: the last step goes nowhere
+        return 1.0
+    target = deterministic_target(sigma, sigma_next, q)
+    return 1.0 if target == sigma_next else (target - sigma) / (sigma_next - sigma)

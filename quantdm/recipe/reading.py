@@ -1,5 +1,6 @@
 """Read recipe files: plain YAML only, every problem with its line and what to do."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,17 @@ def _read(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
 
 def _check_events(text: str, what: str) -> None:
     """Refuse what grows on reading or names Python objects, before anything is built."""
+    try:
+        _check_each(yaml.parse(text, Loader=_Loader), what)
+    except yaml.YAMLError:
+        # The C parser reads ahead and gives up on deep nesting in words of its own, before it hands out an event of it.
+        _check_each(yaml.parse(text, Loader=yaml.SafeLoader), what)
+        raise
+
+
+def _check_each(events: Iterable[yaml.Event], what: str) -> None:
     depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in events:
         where = f"{what}, line {event.start_mark.line + 1}"
         if isinstance(event, yaml.AliasEvent):
             raise QuantDMError(
@@ -139,7 +149,7 @@ def _explain(error: ValidationError, what: str, lines: Lines) -> str:
     for problem in error.errors()[:3]:
         loc = tuple(str(part) for part in problem["loc"])
         known = next((loc[:end] for end in range(len(loc), -1, -1) if loc[:end] in lines), ())
-        message = problem["msg"].removeprefix("Value error, ")
+        message = str(problem.get("ctx", {}).get("error", problem["msg"]))
         if problem["type"] == "extra_forbidden":
             message = f"unknown key; {nearest(loc[-1], _keys(loc))}"
         elif problem["type"] not in ("value_error", "missing"):
