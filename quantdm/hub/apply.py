@@ -112,7 +112,6 @@ def _check_activations(model: nn.Module, spec: ActivationSpec | None) -> None:
 def _mark_quantized_(model: Any, config: QuantDMConfig) -> None:
     if isinstance(model, ModelMixin):
         quantizer = QuantDMQuantizer(config)
-        quantizer.table = layer_table(model)
         model.register_to_config(quantization_config=config)
     elif isinstance(model, PreTrainedModel):
         quantizer = QuantDMHfQuantizer(config)
@@ -120,5 +119,6 @@ def _mark_quantized_(model: Any, config: QuantDMConfig) -> None:
     else:
         return  # a plain module has no save_pretrained to tell
     model.hf_quantizer = quantizer  # pyright: ignore[reportArgumentType]
-    model.is_quantized = True  # pyright: ignore[reportArgumentType]
+    quantizer.table = layer_table(model)
+    quantizer.own_(model)
     model.quantization_method = config.quant_method  # pyright: ignore[reportArgumentType]

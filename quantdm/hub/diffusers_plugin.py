@@ -10,7 +10,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
-from quantdm.activations.hooks import set_activation_bits_
+from quantdm.activations.hooks import activation_spec, set_activation_bits_
 from quantdm.errors import QuantDMError
 from quantdm.hub.checkpoint import (
     check_bytes,
@@ -25,11 +25,12 @@ from quantdm.hub.config import QuantDMConfig
 from quantdm.hub.header import Header, LayerEntry, encode_header, layer_table, read_headers
 from quantdm.hub.loaded import quantize_loaded_
 from quantdm.hub.quantize import dequantize_layers_
+from quantdm.hub.saving import Owned, keys_to_save
 from quantdm.modules.packed import PackedLayer
 from quantdm.pipelines.stored import HEADER_KEY, SUFFIX
 
 
-class QuantDMQuantizer(DiffusersQuantizer):
+class QuantDMQuantizer(Owned, DiffusersQuantizer):
     """quantdm inside diffusers' `from_pretrained` and `save_pretrained`."""
 
     quantization_config: QuantDMConfig
@@ -128,6 +129,7 @@ class QuantDMQuantizer(DiffusersQuantizer):
             # from_single_file does not: the model would be saved as if it were dense, and opened with random weights.
             model.register_to_config(quantization_config=self.quantization_config)
         set_activation_bits_(model, self.quantization_config.activations)
+        self.own_(model)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = True
@@ -137,24 +139,33 @@ class QuantDMQuantizer(DiffusersQuantizer):
             raise QuantDMError(
                 "save_pretrained: quantdm models are saved as safetensors; leave safe_serialization=True"
             )
-        packed = {key.removesuffix(SUFFIX) for key in state_dict if key.endswith(SUFFIX)}
-        if packed != set(self.table):
-            different = sorted(packed ^ set(self.table))[:3]
-            raise QuantDMError(
-                f"save_pretrained: layers were added, removed or wrapped after quantization, first "
-                f"{', '.join(different)}; unload adapters before saving"
-            )
-        return state_dict, {HEADER_KEY: encode_header(self.table, state_dict)}
+        model = self.owner
+        if model is None:
+            raise QuantDMError("save_pretrained: the quantizer belongs to no model; load or quantize it again")
+        keys = keys_to_save(model, self.table, state_dict)
+        kept = {key: tensor for key, tensor in state_dict.items() if key in keys}
+        return kept, {HEADER_KEY: encode_header(layer_table(model), kept)}
 
     def _dequantize(self, model: Any) -> Any:
+        spec = activation_spec(model)
         set_activation_bits_(model, None)
-        dequantize_layers_(model)
+        try:
+            dequantize_layers_(model)
+        except QuantDMError:
+            set_activation_bits_(model, spec)
+            raise
         strip_config_(model)
         return model
 
     @property
     def is_serializable(self) -> bool:
-        """Always: the packed bytes are what is saved."""
+        """Tell that it can be saved; asked before a folder is made, it refuses what `from_pretrained` would not open.
+
+        Raises:
+            QuantDMError: says what was added, removed or wrapped since the model was quantized, and the remedy.
+        """
+        if self.owner is not None:
+            keys_to_save(self.owner, self.table, self.owner.state_dict())
         return True
 
     @property

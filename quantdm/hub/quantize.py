@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.denoisers.names import op_type_of, weights_below
 from quantdm.errors import QuantDMError
+from quantdm.hub.ties import untie_packed_
 from quantdm.modules.packed import PackedLayer, packed_layers
 from quantdm.modules.swap import PACKED_CLASSES, check_replaceable, dequantize_module_, quantize_module_
 from quantdm.quantizers import QuantizedWeight, count_bits, quantize_weight
@@ -121,6 +122,8 @@ def set_packed_(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> N
     """Put packed layers in the places of those that `pack_layers` packed."""
     for name, weight in quantized.items():
         quantize_module_(model, name, weight)
+    if isinstance(model, PreTrainedModel):
+        untie_packed_(model)
 
 
 def dequantize_layers_(model: nn.Module) -> None:

@@ -17,20 +17,23 @@ from quantdm.hub.checkpoint import (
     prepare_layers_,
 )
 from quantdm.hub.config import QuantDMConfig
-from quantdm.hub.header import Header, encode_header, layer_table, read_headers
+from quantdm.hub.header import Header, LayerEntry, encode_header, layer_table, read_headers
 from quantdm.hub.loaded import quantize_loaded_
 from quantdm.hub.quantize import dequantize_layers_, model_layers
+from quantdm.hub.saving import Owned, keys_to_save
+from quantdm.hub.ties import untie_packed_
 from quantdm.modules.packed import packed_layers
 from quantdm.pipelines.stored import HEADER_KEY, SUFFIX
 
 
-class QuantDMHfQuantizer(HfQuantizer):
+class QuantDMHfQuantizer(Owned, HfQuantizer):
     """quantdm inside transformers' `from_pretrained` and `save_pretrained` (text encoders)."""
 
     quantization_config: QuantDMConfig
 
     def __init__(self, quantization_config: QuantDMConfig, pre_quantized: bool = True, **kwargs: Any) -> None:
         super().__init__(quantization_config, pre_quantized=pre_quantized, **kwargs)
+        self.table: dict[str, LayerEntry] = {}
         self._header: Header | None = None
         self._where = ""
 
@@ -46,6 +49,7 @@ class QuantDMHfQuantizer(HfQuantizer):
         kept = model._get_dtype_plan(model.dtype)
         fp32 = {name for key in kept for name in re.findall(r"\w+", key)}
         prepare_layers_(model, self._header.table, self._where, keep_in_fp32=fp32)
+        untie_packed_(model)
         # Names in the file may have another prefix, which transformers maps: what must agree is how many there are.
         packed, layers = sum(key.endswith(SUFFIX) for key in places), len(self._header.table)
         expected = model.state_dict().keys() - model.all_tied_weights_keys.keys()
@@ -78,13 +82,18 @@ class QuantDMHfQuantizer(HfQuantizer):
                     raise QuantDMError(f"{layer.name}: its weight was not in the checkpoint; copy or download it again")
             quantize_loaded_(model, self.quantization_config)
             self.pre_quantized = True
+        self.table = layer_table(model)
+        self.own_(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
         """Add the layer table to the header of every file.
 
-        Its checksums are those of the packed weights alone: transformers may rename or rearrange other tensors.
+        Its checksums are those of the packed weights alone: transformers may rename or rearrange other tensors. With an
+        adapter on it, the file gets the weights of the adapter alone, and no table.
         """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
         packed = {f"{name}{SUFFIX}": layer.packed for name, layer in packed_layers(model).items()}
         return None, {HEADER_KEY: encode_header(layer_table(model), packed)}
 
@@ -93,7 +102,14 @@ class QuantDMHfQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        """Always: the packed bytes are what is saved."""
+        """Tell that it can be saved; asked before a folder is made, it refuses what `from_pretrained` would not open.
+
+        Raises:
+            QuantDMError: says what was added, removed or wrapped since the model was quantized, and the remedy.
+        """
+        model = self.owner
+        if model is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            keys_to_save(model, self.table, model.state_dict())
         return True
 
     @property

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from quantdm.errors import QuantDMError
 from quantdm.modules.blob import join_tensors, split_blob
+from quantdm.modules.decoding import decode_bytes, decode_layer, new_handle
 from quantdm.modules.int8 import Int8Weight, int8_form, moved
 from quantdm.modules.view import WeightView
 from quantdm.quantizers import QuantizedWeight
@@ -40,23 +41,6 @@ def _scratch_out(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | N
     return buffers[key][:count].view(shape)
 
 
-@torch.library.custom_op("quantdm::decode", mutates_args=())
-def _decode(
-    packed: torch.Tensor, label: str, shape: list[int], split: int | None, original: torch.dtype, dtype: torch.dtype
-) -> torch.Tensor:
-    """Decode a blob; one opaque node under torch.compile, where decoding in place of it would break the graph."""
-    scheme = Scheme.parse(label)
-    tensors = split_blob(packed, tuple(shape), scheme, split)
-    return QuantizedWeight(scheme, tuple(shape), split, original, tensors).dequantize(dtype=dtype)
-
-
-@_decode.register_fake
-def _(
-    packed: torch.Tensor, label: str, shape: list[int], split: int | None, original: torch.dtype, dtype: torch.dtype
-) -> torch.Tensor:
-    return packed.new_empty(shape, dtype=dtype)
-
-
 class PackedLayer(nn.Module):
     """What all packed layers share: the bytes, what they mean, and how they become a dense weight again.
 
@@ -71,6 +55,8 @@ class PackedLayer(nn.Module):
     split: int | None
     original_dtype: torch.dtype
     weight_dtype: torch.dtype
+    path: str  # where the layer is in the model that was quantized
+    _handle: torch.Tensor  # under which a compiled graph finds the layer
     _kept: torch.Tensor | Int8Weight | None  # what is held beside the bytes, see `residency`
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -97,7 +83,12 @@ class PackedLayer(nn.Module):
         self.scheme, self.label, self.weight_shape, self.split = scheme, scheme.label, tuple(shape), split
         self.original_dtype, self.weight_dtype = original_dtype, weight_dtype
         self.packed = nn.Parameter(packed, requires_grad=False)
-        self._kept = None
+        self.path, self._handle, self._kept = "", new_handle(self), None
+
+    def __setstate__(self, state: Any) -> None:
+        """Be another layer than the one that was copied."""
+        super().__setstate__(state)
+        self._handle = new_handle(self)
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -109,13 +100,18 @@ class PackedLayer(nn.Module):
         """Decode the weight into a new tensor of `dtype` (default: `weight_dtype`)."""
         return self.quantized.dequantize(dtype=dtype or self.weight_dtype)
 
-    def dense_weight(self) -> torch.Tensor:
+    def dense_weight(self, device: torch.device | None = None) -> torch.Tensor:
         """Return the weight for one forward pass: kept in dense residency, else decoded into a shared buffer.
+
+        Args:
+            device: where the bytes are, for a compiled graph, which then does not depend on how many they are.
 
         Raises:
             QuantDMError: the bytes were moved by an offload hook, what is kept beside them was not.
         """
         kept = self._kept
+        if torch.compiler.is_compiling():
+            return self._traced_weight(device or self.packed.device)
         if kept is not None and kept.device != self.packed.device:
             raise QuantDMError(
                 f"{self.residency} residency: the weight is kept on {kept.device}, but its bytes were offloaded and "
@@ -123,17 +119,22 @@ class PackedLayer(nn.Module):
             )
         if isinstance(kept, torch.Tensor):
             return kept
-        if torch.compiler.is_compiling():
-            if kept is not None:
-                return kept.traced(self.weight_dtype).view(self.weight_shape)
-            meaning = (self.label, list(self.weight_shape), self.split, self.original_dtype, self.weight_dtype)
-            return _decode(self.packed, *meaning)
         out = _scratch_out(self.weight_shape, self.weight_dtype) if self.packed.device.type == "cpu" else None
         if kept is None:
             return self.quantized.dequantize(dtype=self.weight_dtype, out=out)
         if out is None:
             out = torch.empty(self.weight_shape, dtype=self.weight_dtype, device=kept.device)
         return kept.decode(out)
+
+    def _traced_weight(self, device: torch.device) -> torch.Tensor:
+        kept, shape = self._kept, list(self.weight_shape)
+        if isinstance(kept, torch.Tensor):
+            return kept
+        if kept is not None:
+            return kept.traced(self.weight_dtype).view(self.weight_shape)
+        if torch.compiler.is_exporting():
+            return decode_bytes(self.packed, self.label, shape, self.split, self.original_dtype, self.weight_dtype)
+        return decode_layer(self._handle, shape, self.weight_dtype, device)
 
     @property
     def residency(self) -> Residency:
@@ -164,9 +165,7 @@ class PackedLayer(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLayer":
-        if fn(torch.empty(0, dtype=torch.uint8)).dtype != torch.uint8:
-            raise QuantDMError("packed layer: .type() would cast its bytes; use .to(dtype)")
-        super()._apply(fn, recurse)
+        super()._apply(_sparing_bytes(fn), recurse)
         before, self.weight_dtype = self.weight_dtype, fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         if isinstance(self._kept, torch.Tensor) and self.weight_dtype != before:
             self.keep_("dense")
@@ -176,8 +175,27 @@ class PackedLayer(nn.Module):
             self._kept = self._kept.to(self.packed.device)
         return self
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_in_a_part(prefix):
+            del destination[f"{prefix}packed"]
+            destination[f"{prefix}weight"] = self.weight
+
+    def _is_in_a_part(self, prefix: str) -> bool:
+        """Tell whether a state dict is that of a part of the model (a block, this layer) and not of the whole.
+
+        Parts are copied into other models, such as ControlNets (`new.block.load_state_dict(model.block.state_dict())`),
+        which know `weight`; the view is decoded when it is copied. A whole model is stored as it is.
+        """
+        part = prefix.removesuffix(".")
+        return part != self.path and (not part or self.path.endswith(f".{part}"))
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        view = state_dict.get(f"{prefix}weight")
+        if isinstance(view, WeightView) and view.is_of_layer_like(self):
+            state_dict = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
+            state_dict[f"{prefix}packed"] = view.packed
+        super()._load_from_state_dict(state_dict, prefix, *args)
         if self._kept is not None:  # it was made from the bytes before
             self.keep_(self.residency)
 
@@ -192,12 +210,12 @@ class QuantLinear(PackedLayer, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return input @ weight.T + bias; [..., C_in] -> [..., C_out]."""
-        return F.linear(input, self.dense_weight(), self.bias)
+        return F.linear(input, self.dense_weight(input.device), self.bias)
 
 
 class _QuantConv(PackedLayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(input, self.dense_weight(), self.bias)  # type: ignore[operator]
+        return self._conv_forward(input, self.dense_weight(input.device), self.bias)  # type: ignore[operator]
 
 
 class QuantConv1d(_QuantConv, nn.Conv1d):
@@ -210,6 +228,16 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """`nn.Conv3d` with a packed weight."""
+
+
+def _sparing_bytes(fn: Any) -> Any:
+    """Return what moves tensors as `fn` does, and casts no bytes (`.type(dtype)` would)."""
+
+    def moved_only(tensor: torch.Tensor) -> torch.Tensor:
+        new = fn(tensor)
+        return new if tensor.dtype != torch.uint8 or new.dtype == torch.uint8 else tensor.to(new.device)
+
+    return moved_only
 
 
 def torch_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from quantdm.errors import QuantDMError
+from quantdm.modules.lookup import answer_for_weights_
 from quantdm.modules.packed import PackedLayer, QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, torch_class
 from quantdm.quantizers import QuantizedWeight
 
@@ -54,6 +55,9 @@ def new_packed_layer(layer: nn.Module) -> PackedLayer:
 
 def set_layer_(denoiser: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` at the dotted path `name`."""
+    if isinstance(layer, PackedLayer):
+        layer.path = name
+        answer_for_weights_(denoiser)
     parent, _, child = name.rpartition(".")
     denoiser.get_submodule(parent)._modules[child] = layer
 

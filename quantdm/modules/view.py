@@ -15,6 +15,7 @@ class Packed(Protocol):
     weight_shape: tuple[int, ...]
     packed: nn.Parameter
     scheme: Any
+    split: int | None
 
     def dequantize(self) -> torch.Tensor:
         """Decode the weight."""
@@ -89,6 +90,16 @@ class WeightView:
         """The view itself, so that writing through `.data` is refused too."""
         return self
 
+    @property
+    def packed(self) -> torch.Tensor:
+        """The bytes that it stands for."""
+        return self._layer.packed.data
+
+    def is_of_layer_like(self, layer: Packed) -> bool:
+        """Tell whether the bytes mean in that layer what they mean in the one of this view."""
+        own = self._layer
+        return (own.scheme, own.weight_shape, own.split) == (layer.scheme, layer.weight_shape, layer.split)
+
     def dense(self) -> torch.Tensor:
         """Decode the weight."""
         return self._layer.dequantize()
@@ -110,6 +121,10 @@ class WeightView:
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise QuantDMError(_REFUSED)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Be copied and pickled as the decoded tensor."""
+        return self.dense().__reduce_ex__(protocol)
 
     def __repr__(self) -> str:
         return f"WeightView({self._layer.scheme}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
