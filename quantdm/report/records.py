@@ -11,7 +11,7 @@ import torch
 from quantdm.correction.record import Correction, load_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
-from quantdm.recipe import Recipe, check_layers, load_recipe
+from quantdm.recipe import Recipe, load_recipe
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
 from quantdm.surrogates import Attribution, SearchSpace
@@ -56,7 +56,7 @@ class Records:
         """The recipe as positions on the option axis, in the order of the space's layers."""
         if self.space is None or self.recipe is None:
             return None
-        return self.space.choice_of(self.recipe.config)
+        return self.space.choice_of(self.recipe.resolve(self.space.layers))
 
     @cached_property
     def explanation(self) -> tuple[str, Attribution] | None:
@@ -85,7 +85,7 @@ def read_records(run_dir: str | Path) -> Records:
     space = optional("space.json", SearchSpace.load)
     recipe = optional("recipe.yaml", load_recipe)
     if space is not None and recipe is not None:
-        check_layers(recipe.config, space.layer_names, what=f"{run.path('recipe.yaml')}")
+        recipe.resolve(space.layers, what=f"{run.path('recipe.yaml')}")
     attributions = optional("attribution.json", _read_attributions)
     for name, attribution in (attributions or {}).items():
         if space is not None and (attribution.layers, attribution.options) != (space.layer_names, space.labels):

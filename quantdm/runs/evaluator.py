@@ -13,13 +13,14 @@ from quantdm.activations import set_activation_bits_
 from quantdm.correction import apply_correction, load_correction
 from quantdm.denoisers.calls import Call, record_calls, replay
 from quantdm.denoisers.inventory import list_layers
+from quantdm.errors import told
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
 from quantdm.pipelines.parts import get_denoiser
-from quantdm.recipe import ActivationSpec
+from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.run import Run
 from quantdm.schemes import QuantConfig
@@ -40,6 +41,18 @@ class Job:
     def key(self) -> str:
         """Everything that determines the figures, except the run's own settings."""
         return digest(asdict(self))
+
+    @property
+    def description(self) -> str:
+        """What is measured, in words, for errors."""
+        if self.labels is None:
+            weights = "full precision"
+        else:
+            labels = sorted({str(label or ORIGINAL) for label in self.labels.values()})
+            mix = f"{labels[0]} everywhere" if len(labels) == 1 else f"a mix of {', '.join(labels)}"
+            weights = f"{mix} over {len(self.labels)} layers (configuration {digest(self.labels)})"
+        activations = "" if self.activations is None else f", {self.activations['bits']}-bit activations"
+        return weights + activations + ("" if self.correction is None else ", corrected sampler")
 
 
 class Evaluator:
@@ -92,7 +105,14 @@ class Evaluator:
         """Generate the samples of one job."""
         pipe = self.pipe(self.run.settings.torch_dtype)
         with configured(pipe, self.bank, job):
-            return draw_samples(pipe, self.protocol, self.extractor, job.draw)
+            return draw_samples(
+                pipe,
+                self.protocol,
+                self.extractor,
+                job.draw,
+                what=job.description,
+                may_be_constant=job.labels is not None,  # it is compared with the reference, which may not
+            )
 
     # ----------------------------------------------------------------------------------------------- sensitivities
 
@@ -108,8 +128,9 @@ class Evaluator:
         for scheme in self.run.settings.schemes:
             with self.bank.applied(denoiser, {layer_name: scheme}):
                 outputs = replay(denoiser, calls)
-            pairs = zip(outputs, calls, strict=True)
-            errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
+            with told(f"sensitivity of {layer_name} under {scheme}"):
+                pairs = zip(outputs, calls, strict=True)
+                errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
         return errors
 
     def _recorded(self) -> list[Call]:
@@ -126,11 +147,17 @@ class Evaluator:
 
 @contextmanager
 def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job) -> Iterator[nn.Module]:
-    """Give a full-precision pipeline a job's weights, activations and correction while the context is open."""
+    """Give a full-precision pipeline a job's weights, activations and correction while the context is open.
+
+    Raises:
+        QuantDMError: the configuration does not name exactly the layers of the denoiser.
+    """
     denoiser = get_denoiser(pipe)
     with ExitStack() as stack:
         if job.labels is not None:
-            stack.enter_context(bank.applied(denoiser, QuantConfig.from_labels(job.labels)))
+            config = QuantConfig.from_labels(job.labels)
+            check_layers(config, bank.layers, what="configuration")  # a layer left out would be measured unquantized
+            stack.enter_context(bank.applied(denoiser, config))
         if job.activations is not None:
             set_activation_bits_(denoiser, ActivationSpec.model_validate(job.activations))
             stack.callback(set_activation_bits_, denoiser, None)
