@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
 from quantdm.files import read_json, write_json
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
@@ -41,8 +42,7 @@ from quantdm.surrogates.ranking import spearman
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (2.5, 3.0, 3.5)
 TRIALS, CEILING_TRIALS, ACTIVATION_BITS = 400, 100, 6
-NO_SEARCH = "baseline: "
-BASELINES = ("sensitivity", "lambda mode", "best sampled")
+YARDSTICKS = ("sensitivity", "lambda mode", "best sampled")
 
 
 def main() -> None:
@@ -104,20 +104,20 @@ def measure_size(
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
     draws = [Draw(run.settings.seed * 1000 + 2 + i, run.settings.verify_images, 20) for i in range(2)]
     figures = verify(run, engine, configs, draws, f"verify at {size:g} bits")
-    verified = {name: mean_and_sd(rows)["mean"]["fid_fp"] or np.inf for name, rows in figures.items()}
-    searched = [name for name in configs if not name.startswith(NO_SEARCH)]
+    verified = {name: mean_and_sd(rows)["mean"]["fid_fp"] for name, rows in figures.items()}
+    searched = [name for name in configs if not name.startswith(BASELINE)]
     chosen = min(searched, key=lambda name: verified[name])
-    learned = min((name for name in searched if name not in BASELINES), key=lambda name: verified[name])
+    learned = min((name for name in searched if name not in YARDSTICKS), key=lambda name: verified[name])
     uniform = min(
-        (n for n in configs if n.startswith(NO_SEARCH) and "weight error" not in n), key=lambda name: verified[name]
+        (n for n in configs if n.startswith(BASELINE) and n != LEAST_WEIGHT_ERROR), key=lambda name: verified[name]
     )
     jobs = {
         "fp": (Job(Draw(0, 0, 0)), "full precision"),
         "recipe": (Job(Draw(0, 0, 0), configs[chosen]), chosen),
         "best learned": (Job(Draw(0, 0, 0), configs[learned]), learned),
         "recipe A6": (Job(Draw(0, 0, 0), configs[chosen], spec.model_dump(mode="json")), "6-bit activations"),
-        "uniform": (Job(Draw(0, 0, 0), configs[uniform]), uniform.removeprefix(NO_SEARCH)),
-        "least weight error": (Job(Draw(0, 0, 0), configs[f"{NO_SEARCH}least weight error"]), "knapsack"),
+        "uniform": (Job(Draw(0, 0, 0), configs[uniform]), uniform.removeprefix(BASELINE)),
+        "least weight error": (Job(Draw(0, 0, 0), configs[LEAST_WEIGHT_ERROR]), "knapsack"),
         "one-layer sensitivity": (Job(Draw(0, 0, 0), configs["sensitivity"]), "knapsack"),
         "best of all sampled": (Job(Draw(0, 0, 0), configs["best sampled"]), "by its label"),
         "lambda mode": (Job(Draw(0, 0, 0), configs["lambda mode"]), "independent argmax per block"),
@@ -142,7 +142,11 @@ def save_recipe(run: Run, labels: Any, activations: Any, size: float, chosen: st
             seed=run.settings.seed,
             trials=run.settings.trials,
             target=f"{size:g} bits per weight",
-            measured={key: round(row[key], 4) for key in ("fid_fp", "fid_fp_sd", "fid_real", "psnr_fp")},
+            measured={
+                key: round(row[key], 4)
+                for key in ("fid_fp", "fid_fp_sd", "fid_real", "psnr_fp")
+                if row[key] is not None
+            },
         ),
     )
     suffix = "a16" if activations is None else f"a{activations.bits}"

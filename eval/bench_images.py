@@ -11,7 +11,7 @@ from quantdm.activations.moments import gather_moments
 from quantdm.machine import fast_dtype
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, compare, draw_samples
-from quantdm.metrics.statistics import mean_and_sd
+from quantdm.metrics.statistics import mean_and_sd, spread
 from quantdm.pipelines.generate import calibration_calls
 from quantdm.runs.bank import WeightBank
 from quantdm.schemes import Scheme
@@ -54,5 +54,5 @@ def measure_images(_: Path, folder: Path, models: Sequence[str]) -> dict[str, An
             figures = mean_and_sd(rows)
             record.setdefault(name, {})[scheme.label] = figures
             fid, sd, psnr = figures["mean"]["fid_fp"], figures["sd"]["fid_fp"], figures["mean"]["psnr_fp"]
-            print(f"{name:<13}{scheme.label:<31}{fid:>9.4f} ± {sd:.4f}{psnr:>9.1f}", flush=True)
+            print(f"{name:<13}{scheme.label:<31}{spread(fid, sd):>18}{psnr:>9.1f}", flush=True)
     return record

@@ -12,12 +12,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import torch
 
 from quantdm import Recipe, apply_recipe, generate, load_pipeline, load_protocol, load_recipe
 from quantdm.cli.images import image_grid
 from quantdm.files import atomic_path, read_json, write_text
 from quantdm.metrics.samples import real_floor
+from quantdm.metrics.statistics import spread
+from quantdm.pipelines.generate import as_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURED, COLUMNS, SEED = "3", 20, 101 * 10**6
@@ -48,7 +49,7 @@ def draw_samples(model: str, rows: dict[str, Any], out: Path) -> None:
         if recipe is not None:
             apply_recipe(pipe, recipe)
         images = generate(pipe, load_protocol(model), range(SEED, SEED + COLUMNS))
-        axis.imshow(image_grid((images.clamp(0, 1) * 255).round().to(torch.uint8), COLUMNS))
+        axis.imshow(image_grid(as_bytes(images), COLUMNS))
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
         axis.set(xticks=[], yticks=[])
     with atomic_path(out) as temporary:
@@ -72,7 +73,7 @@ def table(result: dict[str, Any]) -> str:
         cells = []
         for rows in sizes.values():
             note = f" ({rows[name]['note']}, {rows[name]['avg_bits']:.2f} b)" if name == "uniform" else ""
-            cells.append(f"{rows[name]['fid_fp']:.3f} ± {rows[name]['fid_fp_sd']:.3f}{note}")
+            cells.append(f"{spread(rows[name]['fid_fp'], rows[name]['fid_fp_sd'], 3)}{note}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     recipes = [rows["recipe"] for rows in sizes.values()]
     lines += [

@@ -1,11 +1,21 @@
 """The one exception that users see: what was given, what was expected, what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class QuantDMError(ValueError):
     """Bad input at the border of quantdm; the command line prints it as one line."""
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Put what was being done before the message of any QuantDMError from inside."""
+    try:
+        yield
+    except QuantDMError as error:
+        raise QuantDMError(f"{what}: {error}") from None
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

@@ -4,8 +4,8 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -104,3 +104,21 @@ def single_thread() -> AbstractContextManager:
     from threadpoolctl import threadpool_limits
 
     return threadpool_limits(limits=1)
+
+
+@contextmanager
+def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Seed the global generators of the CPU and of these devices, and put their states back; no other is touched.
+
+    `torch.manual_seed` would also reseed every accelerator that the process has or will have, for good.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for device in sorted({d for d in devices if d.type not in ("cpu", "meta")}, key=str):
+            module = torch.get_device_module(device)
+            place = () if device.type == "mps" else (device,)  # there is only one
+            stack.callback(module.set_rng_state, module.get_rng_state(*place), *place)
+            stack.enter_context(module.device(device) if place else contextlib.nullcontext())
+            module.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield

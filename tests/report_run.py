@@ -63,7 +63,7 @@ ROWS = [
     row("fp", 0.0, 0.0, bits=16.0),
     row("uniform-w4", 0.01, 0.001, bits=4.2),
     row("kmeans-w4", 0.008, 0.001, bits=4.4),
-    row("uniform-same-size", 0.06, 0.003, bits=3.2, note="kmeans-channel-3"),
+    row("uniform-next-width", 0.06, 0.003, bits=3.2, note="kmeans-channel-3"),
     row("sensitivity-same-size", 0.03, 0.002),
     row("recipe", 0.02, 0.001),
     row("recipe+a6", 0.05, 0.004),
@@ -126,7 +126,7 @@ def make_run(folder: Path, space: SearchSpace, *, model: str = "digits-dit") -> 
         {"version": 1, "model": model, "versions": {"torch": "2.13.0"}, "protocol": protocol, "fid_floor": 0.04,
          "fp_noise": {"mean": 0.02, "sd": 0.001}, "rows": ROWS},
     )  # fmt: skip
-    names = ("fp", "uniform-same-size", "recipe")
+    names = ("fp", "uniform-next-width", "recipe")
     generator = torch.Generator().manual_seed(0)
     images = {n: torch.randint(0, 256, (20, 3, 8, 8), generator=generator, dtype=torch.uint8) for n in names}
     save_tensors(run.path("samples.safetensors"), images)

@@ -10,7 +10,7 @@ from quantdm.files import atomic_path
 from quantdm.machine import fast_dtype
 from quantdm.metrics.evaluate import evaluate
 from quantdm.metrics.samples import Draw
-from quantdm.pipelines.generate import generate
+from quantdm.pipelines.generate import as_bytes, generate
 from quantdm.pipelines.loading import load_pipeline, model_name
 from quantdm.pipelines.protocol import Protocol, default_protocol, load_protocol
 from quantdm.progress import bar
@@ -41,7 +41,7 @@ def generate_grid(
     draw = Draw(seed, images, steps or chosen.steps)
     with bar(images, "generate") as progress:
         pixels = generate(pipe, chosen, draw.seeds, steps=draw.steps, batch_size=50, progress=progress.update)
-    grid = image_grid((pixels.clamp(0, 1) * 255).round().to(torch.uint8), columns)
+    grid = image_grid(as_bytes(pixels), columns)
     with atomic_path(out) as temporary:
         Image.fromarray(grid).save(temporary, format="PNG")
     return out

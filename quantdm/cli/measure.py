@@ -38,6 +38,7 @@ def evaluate(
 ) -> None:
     """Measure a pipeline: FID to full precision with equal noise, paired error, FID to real images."""
     from quantdm.cli.images import evaluate_model
+    from quantdm.metrics.statistics import spread
 
     try:
         draws = tuple(int(seed) for seed in seeds.split(","))
@@ -51,7 +52,11 @@ def evaluate(
         return
     typer.echo(f"{model}: {result['protocol']}")
     for key, value in result["mean"].items():
-        typer.echo(f"  {key:<10} " + ("-" if value is None else f"{value:.4f} ± {result['sd'][key]:.4f}"))
+        typer.echo(f"  {key:<10} " + ("-" if value is None else spread(value, result["sd"][key])))
+    typer.echo(
+        f"  of {images * len(draws):,} images the safety checker flagged {result['flagged']}, and {result['constant']} "
+        "others have one colour only"
+    )
 
 
 @app.command(epilog="Example: quantdm correct --run-dir runs/mine --bits 6")

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from quantdm.metrics.statistics import spread
+
 
 def show_table(summary: dict[str, Any], console: Console | None = None) -> None:
     """Print the result rows, at most 79 columns wide."""
@@ -18,14 +20,21 @@ def show_table(summary: dict[str, Any], console: Console | None = None) -> None:
             row["name"],
             f"{row['avg_bits']:.2f}",
             f"{row['denoiser_bytes'] / 1e6:.2f}",
-            f"{row['fid_fp']:.4f} ± {row['fid_fp_sd']:.4f}",
+            spread(row["fid_fp"], row["fid_fp_sd"]),
             "-" if row["psnr_fp"] is None else f"{row['psnr_fp']:.1f}",
             f"{row['fid_real']:.3f}" if "fid_real" in row else "-",
         )
     console = console or Console(width=79)
     console.print(table)
-    protocol, noise = summary["protocol"], summary["fp_noise"]
-    console.print(
-        f"{protocol['images']} images per draw, {protocol['steps']} steps. "
-        f"Two full-precision draws of different noises are {noise['mean']:.4f} apart."
-    )
+    protocol, noise = summary["protocol"], summary["fp_noise"]["mean"]
+    lines = [f"{row['name']}: {row['note']}." for row in summary["rows"] if row["name"] == "uniform-next-width"]
+    lines.append(f"{protocol['images']} images per draw, {protocol['steps']} steps.")
+    if noise is not None:
+        lines.append(f"Two full-precision draws of different noises are {noise:.4f} apart.")
+    for row in summary["rows"]:
+        if row["flagged"] or row["constant"]:
+            lines.append(
+                f"{row['name']}: the safety checker flagged {row['flagged']} images of all draws, {row['constant']} "
+                "others have one colour only."
+            )
+    console.print(" ".join(lines))

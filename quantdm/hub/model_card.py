@@ -7,6 +7,7 @@ import yaml
 
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_text
+from quantdm.metrics.statistics import spread
 from quantdm.pipelines.parts import DENOISER_NAMES
 from quantdm.recipe import Recipe, load_recipe
 
@@ -101,7 +102,8 @@ def _head(recipe: Recipe, index: dict[str, Any]) -> dict[str, Any]:
 
 
 def _results(summary: dict[str, Any]) -> str:
-    protocol, noise = summary["protocol"], summary["fp_noise"]
+    protocol, noise = summary["protocol"], summary["fp_noise"]["mean"]
+    apart = "" if noise is None else f"; two full-precision draws of different noises are {noise:.4f} apart"
     lines = [
         "| weights | bits | denoiser | fid_fp | PSNR | FID to real images |",
         "|---|---|---|---|---|---|",
@@ -110,14 +112,26 @@ def _results(summary: dict[str, Any]) -> str:
         psnr = "-" if row.get("psnr_fp") is None else f"{row['psnr_fp']:.1f} dB"
         real = f"{row['fid_real']:.3f}" if row.get("fid_real") is not None else "-"
         size = f"{row['avg_bits']:.2f} | {row['denoiser_bytes'] / 1e6:,.2f} MB"
-        lines.append(f"| {row['name']} | {size} | {row['fid_fp']:.4f} ± {row['fid_fp_sd']:.4f} | {psnr} | {real} |")
+        lines.append(f"| {row['name']} | {size} | {spread(row['fid_fp'], row['fid_fp_sd'])} | {psnr} | {real} |")
     return "\n".join(lines) + (
         f"\n\nMeans over {len(protocol['draws'])} draws of {protocol['images']} images (seeds "
         f"{', '.join(map(str, protocol['draws']))}), {protocol['steps']} steps, guidance "
         f"{protocol['guidance_scale']:g}. `fid_fp` is the Frechet distance to the full-precision images of the same "
-        f"noises ({protocol['features']} features; {protocol['fid']}); two full-precision draws of different noises "
-        f"are {noise['mean']:.4f} apart. Figures compare rows of this table, not other papers'."
+        f"noises ({protocol['features']} features; {protocol['fid']}){apart}. "
+        f"{_blank(summary['rows'])}Figures compare rows of this table, not other papers'."
     )
+
+
+def _blank(rows: list[dict[str, Any]]) -> str:
+    """Say which images show nothing, in a sentence with a space behind it, or nothing where all do."""
+    found = [
+        f"{row['name']} {row['flagged']} and {row['constant']}"
+        for row in rows
+        if row.get("flagged") or row.get("constant")
+    ]
+    if not found:
+        return ""
+    return f"Images that a safety checker flagged, and others of one colour only: {', '.join(found)}. "
 
 
 def _unmeasured(recipe: Recipe) -> str:

@@ -46,7 +46,9 @@ class Owned:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Belong to the copy of the model."""
         new = copy.copy(self)
-        new.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_owner"})
+        new.__dict__.update(
+            {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_owner"}
+        )
         if self.owner is not None:
             new._owner = weakref.ref(memo.get(id(self.owner), self.owner))
         return new
@@ -81,8 +83,8 @@ def keys_to_save(model: Any, table: Iterable[str], state: Mapping[str, torch.Ten
     for key, shape in expected.items():
         if tuple(state[key].shape) != shape:
             raise QuantDMError(
-                f"save_pretrained: {key} has the shape {tuple(state[key].shape)} and {shape} in a {type(model).__name__} "
-                "of this configuration, which could not be opened; undo the change before saving"
+                f"save_pretrained: {key} has the shape {tuple(state[key].shape)} and {shape} in a "
+                f"{type(model).__name__} of this configuration, which could not be opened; undo the change before saving"
             )
     _check_memory({key: state[key] for key in expected})
     return set(expected)
@@ -112,8 +114,8 @@ def _expected_shapes(model: Any) -> Shapes:
         shape = shapes.pop(f"{name}.weight", None)
         if shape != layer.weight_shape:
             raise QuantDMError(
-                f"save_pretrained: {name} has the shape {layer.weight_shape} and {shape} in a {type(model).__name__} of "
-                "this configuration, which could not be opened; undo the change before saving"
+                f"save_pretrained: {name} has the shape {layer.weight_shape} and {shape} in a "
+                f"{type(model).__name__} of this configuration, which could not be opened; undo the change before saving"
             )
         shapes[f"{name}{SUFFIX}"] = (layer.packed.numel(),)
     untold = {*(model.all_tied_weights_keys if isinstance(model, PreTrainedModel) else ())}

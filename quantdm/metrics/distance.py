@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from quantdm.errors import QuantDMError
+
 
 def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> float:
     """Return the Frechet distance of two feature sets: |m1-m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
@@ -12,6 +14,9 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
         features_a: [N, F]; N > F keeps the covariance regular. Compared at equal N only: the distance is biased upward
             at small N (Heusel et al. 2017, equation 6).
         features_b: [M, F].
+
+    Raises:
+        QuantDMError: fewer than two rows, or a feature that is NaN or infinite.
     """
     mean_a, cov_a = _statistics(features_a)
     mean_b, cov_b = _statistics(features_b)
@@ -23,18 +28,50 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
     return max(distance.item(), 0.0)
 
 
+def check_features(features: torch.Tensor) -> None:
+    """Check that features [N, F] have a covariance.
+
+    Raises:
+        QuantDMError: fewer than two rows, or a feature that is NaN or infinite.
+    """
+    if len(features) < 2:
+        raise QuantDMError(f"features: got {len(features)} images, expected at least 2: one has no covariance")
+    bad = ~features.isfinite().all(dim=1)
+    if bad.any():
+        raise QuantDMError(
+            f"features: NaN or infinite for {int(bad.sum())} of {len(bad)} images, first image "
+            f"{int(bad.int().argmax())}; expected numbers: look at it, and whether the extractor computes in float16"
+        )
+
+
 def _statistics(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    check_features(features)
     features = features.double()
     return features.mean(dim=0), torch.cov(features.T)
 
 
 def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return 10 log10(1 / MSE) in dB of paired images in [0, 1]; infinite for equal images."""
-    mse = (images.float() - reference.float()).square().mean().item()
+    """Return 10 log10(1 / MSE) in dB of paired images in [0, 1]; infinite for equal images.
+
+    Raises:
+        QuantDMError: a pixel is NaN or infinite.
+    """
+    mse = _finite((images.float() - reference.float()).square().mean().item(), "psnr")
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Return |output - reference|^2 / |reference|^2 (SQNR in dB is -10 log10 of it)."""
+    """Return |output - reference|^2 / |reference|^2 (SQNR in dB is -10 log10 of it).
+
+    Raises:
+        QuantDMError: an element is NaN or infinite, or the reference is zero and the output is not.
+    """
     reference = reference.double()
-    return ((output.double() - reference).square().sum() / reference.square().sum()).item()
+    error = (output.double() - reference).square().sum().item()
+    return 0.0 if error == 0 else _finite(error / max(reference.square().sum().item(), 1e-300), "relative error")
+
+
+def _finite(value: float, what: str) -> float:
+    if not math.isfinite(value):
+        raise QuantDMError(f"{what}: got {value}, expected a number: NaN or infinite values went into it")
+    return value

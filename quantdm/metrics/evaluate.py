@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from quantdm.errors import QuantDMError
 from quantdm.metrics import load_extractor
-from quantdm.metrics.samples import Draw, compare, compare_real, draw_samples
-from quantdm.metrics.statistics import mean_and_sd
+from quantdm.metrics.samples import Draw, compare, compare_real, count_blank, draw_samples
+from quantdm.metrics.statistics import mean_and_sd, totals
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 
@@ -32,20 +33,29 @@ def evaluate(
         steps: denoising steps (None: the protocol's).
 
     Returns:
-        `rows`: one record per seed with fid_fp, psnr_fp, fid_real, agreement, seconds (those that apply);
-        `mean` and `sd` of each; `protocol`: how it was measured.
+        `rows`: one record per seed with fid_fp, psnr_fp, fid_real, agreement, seconds (those that apply), flagged and
+        constant; `mean` and `sd` of each (`sd` is None with one seed); `flagged` and `constant`: how many of all images
+        a safety checker blanked, and how many else have one colour only, here or in the reference; `protocol`: how it
+        was measured.
+
+    Raises:
+        QuantDMError: no seeds, NaN or infinite pixels or features, or no image that shows anything.
     """
+    if not seeds:
+        raise QuantDMError("seeds: got none, expected at least one base seed, e.g. (101, 102, 103)")
     extractor = load_extractor(protocol.features)
     rows = []
     for seed in seeds:
         draw = Draw(seed, num_images, steps or protocol.steps)
         samples = draw_samples(pipe, protocol, extractor, draw, batch_size=batch_size)
-        row: dict[str, float | None] = {"seconds": samples.seconds}
+        row: dict[str, float | None] = {"seconds": samples.seconds, **count_blank(samples)}
         if reference is not None:
-            row |= compare(samples, draw_samples(reference, protocol, extractor, draw, batch_size=batch_size))
+            full = draw_samples(reference, protocol, extractor, draw, batch_size=batch_size, what="the reference")
+            row |= compare(samples, full)
         rows.append(row | compare_real(samples, protocol))
     return {
         "rows": rows,
         **mean_and_sd(rows),
+        **totals(rows),
         "protocol": {**asdict(draw), "features": protocol.features, "flavour": "Frechet distance, eigvalsh, float64"},
     }

@@ -2,20 +2,22 @@
 
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, told
 from quantdm.files import load_tensors, save_tensors
 from quantdm.metrics import batched, frechet_distance, load_extractor, psnr
 from quantdm.metrics.classifier import load_digit_classifier
+from quantdm.metrics.distance import check_features
 from quantdm.metrics.features import Extractor
-from quantdm.pipelines.embedded.digits import load_digit_images
-from quantdm.pipelines.generate import generate, memoized_text_encoders
+from quantdm.pipelines.embedded.digits import digit_of, load_digit_images
+from quantdm.pipelines.generate import as_bytes, generate_flagged
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.text_memory import memoized_text_encoders
 
 
 @dataclass(frozen=True)
@@ -34,33 +36,77 @@ class Draw:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images as a user gets them (uint8 [N, 3, H, W]) and their features (float32 [N, F])."""
+    """Images as a user gets them (uint8 [N, 3, H, W]), their features (float32 [N, F]) and flags (bool [N])."""
 
     images: torch.Tensor
     features: torch.Tensor
     seconds: float  # of generating
+    flagged: torch.Tensor  # by the pipeline's safety checker, which hands out black images instead
+
+    @cached_property
+    def constant(self) -> torch.Tensor:
+        """Which images have one colour only, though no safety checker flagged them, bool [N]."""
+        pixels = self.images.flatten(2)
+        return (pixels.amax(2) == pixels.amin(2)).all(1) & ~self.flagged
 
     def save(self, path: str | Path) -> None:
-        """Write both tensors to one safetensors file."""
-        save_tensors(path, {"images": self.images, "features": self.features}, {"seconds": self.seconds})
+        """Write the tensors to one safetensors file."""
+        tensors = {"images": self.images, "features": self.features, "flagged": self.flagged}
+        save_tensors(path, tensors, {"seconds": self.seconds})
 
     @classmethod
     def load(cls, path: str | Path) -> "Samples":
-        """Read samples written by `save`."""
+        """Read samples written by `save`.
+
+        Raises:
+            QuantDMError: damaged, or written before it was recorded what a safety checker flagged.
+        """
         tensors, metadata = load_tensors(path)
-        return cls(tensors["images"], tensors["features"], metadata["seconds"])
+        if "flagged" not in tensors:
+            raise QuantDMError(f"{path}: does not say which images were flagged; delete it and run the stage again")
+        return cls(tensors["images"], tensors["features"], metadata["seconds"], tensors["flagged"])
 
 
 def draw_samples(
-    pipe: DiffusionPipeline, protocol: Protocol, extractor: Extractor, draw: Draw, *, batch_size: int = 250
+    pipe: DiffusionPipeline,
+    protocol: Protocol,
+    extractor: Extractor,
+    draw: Draw,
+    *,
+    batch_size: int = 250,
+    what: str = "the pipeline",
+    may_be_constant: bool = False,
 ) -> Samples:
-    """Generate one image per seed of the draw and extract its features."""
-    start = time.monotonic()
-    with memoized_text_encoders(pipe):
-        images = generate(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size)
-    seconds = time.monotonic() - start
-    rounded = (images.clamp(0, 1) * 255).round().to(torch.uint8)
-    return Samples(rounded, batched(extractor, rounded.float() / 255), seconds)
+    """Generate one image per seed of the draw and extract its features.
+
+    Args:
+        pipe: the pipeline.
+        protocol: what is asked for.
+        extractor: of the features.
+        draw: the noises.
+        what: what makes the images, for errors.
+        may_be_constant: whether images of one colour only are a result: of a configuration that is compared with sound
+            images they are, and it is far from them.
+
+    Raises:
+        QuantDMError: NaN or infinite pixels or features, or no image that shows anything; says of what and which draw.
+    """
+    with told(f"draw {draw.base_seed} ({draw.images} images, {draw.steps} steps) of {what}"):
+        start = time.monotonic()
+        with memoized_text_encoders(pipe):
+            found = generate_flagged(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size)
+        seconds = time.monotonic() - start
+        rounded = as_bytes(found.images)
+        samples = Samples(rounded, batched(extractor, rounded.float() / 255), seconds, found.flagged)
+        check_features(samples.features)
+        blank = samples.flagged if may_be_constant else samples.flagged | samples.constant
+        if blank.all():
+            raise QuantDMError(
+                f"images: the safety checker flagged {int(samples.flagged.sum())} of {len(blank)} and "
+                f"{int(samples.constant.sum())} have one colour only; expected some that show something. Load the "
+                "pipeline with safety_checker=None, ask for other prompts, or load it in float32"
+            )
+    return samples
 
 
 def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
@@ -68,6 +114,8 @@ def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
 
     Returns:
         fid_fp: Frechet distance of the features. psnr_fp: dB over all paired 8-bit images (None when equal).
+        flagged, constant: pairs of which at least one image was flagged, or else has one colour only: they tell nothing
+        of the quantization, and where both are such, they are equal.
     """
     if samples.images.shape != reference.images.shape:
         raise QuantDMError(
@@ -78,7 +126,15 @@ def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
     return {
         "fid_fp": frechet_distance(samples.features, reference.features),
         "psnr_fp": None if paired == float("inf") else paired,
+        **count_blank(samples, reference),
     }
+
+
+def count_blank(*sets: Samples) -> dict[str, int]:
+    """Return how many images of equal noise were flagged in any of the sets, and how many else have one colour only."""
+    flagged = torch.stack([samples.flagged for samples in sets]).any(0)
+    constant = torch.stack([samples.constant for samples in sets]).any(0) & ~flagged
+    return {"flagged": int(flagged.sum()), "constant": int(constant.sum())}
 
 
 def compare_real(samples: Samples, protocol: Protocol) -> dict[str, float]:
@@ -86,17 +142,19 @@ def compare_real(samples: Samples, protocol: Protocol) -> dict[str, float]:
 
     Returns:
         fid_real: Frechet distance to the real test images. agreement: share of images that the classifier takes for
-        the digit that was asked for. Empty if the protocol names no real images.
+        the digit that was asked for; absent where a value of the protocol names no digit. Empty if the protocol names
+        no real images.
     """
     if protocol.real is None:
         return {}
-    asked = torch.arange(len(samples.images)) % len(protocol.values)
-    classifier = load_digit_classifier()
-    said = batched(lambda x: classifier(x).argmax(1), samples.images.float() / 255)
-    return {
-        "fid_real": frechet_distance(samples.features, _real_features(protocol.features)),
-        "agreement": (said == asked).float().mean().item(),
-    }
+    figures = {"fid_real": frechet_distance(samples.features, _real_features(protocol.features))}
+    digits = [digit_of(value) for value in protocol.values]
+    if None not in digits:
+        asked = torch.tensor([digits[i % len(digits)] for i in range(len(samples.images))])
+        classifier = load_digit_classifier()
+        said = batched(lambda x: classifier(x).argmax(1), samples.images.float() / 255)
+        figures["agreement"] = (said == asked).float().mean().item()
+    return figures
 
 
 @cache

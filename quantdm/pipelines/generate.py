@@ -1,8 +1,8 @@
 """Generate images with one generator per image; record trajectories for calibration."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +11,20 @@ from torch import nn
 
 from quantdm.denoisers.calls import Call, record_calls
 from quantdm.errors import QuantDMError
+from quantdm.machine import seeded
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol
+
+# What pipelines call the list of the images that their safety checker blanked.
+FLAGS = ("nsfw_content_detected", "nsfw_detected")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Images [N, 3, H, W] in [0, 1], and which of them a safety checker flagged, bool [N]."""
+
+    images: torch.Tensor
+    flagged: torch.Tensor
 
 
 def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
@@ -20,7 +32,6 @@ def image_generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-@torch.no_grad()
 def generate(
     pipe: DiffusionPipeline,
     protocol: Protocol,
@@ -43,14 +54,34 @@ def generate(
 
     Returns:
         float32 images [N, 3, H, W] in [0, 1] on the CPU.
+
+    Raises:
+        QuantDMError: the pipeline takes no such condition, or a pixel is NaN or infinite (names the seed).
     """
+    return generate_flagged(
+        pipe, protocol, seeds, steps=steps, first=first, batch_size=batch_size, progress=progress
+    ).images
+
+
+@torch.no_grad()
+def generate_flagged(
+    pipe: DiffusionPipeline,
+    protocol: Protocol,
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    first: int = 0,
+    batch_size: int = 250,
+    progress: Callable[[int], object] | None = None,
+) -> Generated:
+    """Generate as `generate` does, and say which images a safety checker flagged (they come back black)."""
     accepted = inspect.signature(pipe.__call__).parameters
     if protocol.argument not in accepted:
         raise QuantDMError(
             f"protocol: {type(pipe).__name__} takes no {protocol.argument!r}; expected a protocol whose argument is "
             "one of " + ", ".join(a for a in ("prompt", "class_labels") if a in accepted)
         )
-    images = []
+    images, flagged = [], []
     for start in range(0, len(seeds), batch_size):
         batch = list(seeds[start : start + batch_size])
         values = [protocol.values[(first + start + i) % len(protocol.values)] for i in range(len(batch))]
@@ -64,38 +95,45 @@ def generate(
         for side in ("height", "width"):
             if protocol.resolution is not None and side in accepted:
                 settings[side] = protocol.resolution
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(batch[0])
-            out = pipe(**settings).images  # pyright: ignore[reportCallIssue]
-        images.append(torch.from_numpy(out).permute(0, 3, 1, 2).float())
+        with seeded(batch[0], devices_of(pipe)):
+            out: Any = pipe(**settings)  # pyright: ignore[reportCallIssue]
+        images.append(torch.from_numpy(out.images).permute(0, 3, 1, 2).float())
+        flagged.append(_flags(out, len(batch)))
+        check_pixels(images[-1], batch)
         if progress is not None:
             progress(len(batch))
-    return torch.cat(images).contiguous()
+    return Generated(torch.cat(images).contiguous(), torch.cat(flagged))
 
 
-@contextmanager
-def memoized_text_encoders(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Encode every prompt batch once while the context is open: text encoders remember their outputs by input ids."""
-    encoders = [m for n, m in pipe.components.items() if n.startswith("text_encoder") and isinstance(m, nn.Module)]
-    for encoder in encoders:
-        encoder.forward = _memoize(encoder.forward)  # an instance attribute that hides the method
-    try:
-        yield
-    finally:
-        for encoder in encoders:
-            del encoder.forward
+def _flags(out: Any, count: int) -> torch.Tensor:
+    found = next((list(flags) for name in FLAGS if (flags := getattr(out, name, None)) is not None), [False] * count)
+    return torch.tensor([bool(flag) for flag in found])
 
 
-def _memoize(forward: Callable) -> Callable:
-    memory: dict[tuple, Any] = {}
+def check_pixels(images: torch.Tensor, seeds: Sequence[int]) -> None:
+    """Check that images [N, ...] are numbers: as bytes, NaN would become black and black equals black.
 
-    def remembered(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:  # stands in for any text encoder
-        key = (input_ids.shape, input_ids.cpu().numpy().tobytes(), repr(args), repr(sorted(kwargs.items())))
-        if key not in memory:
-            memory[key] = forward(input_ids, *args, **kwargs)
-        return memory[key]
+    Raises:
+        QuantDMError: says how many images are not, and the seed of the first.
+    """
+    bad = ~images.flatten(1).isfinite().all(dim=1)
+    if bad.any():
+        raise QuantDMError(
+            f"images: NaN or infinite pixels in {int(bad.sum())} of {len(bad)}, first with seed "
+            f"{seeds[int(bad.int().argmax())]}; expected numbers: the denoiser or the VAE overflowed, as float16 does "
+            "(load in float32), or a scheme of too few bits broke it (leave it out)"
+        )
 
-    return remembered
+
+def as_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Return finite images in [0, 1] as uint8, as a user gets them."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def devices_of(pipe: DiffusionPipeline) -> set[torch.device]:
+    """Return every device that a pipeline computes on, with offloading the one that its parts are brought to."""
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return {pipe._execution_device} | {tensor.device for part in modules for tensor in part.parameters()}
 
 
 def calibration_calls(

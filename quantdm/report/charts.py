@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdm.metrics.statistics import spread
 from quantdm.report.figures import (
     BASELINE,
     FAINT,
@@ -32,7 +33,8 @@ from quantdm.surrogates import SearchSpace
 MARKS = {
     "uniform-w4": ("s", BASELINE, "uniform, 4 bits"),
     "kmeans-w4": ("s", HUES["kmeans", "channel"], "k-means, 4 bits"),
-    "uniform-same-size": ("s", BASELINE, "uniform, same size"),
+    "uniform-next-width": ("s", BASELINE, "one scheme everywhere, next width"),
+    "least-weight-error": ("^", MUTED, "least weight error"),
     "sensitivity-same-size": ("D", SENSITIVITY, "one-layer sensitivities"),
     "recipe": ("o", RECIPE, "recipe"),
 }
@@ -91,11 +93,12 @@ def _final_points(
         row = rows.get(name)
         if row is None or not row["fid_fp"] > 0:
             continue
-        x, y, sd = row["avg_bits"], row["fid_fp"], row.get("fid_fp_sd") or 0.0
+        x, y, sd = row["avg_bits"], row["fid_fp"], row.get("fid_fp_sd")
         chosen = name == "recipe"
-        axes.plot([x, x], [max(y - sd, y / 20), y + sd], color=hue, lw=1.2, zorder=3)
+        if sd is not None:  # of a single draw there is none
+            axes.plot([x, x], [max(y - sd, y / 20), y + sd], color=hue, lw=1.2, zorder=3)
         mark = axes.plot(x, y, marker, ms=9 if chosen else 6.5, color=hue, mec="white", mew=0.8, zorder=4)[0]
-        canvas.hover(mark, f"{text}: {x:.3f} bits, fid_fp {y:.4f} ± {sd:.4f}")
+        canvas.hover(mark, f"{text}: {x:.3f} bits, fid_fp {spread(y, sd)}")
         axes.annotate(text, (x, y), (9, -3), textcoords="offset points", fontsize=8, color=hue,
                       fontweight="bold" if chosen else "normal", zorder=5)  # fmt: skip
 

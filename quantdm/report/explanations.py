@@ -201,7 +201,7 @@ def noise(records: Records) -> str:
         return html + paragraph(f"In use: {VARIANTS[c.variant]}.")
     rows = []
     for variant, distances in c.measured.items():
-        row = {"d": float(np.mean(distances)), "d_sd": float(np.std(distances, ddof=1)) if len(distances) > 1 else 0.0}
+        row = {"d": float(np.mean(distances)), "d_sd": float(np.std(distances, ddof=1)) if len(distances) > 1 else None}
         rows.append(("chosen" if variant == c.variant else "", [esc(VARIANTS[variant]), spread_cell(row, "d", 4)]))
     head = [("Variant", "the marked one is in use"), ("Distance to full precision", "held-out runs")]
     note = (

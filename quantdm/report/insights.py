@@ -120,8 +120,14 @@ def one_more_bit(space: SearchSpace, values: Floats, choice: NDArray[np.int64], 
 
 
 def verdict(row: dict[str, Any], other: dict[str, Any], *, figure: str = "fid_fp") -> str:
-    """Return "better", "worse" or "tie": a difference counts beyond two standard deviations (of both, combined)."""
-    margin = 2 * math.hypot(row.get(f"{figure}_sd") or 0.0, other.get(f"{figure}_sd") or 0.0)
+    """Return "better", "worse" or "tie": a difference counts beyond two standard deviations (of both, combined).
+
+    "unknown" where a figure has no standard deviation, as of a single draw.
+    """
+    one, two = row.get(f"{figure}_sd"), other.get(f"{figure}_sd")
+    if one is None or two is None:
+        return "unknown"
+    margin = 2 * math.hypot(one, two)
     difference = row[figure] - other[figure]
     if abs(difference) <= margin:
         return "tie"
@@ -130,7 +136,7 @@ def verdict(row: dict[str, Any], other: dict[str, Any], *, figure: str = "fid_fp
 
 def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     """Return what came out of a run in plain sentences, derived from the result rows and their spread."""
-    before, recipe, uniform = rows["fp"], rows["recipe"], rows["uniform-same-size"]
+    before, recipe, uniform = rows["fp"], rows["recipe"], rows["uniform-next-width"]
     shrunk = (
         f"The denoiser of {model} shrinks from {megabytes(before['denoiser_bytes'])} to "
         f"{megabytes(recipe['denoiser_bytes'])} ({recipe['avg_bits']:.2f} bits per weight, everything counted)"
@@ -144,15 +150,18 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         first = f"{shrunk}. {distance}, {ratio} lower than the {theirs} of {other}."
     elif against == "worse":
         first = f"{shrunk}. But the recipe does not win. {distance}, above the {theirs} of {other}."
+    elif against == "unknown":
+        first = f"{shrunk}. {distance}; that of {other} is {theirs}. One draw does not say which differences count."
     else:
         first = (
             f"{shrunk}. But it is not measurably better than {other}: the distances of the images to full precision, "
             f"fid_fp {ours} and {theirs}, differ by less than two standard deviations."
         )
     sentences = [first]
+    words = {"better": "better than", "worse": "worse than", "tie": "within noise of", "unknown": "to compare with"}
     if "sensitivity-same-size" in rows:
         other = rows["sensitivity-same-size"]
-        word = {"better": "better than", "worse": "worse than", "tie": "within noise of"}[verdict(recipe, other)]
+        word = words[verdict(recipe, other)]
         sentences.append(
             f"It is {word} the strong baseline, a knapsack on one-layer noise errors (fid_fp {plus_minus(other)})."
         )
@@ -171,11 +180,21 @@ def _size(other: dict[str, Any], recipe: dict[str, Any]) -> str:
 
 def _activations(recipe: dict[str, Any], a6: dict[str, Any], corrected: dict[str, Any]) -> str:
     """Say what 6-bit activations cost and what the correction of the sampler brings back."""
-    word = {"better": "lower fid_fp to", "worse": "raise fid_fp to", "tie": "change nothing measurable, fid_fp"}
+    word = {
+        "better": "lower fid_fp to",
+        "worse": "raise fid_fp to",
+        "tie": "change nothing measurable, fid_fp",
+        "unknown": "have fid_fp",
+    }
     text = f"6-bit activations on top {word[verdict(a6, recipe)]} {plus_minus(a6)}"
     if math.isclose(a6["fid_fp"], corrected["fid_fp"], rel_tol=1e-9):
         return f"{text}; no correction of the sampler helped beyond noise, so none is in use."
-    word = {"better": "lowers it to", "worse": "makes it worse,", "tie": "changes nothing measurable,"}
+    word = {
+        "better": "lowers it to",
+        "worse": "makes it worse,",
+        "tie": "changes nothing measurable,",
+        "unknown": "has",
+    }
     return f"{text}; the correction of the sampler {word[verdict(corrected, a6)]} {plus_minus(corrected)}."
 
 

@@ -17,15 +17,16 @@ ROW_NAMES = {
     "fp": "Full precision",
     "uniform-w4": "Uniform, 4 bits",
     "kmeans-w4": "k-means, 4 bits",
-    "uniform-same-size": "Best uniform, same size",
-    "sensitivity-same-size": "One-layer sensitivities",
+    "uniform-next-width": "One scheme everywhere, next width",
+    "least-weight-error": "Least weight error, same size",
+    "sensitivity-same-size": "One-layer sensitivities, same size",
     "recipe": "Recipe",
     "recipe+a6": "Recipe, A6",
     "recipe+a6+correction": "Recipe, A6, corrected",
 }
 SHORT_NAMES = {
     "fp": "full precision",
-    "uniform-same-size": "best uniform",
+    "uniform-next-width": "best uniform",
     "recipe": "recipe",
     "recipe+a6+correction": "A6, corrected",
 }
@@ -41,11 +42,11 @@ def masthead(records: Records) -> str:
     settings, rows = records.settings, records.rows
     model = model_label(settings.model)
     html = f'<p class="kicker">quantdm report</p><h1>{esc(model)} at {settings.target_bits:.2f} bits per weight</h1>'
-    if not {"fp", "recipe", "uniform-same-size"} <= set(rows):
+    if not {"fp", "recipe", "uniform-next-width"} <= set(rows):
         return html + missing("summary.json", "The final figures are not there yet")
     first, *others = insights.headline(model, rows)
     html += f'<p class="lead">{esc(first)}</p>' + "".join(paragraph(text, "also") for text in others)
-    fp, recipe, uniform = rows["fp"], rows["recipe"], rows["uniform-same-size"]
+    fp, recipe, uniform = rows["fp"], rows["recipe"], rows["uniform-next-width"]
     before, after = fp["denoiser_bytes"], recipe["denoiser_bytes"]
     tiles = [
         ("Denoiser", megabytes(after), f"from {megabytes(before)}, {percent(1 - after / before)} less"),
@@ -91,7 +92,7 @@ def results(records: Records) -> str:
         ]
 
     html = table(head, [("chosen" if row["name"] == "recipe" else "", cells(row)) for row in rows])
-    text = _final_protocol(records.summary)
+    text = _final_protocol(records.summary) + _blank(rows)
     if records.space is not None and "fp" in records.rows:
         rest = records.rows["fp"]["denoiser_bytes"] - int(records.space.num_weights.sum()) * ORIGINAL_BITS // 8
         text += f" Of every denoiser {megabytes(rest)} are not quantized: biases, norms and embeddings."
@@ -101,18 +102,31 @@ def results(records: Records) -> str:
 def _final_protocol(summary: dict[str, Any]) -> str:
     protocol, noise, floor = summary.get("protocol", {}), summary.get("fp_noise"), summary.get("fid_floor")
     draws = protocol.get("draws", [])
+    over = f"Mean ± standard deviation over {len(draws)} draws" if len(draws) > 1 else "One draw, so without spread,"
     text = (
-        f"Mean ± standard deviation over {len(draws)} draws of {protocol.get('images', 0):,} images (base seeds "
+        f"{over} of {protocol.get('images', 0):,} images (base seeds "
         f"{', '.join(map(str, draws))}; the search never saw these noises), {protocol.get('steps')} steps, guidance "
         f"{protocol.get('guidance_scale')}. FID: {protocol.get('fid')}; features: {protocol.get('features')}. Every "
         "row gets the same initial noises, so full precision has distance 0 to itself."
     )
-    if noise:
+    if noise and noise["mean"] is not None:
         apart = plus_minus({"noise": noise["mean"], "noise_sd": noise["sd"]}, "noise")
         text += f" Two full-precision draws of different noises are {apart} apart."
     if floor is not None:
         text += f" Floor of the FID to real images (real training against real test images): {floor:.3f}."
     return text
+
+
+def _blank(rows: Sequence[dict[str, Any]]) -> str:
+    """Say how many images show nothing, row by row; nothing where all do."""
+    counts = [(row, row.get("flagged") or 0, row.get("constant") or 0) for row in rows]
+    found = [
+        f"{ROW_NAMES.get(row['name'], row['name'])}: {flagged} flagged by the safety checker, {constant} others of one "
+        "colour only"
+        for row, flagged, constant in counts
+        if flagged or constant
+    ]
+    return f" Images that show nothing, here or in full precision, all draws: {'; '.join(found)}." if found else ""
 
 
 def actions(records: Records) -> str:
@@ -158,7 +172,7 @@ def samples(records: Records) -> str:
         bands.append(f'<div class="band">{"".join(strips)}</div>')
     asked = ", ".join(map(str, settings.values[:10])) + (", …" if len(settings.values) > 10 else "")
     steps = (records.summary or {}).get("protocol", {}).get("steps", settings.steps)
-    uniform = records.rows.get("uniform-same-size", {}).get("note")
+    uniform = records.rows.get("uniform-next-width", {}).get("note")
     also = f" Best uniform: {insights.baseline(uniform)}." if uniform else ""
     caption = (
         f"Images above each other share initial noise and condition (asked for in turn: {asked}). The first {count} "
@@ -190,9 +204,8 @@ def frontier(records: Records) -> str:
     right = f"candidates verified on two draws of {settings.verify_images:,} images are circles"
     if records.rows:
         draws = len(protocol.get("draws", []))
-        right = (
-            f"the recipe (large dot) and the baselines with one standard deviation over {draws} draws; other {right}"
-        )
+        spreads = f" with one standard deviation over {draws} draws" if draws > 1 else ", one draw each"
+        right = f"the recipe (large dot) and the baselines{spreads}; other {right}"
     caption = (
         f"Left: all {len(records.trials)} measured configurations; squares have one scheme everywhere, the number is "
         f"its bit-width. Right: {right}. The dotted line is the target. The panels share their axes but not their "
@@ -212,7 +225,7 @@ def _candidate_table(candidates: dict[str, dict[str, Any]], chosen: str | None) 
         cells = [
             esc(name),
             f"{c['avg_bits']:.3f}",
-            spread_cell({"fid_fp": c["fid_fp_mean"], "fid_fp_sd": c["fid_fp_sd"]}, "fid_fp", 4),
+            spread_cell({"fid_fp": c["fid_fp_mean"], "fid_fp_sd": c.get("fid_fp_sd")}, "fid_fp", 4),
             "–" if psnr is None else f"{psnr:.1f}",
         ]
         rows.append(("chosen" if name == chosen else "", cells))

@@ -1,17 +1,22 @@
 """The choice: candidates of every explanation, verified by really measuring them."""
 
+from typing import Any
+
 import numpy as np
 
 from quantdm.allocation import select, select_lambda
-from quantdm.allocation.candidates import baseline_choices, mean_of_ranks
-from quantdm.files import write_json
+from quantdm.allocation.candidates import BASELINE, baseline_choices, mean_of_standardised
+from quantdm.files import digest, read_json, write_json
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
-from quantdm.metrics.statistics import mean_and_sd
+from quantdm.metrics.statistics import mean_and_sd, totals
 from quantdm.pipelines.seen import Seen
-from quantdm.recipe import Provenance, Recipe, joint_rules
+from quantdm.recipe import Provenance, Recipe, joint_rules, load_recipe
 from quantdm.runs.engines.local import Engine
+from quantdm.runs.explain import is_current
+from quantdm.runs.labels import label_bits, labels_of
 from quantdm.runs.run import Run
+from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.trials import load_trials
 from quantdm.runs.verify import verify
 from quantdm.surrogates import Attribution, BlockScores, GraphSurrogate, SearchSpace, score_blocks
@@ -20,7 +25,30 @@ from quantdm.surrogates import Attribution, BlockScores, GraphSurrogate, SearchS
 def choose(
     run: Run, engine: Engine, space: SearchSpace, attributions: dict[str, Attribution], graph: GraphSurrogate
 ) -> Recipe:
-    """Verify the candidates of every explanation by really measuring them; write selection.json and recipe.yaml."""
+    """Verify the candidates of every explanation by really measuring them; write selection.json and recipe.yaml.
+
+    A selection that was made from the same explanations is kept, and so is the recipe beside it.
+    """
+    fitted = read_json(run.path("surrogate.json"), version=RECORD_VERSION)["inputs"]
+    explained = {name: a.to_dict() for name, a in attributions.items()}
+    path, inputs = (
+        run.path("selection.json"),
+        digest(fitted, explained, run.settings.model_dump(mode="json", exclude={"location"})),
+    )
+    if not is_current(path, inputs):
+        found = _select(run, engine, space, attributions, graph)
+        run.path("recipe.yaml").unlink(missing_ok=True)  # first: a selection never stands beside another's recipe
+        write_json(path, {"version": RECORD_VERSION, "inputs": inputs, **found})
+    selection = read_json(path, version=RECORD_VERSION)
+    if not run.path("recipe.yaml").is_file():
+        _recipe_of(run, selection).save(run.path("recipe.yaml"))
+    return _as_it_is(run, load_recipe(run.path("recipe.yaml")), space, selection["configs"][selection["chosen"]])
+
+
+def _select(
+    run: Run, engine: Engine, space: SearchSpace, attributions: dict[str, Attribution], graph: GraphSurrogate
+) -> dict[str, Any]:
+    """Measure every candidate and return which was best, their figures and their configurations."""
     settings = run.settings
     candidates = candidate_choices(run, space, attributions, score_blocks(graph))
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
@@ -30,16 +58,24 @@ def choose(
         name: {
             "avg_bits": float(space.avg_bits(candidates[name])[0]),
             **{f"{key}_{kind}": value for kind, row in mean_and_sd(rows).items() for key, value in row.items()},
+            **totals(rows),
         }
         for name, rows in figures.items()
     }
-    learned = [name for name in candidates if not name.startswith("baseline: ")]
+    learned = [name for name in candidates if not name.startswith(BASELINE)]
     best = min(learned, key=lambda name: summary[name]["fid_fp_mean"])
-    write_json(run.path("selection.json"), {"version": 1, "chosen": best, "candidates": summary, "configs": configs})
-    recipe = Recipe(
+    return {"chosen": best, "candidates": summary, "configs": configs}
+
+
+def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
+    """Return the chosen candidate as a recipe with its figures."""
+    settings, best = run.settings, selection["chosen"]
+    figures = selection["candidates"][best]
+    learned = [name for name in selection["configs"] if not name.startswith(BASELINE)]
+    return Recipe(
         model=settings.model,
-        **joint_rules(configs[best], settings.seen.denoisers),
-        avg_bits=round(summary[best]["avg_bits"], 6),
+        **joint_rules(selection["configs"][best], settings.seen.denoisers),
+        avg_bits=round(figures["avg_bits"], 6),
         provenance=Provenance(
             source=f"measured: {best}, chosen among {len(learned)} candidates by fid_fp",
             quantdm=versions().get("quantdm"),
@@ -47,11 +83,25 @@ def choose(
             trials=settings.trials,
             target=f"{settings.target_bits:g} bits per weight",
             notes=dense_note(settings.seen),
-            measured={key: round(summary[best][key], 6) for key in ("fid_fp_mean", "fid_fp_sd", "psnr_fp_mean")},
+            measured={
+                key: round(figures[key], 6)
+                for key in ("fid_fp_mean", "fid_fp_sd", "psnr_fp_mean")
+                if figures[key] is not None  # equal images have no PSNR, a single draw no spread
+            },
         ),
     )
-    recipe.save(run.path("recipe.yaml"))
-    return recipe
+
+
+def _as_it_is(run: Run, recipe: Recipe, space: SearchSpace, chosen: dict[str, str | None]) -> Recipe:
+    """Return a run's recipe; one that was changed by hand loses the figures that were measured of the chosen one."""
+    labels = labels_of(recipe, space.layers, run.settings.seen.denoisers)
+    if labels == chosen:
+        return recipe
+    provenance = recipe.provenance.model_copy(
+        update={"source": f"{recipe.provenance.source}; then changed by hand, not measured", "measured": {}}
+    )
+    bits = label_bits(space, labels) / int(space.num_weights.sum())
+    return recipe.model_copy(update={"avg_bits": round(bits, 6), "provenance": provenance})
 
 
 def dense_note(seen: Seen) -> tuple[str, ...]:
@@ -84,6 +134,6 @@ def candidate_choices(
     zero, blocks = block_scores
     found["graph, whole blocks"] = select(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
     found["lambda mode"], _ = select_lambda(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
-    mixed = mean_of_ranks([a.values for a in attributions.values()])
+    mixed = mean_of_standardised([a.values for a in attributions.values()])
     found["mean of surrogates"] = select(space, mixed, target_bits=budget)
     return found | baseline_choices(space, budget)

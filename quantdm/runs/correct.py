@@ -9,15 +9,17 @@ from torch import nn
 
 from quantdm.activations import default_keep_8bit
 from quantdm.correction import Correction, fit_correction, load_correction, step_table
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, write_json
 from quantdm.metrics import batched, frechet_distance
 from quantdm.metrics.samples import Draw
-from quantdm.pipelines.generate import generate, memoized_text_encoders
+from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
-from quantdm.recipe import ActivationSpec, Recipe, joint_config, load_recipe
+from quantdm.pipelines.text_memory import memoized_text_encoders
+from quantdm.recipe import ActivationSpec, Recipe, load_recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job, configured
+from quantdm.runs.labels import labels_of
 from quantdm.runs.run import Run
 
 
@@ -50,44 +52,51 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
 
     Args:
         images: trajectories for the statistics, and again for each draw on which the variants run freely.
+
+    Raises:
+        QuantDMError: the recipe does not fit the denoiser or quantizes further parts of the pipeline; images are NaN.
     """
+    labels = labels_of(recipe, engine.subject.layers, engine.subject.part_names)
     path, record = run.path("correction.safetensors"), run.path("correction_steps.json")
-    labels = joint_config(recipe, engine.subject.layers, engine.subject.part_names).to_labels()
     key = digest(labels, None if activations is None else activations.model_dump(mode="json"), images)
     if path.is_file() and record.is_file() and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
     evaluator = engine.local
-    settings = run.settings
     pipe = evaluator.pipe
     spec = None if activations is None else activations.model_dump(mode="json")
-
-    def draws(first: int, count: int, each: int) -> list[Draw]:
-        return [Draw(settings.seed * 1000 + first + i, each, settings.protocol.steps) for i in range(count)]
-
-    def runner(draw: Draw) -> Callable[[DiffusionPipeline], torch.Tensor]:
-        def run_once(pipe: DiffusionPipeline) -> torch.Tensor:
-            with memoized_text_encoders(pipe):
-                return generate(pipe, settings.protocol, draw.seeds, steps=draw.steps, batch_size=draw.images)
-
-        return run_once
 
     def distance(images_a: torch.Tensor, images_b: torch.Tensor) -> float:
         return frechet_distance(*(batched(evaluator.extractor, x) for x in (images_a, images_b)))
 
     job = Job(Draw(0, 0, 0), labels, spec)
     weights_only = Job(Draw(0, 0, 0), labels)
-    correction = fit_correction(
-        pipe,
-        lambda: configured(pipe, evaluator.bank, job),
-        fit_runs=[runner(draw) for draw in draws(50, FIT_DRAWS, images // FIT_DRAWS)],
-        test_runs=[runner(draw) for draw in draws(60, TEST_DRAWS, images)],
-        distance=distance,
-        # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation noise
-        # is explained (correction.md, When not to correct).
-        explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
-        model=settings.model,
-    )
-    steps = step_table(correction, pipe.scheduler, settings.protocol.steps)
+    with told(f"correction of {job.description}"):
+        correction = fit_correction(
+            pipe,
+            lambda: configured(pipe, evaluator.bank, job),
+            fit_runs=_runs_of(run, 50, FIT_DRAWS, images // FIT_DRAWS),
+            test_runs=_runs_of(run, 60, TEST_DRAWS, images),
+            distance=distance,
+            # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
+            # noise is explained (correction.md, When not to correct).
+            explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
+            model=run.settings.model,
+        )
+    steps = step_table(correction, pipe.scheduler, run.settings.protocol.steps)
     correction.save(path)
     write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "steps": steps})  # last: it says the pair is whole
     return path
+
+
+def _runs_of(run: Run, first: int, count: int, images: int) -> list[Callable[[DiffusionPipeline], torch.Tensor]]:
+    """Return what generates each of `count` draws from that one on."""
+    protocol = run.settings.protocol
+
+    def runner(draw: Draw) -> Callable[[DiffusionPipeline], torch.Tensor]:
+        def run_once(pipe: DiffusionPipeline) -> torch.Tensor:
+            with told(f"draw {draw.base_seed}"), memoized_text_encoders(pipe):
+                return generate(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=draw.images)
+
+        return run_once
+
+    return [runner(Draw(run.settings.seed * 1000 + first + i, images, protocol.steps)) for i in range(count)]

@@ -11,7 +11,7 @@ from quantdm.activations import set_activation_bits_
 from quantdm.correction import apply_correction, load_correction
 from quantdm.denoisers.calls import Call, replay
 from quantdm.denoisers.ensemble import join_weights
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, told
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
@@ -19,7 +19,7 @@ from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
-from quantdm.recipe import ActivationSpec
+from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.run import Run
 from quantdm.schemes import QuantConfig
@@ -45,6 +45,18 @@ class Job:
     def from_dict(cls, record: dict[str, Any]) -> "Job":
         """Build a job from the record that `dataclasses.asdict` makes of it."""
         return cls(**{**record, "draw": Draw(**record["draw"])})
+
+    @property
+    def description(self) -> str:
+        """What is measured, in words, for errors."""
+        if self.labels is None:
+            weights = "full precision"
+        else:
+            labels = sorted({str(label or ORIGINAL) for label in self.labels.values()})
+            mix = f"{labels[0]} everywhere" if len(labels) == 1 else f"a mix of {', '.join(labels)}"
+            weights = f"{mix} over {len(self.labels)} layers (configuration {digest(self.labels)})"
+        activations = "" if self.activations is None else f", {self.activations['bits']}-bit activations"
+        return weights + activations + ("" if self.correction is None else ", corrected sampler")
 
 
 class Evaluator:
@@ -91,7 +103,14 @@ class Evaluator:
     def samples(self, job: Job) -> Samples:
         """Generate the samples of one job."""
         with configured(self.pipe, self.bank, job):
-            return draw_samples(self.pipe, self.protocol, self.extractor, job.draw)
+            return draw_samples(
+                self.pipe,
+                self.protocol,
+                self.extractor,
+                job.draw,
+                what=job.description,
+                may_be_constant=job.labels is not None,  # it is compared with the reference, which may not
+            )
 
     # ----------------------------------------------------------------------------------------------- sensitivities
 
@@ -108,8 +127,9 @@ class Evaluator:
         for scheme in self.run.settings.schemes:
             with self.bank.applied(self.subject.weights, {layer_name: scheme}):
                 outputs = replay(denoiser, calls)
-            pairs = zip(outputs, calls, strict=True)
-            errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
+            with told(f"sensitivity of {layer_name} under {scheme}"):
+                pairs = zip(outputs, calls, strict=True)
+                errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
         return errors
 
     def _recorded(self) -> dict[str, list[Call]]:
@@ -139,11 +159,17 @@ def _middle(count: int) -> list[int]:
 
 @contextmanager
 def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job) -> Iterator[None]:
-    """Give a full-precision pipeline a job's weights, activations and correction while the context is open."""
+    """Give a full-precision pipeline a job's weights, activations and correction while the context is open.
+
+    Raises:
+        QuantDMError: the configuration does not name exactly the layers of the denoisers.
+    """
     denoisers = find_denoisers(pipe)
     with ExitStack() as stack:
         if job.labels is not None:
-            stack.enter_context(bank.applied(join_weights(denoisers), QuantConfig.from_labels(job.labels)))
+            config = QuantConfig.from_labels(job.labels)
+            check_layers(config, bank.layers, what="configuration")  # a layer left out would be measured unquantized
+            stack.enter_context(bank.applied(join_weights(denoisers), config))
         if job.activations is not None:
             for denoiser in denoisers.values():
                 set_activation_bits_(denoiser, ActivationSpec.model_validate(job.activations))

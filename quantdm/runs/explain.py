@@ -1,10 +1,11 @@
 """Surrogates and their explanations as stages of a run."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quantdm.files import read_json, write_json
+from quantdm.files import digest, read_json, write_json
 from quantdm.progress import bar
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
@@ -20,20 +21,35 @@ from quantdm.surrogates import (
 from quantdm.surrogates.ranking import spearman
 
 SURROGATES = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
+SUFFIXES = {"additive": ".json", "tree": ".json", "graph": ".safetensors"}
+
+
+def is_current(path: Path, inputs: str) -> bool:
+    """Whether a stage's record is there and was made from inputs of that digest."""
+    return path.is_file() and read_json(path, version=RECORD_VERSION).get("inputs") == inputs
 
 
 # ------------------------------------------------------------------------------------------- surrogates, attribution
 
 
 def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, Any]:
-    """Write surrogate.json: held-out rank quality of every surrogate; return the fitted ones that explain.
+    """Write surrogates/ and surrogate.json, held-out rank quality; return the fitted surrogates that explain.
 
-    Ridge regression is fitted as a yardstick only.
+    Those that were fitted to the same trials of the same space are opened again. Ridge regression is fitted as a
+    yardstick only.
     """
+    arrays = (choices.tolist(), y.tolist(), space.noise_error.tolist(), space.weight_error.tolist())
+    inputs, path = digest(space.digest, space.graph.to_dict(), *arrays, run.settings.seed), run.path("surrogate.json")
+    files = {name: run.path("surrogates") / f"{name}{SUFFIXES[name]}" for name in SURROGATES}
+    if is_current(path, inputs) and all(file.is_file() for file in files.values()):
+        return {name: kind.load(files[name], space) for name, kind in SURROGATES.items()}
+    path.unlink(missing_ok=True)  # from here on the files are not what it speaks of
     fitted: dict[str, Any] = {}
     with bar(len(SURROGATES) + 1, "surrogates: five folds each") as progress:
         for name, kind in {**SURROGATES, "ridge": RidgeSurrogate}.items():
             fitted[name] = kind(space, random_state=run.settings.seed).fit(choices, y)
+            if name in files:
+                fitted[name].save(files[name])
             progress.update()
     null = {
         "average bits": spearman(space.avg_bits(choices), y),
@@ -42,20 +58,26 @@ def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndar
     }
     record = {
         "version": RECORD_VERSION,
+        "inputs": inputs,
         "trials": len(y),
         "held_out_spearman": {name: [float(score) for score in s.cv_scores_] for name, s in fitted.items()},
         "held_out_ndcg": {name: [float(score) for score in s.cv_ndcg_] for name, s in fitted.items()},
         "without_learning": null,
     }
-    write_json(run.path("surrogate.json"), record)
+    write_json(path, record)
     return {name: surrogate for name, surrogate in fitted.items() if name in SURROGATES}
 
 
 def explain(run: Run, fitted: dict[str, Any]) -> dict[str, Attribution]:
-    """Write attribution.json: what every layer x option is worth to each surrogate."""
+    """Write attribution.json: what every layer x option is worth to each surrogate; keep it if it is of these."""
+    inputs = read_json(run.path("surrogate.json"), version=RECORD_VERSION)["inputs"]
+    if is_current(run.path("attribution.json"), inputs):
+        return load_attributions(run)
     found = {name: attribute(surrogate) for name, surrogate in fitted.items()}
-    record = {"version": RECORD_VERSION, "attributions": {name: a.to_dict() for name, a in found.items()}}
-    write_json(run.path("attribution.json"), record)
+    attributions = {name: a.to_dict() for name, a in found.items()}
+    write_json(
+        run.path("attribution.json"), {"version": RECORD_VERSION, "inputs": inputs, "attributions": attributions}
+    )
     return found
 
 

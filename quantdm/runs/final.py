@@ -5,18 +5,18 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
 
+from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
 from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
 from quantdm.machine import versions
 from quantdm.metrics import frechet_distance
 from quantdm.metrics.samples import Draw, real_floor
-from quantdm.metrics.statistics import mean_and_sd
+from quantdm.metrics.statistics import mean_and_sd, totals
 from quantdm.progress import bar
-from quantdm.quantizers import count_bits
-from quantdm.recipe import ActivationSpec, Recipe, joint_config
+from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
+from quantdm.runs.labels import label_bits, labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
@@ -25,7 +25,7 @@ from quantdm.surrogates import SearchSpace
 
 GRID_IMAGES = 40
 FIGURES = ("fid_real", "fid_fp", "psnr_fp", "agreement")
-GRID_ROWS = ("fp", "uniform-same-size", "recipe", "recipe+a6+correction")
+GRID_ROWS = ("fp", "uniform-next-width", "recipe", "recipe+a6+correction")
 
 
 def final_draws(run: Run, *, images: int, count: int = 3) -> list[Draw]:
@@ -36,22 +36,33 @@ def final_draws(run: Run, *, images: int, count: int = 3) -> list[Draw]:
 def final_jobs(
     run: Run, space: SearchSpace, recipe: Recipe, activations: ActivationSpec, correction: str | None
 ) -> dict[str, tuple[Job, str]]:
-    """Return row name -> (job without its draw, note) of the result table."""
+    """Return row name -> (job without its draw, note) of the result table.
+
+    "uniform-next-width" is one scheme everywhere, the best by verification of those that are no smaller than the target
+    (the note names it); "least-weight-error" and "sensitivity-same-size" are mixes of the target's size.
+
+    Raises:
+        QuantDMError: the recipe does not fit the denoiser, or quantizes further parts of the pipeline.
+    """
     selection = read_json(run.path("selection.json"), version=1)
     figures, configs = selection["candidates"], selection["configs"]
-    baselines = [name for name in configs if name.startswith("baseline: ")]
-    best_baseline = min(baselines, key=lambda name: figures[name]["fid_fp_mean"])
+    uniform = min(
+        (name for name in configs if name.startswith(BASELINE) and name != LEAST_WEIGHT_ERROR),
+        key=lambda name: figures[name]["fid_fp_mean"],
+    )
+    chosen = labels_of(recipe, space.layers, run.settings.seen.denoisers)
+    note = selection["chosen"] if chosen == configs[selection["chosen"]] else "changed by hand"
     uniform_4, kmeans_4 = (Scheme(method=method, bits=4) for method in ("uniform", "kmeans"))
     draw = Draw(0, 0, 0)  # replaced by every final draw
     spec = activations.model_dump(mode="json")
-    chosen = joint_config(recipe, space.layers, run.settings.seen.denoisers).to_labels()
     return {
         "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
         "uniform-w4": (Job(draw, space_config(space, uniform_4)), f"{uniform_4} everywhere"),
         "kmeans-w4": (Job(draw, space_config(space, kmeans_4)), f"{kmeans_4} everywhere"),
-        "uniform-same-size": (Job(draw, configs[best_baseline]), best_baseline.removeprefix("baseline: ")),
+        "uniform-next-width": (Job(draw, configs[uniform]), uniform.removeprefix(BASELINE)),
+        "least-weight-error": (Job(draw, configs[LEAST_WEIGHT_ERROR]), "knapsack on weight errors"),
         "sensitivity-same-size": (Job(draw, configs["sensitivity"]), "knapsack on one-layer noise errors"),
-        "recipe": (Job(draw, chosen), selection["chosen"]),
+        "recipe": (Job(draw, chosen), note),
         "recipe+a6": (Job(draw, chosen, spec), "6-bit activations"),
         "recipe+a6+correction": (Job(draw, chosen, spec, correction), "6-bit activations, corrected sampler"),
     }
@@ -70,7 +81,7 @@ def measure_rows(
     draws: Sequence[Draw],
     unquantized: int,
 ) -> list[dict[str, Any]]:
-    """Measure every row on every draw and return one record per row: means, standard deviations, size."""
+    """Measure every row on every draw and return one record per row: means, standard deviations, counts, size."""
     store = TrialStore(run.path("final"))
     work = {
         (name, draw): Job(draw, job.labels, job.activations, job.correction)
@@ -89,7 +100,8 @@ def measure_rows(
             progress.update()
     rows = []
     for name, (job, note) in jobs.items():
-        figures = mean_and_sd([found[name, draw] or {} for draw in draws])
+        measured = [found[name, draw] or {} for draw in draws]
+        figures = mean_and_sd(measured)
         bits = row_bits(space, job)
         rows.append(
             {
@@ -99,6 +111,7 @@ def measure_rows(
                 "denoiser_bytes": -(-bits // 8) + unquantized,
                 **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
                 **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
+                **totals(measured),
                 "seconds": round(figures["mean"]["seconds"] or 0.0, 3),
             }
         )
@@ -122,33 +135,36 @@ def row_bits(space: SearchSpace, job: Job) -> int:
     """Return the exact bits of a job's quantizable weights (16 each when nothing is quantized)."""
     if job.labels is None:
         return int(space.num_weights.sum()) * ORIGINAL_BITS
-    if set(job.labels.values()) <= set(space.labels):
-        choice = [space.labels.index(str(job.labels[name])) for name in space.layer_names]
-        return int(space.total_bits(choice)[0])
-    schemes = {layer.name: Scheme.parse(str(job.labels[layer.name])) for layer in space.layers}
-    return sum(count_bits(layer.shape, schemes[layer.name], layer.split) for layer in space.layers)
+    return label_bits(space, job.labels)
 
 
-def sampling_noise(engine: Engine, draws: Sequence[Draw]) -> dict[str, float]:
-    """Return the Frechet distance between full-precision draws of different noises: sampling noise."""
+def sampling_noise(engine: Engine, draws: Sequence[Draw]) -> dict[str, float | None]:
+    """Return the Frechet distance between full-precision draws of different noises: sampling noise.
+
+    Its mean and standard deviation over pairs of draws; None where one pair, or none, tells nothing of them.
+    """
     features = [engine.local.reference(draw).features for draw in draws]
-    distances = [frechet_distance(a, b) for a, b in combinations(features, 2)]
-    column = torch.tensor(distances, dtype=torch.float64)
-    return {"mean": column.mean().item(), "sd": column.std().item() if len(distances) > 1 else 0.0}
+    distances = [{"d": frechet_distance(a, b)} for a, b in combinations(features, 2)]
+    figures = mean_and_sd(distances) if distances else {"mean": {}, "sd": {}}
+    return {kind: figures[kind].get("d") for kind in ("mean", "sd")}
 
 
 def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw: Draw) -> None:
-    """Write samples.safetensors: the first images of a final draw, equal seeds in every row."""
-    few = Draw(draw.base_seed, GRID_IMAGES, draw.steps)
-    tensors = {}
-    for name in GRID_ROWS:
-        job = jobs[name][0]
-        tensors[name] = engine.local.samples(Job(few, job.labels, job.activations, job.correction)).images
-    save_tensors(run.path("samples.safetensors"), tensors)
+    """Write samples.safetensors: the first images of a final draw, equal seeds in every row.
+
+    Grids of the same jobs that are there are kept.
+    """
+    few, path = Draw(draw.base_seed, GRID_IMAGES, draw.steps), run.path("samples.safetensors")
+    shown = {name: jobs[name][0] for name in GRID_ROWS}
+    work = {name: Job(few, job.labels, job.activations, job.correction) for name, job in shown.items()}
+    inputs = digest({name: run_key(run, job) for name, job in work.items()})
+    if path.is_file() and load_tensors(path)[1].get("inputs") == inputs:
+        return
+    save_tensors(path, {name: engine.local.samples(job).images for name, job in work.items()}, {"inputs": inputs})
 
 
 def write_summary(
-    run: Run, rows: list[dict[str, Any]], draws: Sequence[Draw], noise: dict[str, float]
+    run: Run, rows: list[dict[str, Any]], draws: Sequence[Draw], noise: dict[str, float | None]
 ) -> dict[str, Any]:
     """Write summary.json and return it."""
     protocol = run.settings.protocol

@@ -7,13 +7,15 @@ import numpy as np
 
 from quantdm.allocation.sampling import sample_configs, sample_frontier
 from quantdm.errors import QuantDMError
+from quantdm.files import digest, read_json, write_json
 from quantdm.metrics.samples import Draw
 from quantdm.progress import bar
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
-from quantdm.runs.explain import SURROGATES
+from quantdm.runs.explain import SURROGATES, is_current
 from quantdm.runs.proposals import propose
 from quantdm.runs.run import Run
+from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
 from quantdm.surrogates import (
     SearchSpace,
@@ -42,14 +44,19 @@ def run_trials(
     targets: Sequence[float] = (),
     proposers: Sequence[str] = PROPOSERS,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Write trials/: every planned configuration measured; return choices [T, L] and y = -log(fid_fp) [T].
+    """Write trials/ and trials.json (which they are): every planned configuration measured, if it was not yet.
 
+    Returns choices [T, L] and y = -log(fid_fp) [T].
     The plan is a function of the settings and of earlier labels only, so an interrupted run ends as an undisturbed one.
     `targets` are the sizes whose frontier is explored (default: the run's), `proposers` the surrogates that choose the
     learned batches.
     """
     total, seed = run.settings.trials, run.settings.seed
     targets = targets or (run.settings.target_bits,)
+    record, errors = run.path("trials.json"), (space.noise_error.tolist(), space.weight_error.tolist())
+    inputs = digest(run.settings.model_dump(mode="json"), space.digest, *errors, list(targets), list(proposers))
+    if is_current(record, inputs) and (done := _planned(run, space, read_json(record)["keys"])) is not None:
+        return done
     choices = first_trials(space, total, targets=targets, seed=seed)
     batches = max(1, round((total - len(choices)) / BATCH))
     with bar(total, f"trials: {label_draw(run).images} images each") as progress:
@@ -62,7 +69,16 @@ def run_trials(
             fresh = propose(space, learned, count, targets=targets, tried=choices, seed=seed + 1 + 1000 * batch)
             y = np.concatenate([y, label_trials(run, engine, space, fresh, progress)])
             choices = np.concatenate([choices, fresh])
+    keys = [Job(label_draw(run), space.config(choice).to_labels()).key for choice in choices]
+    write_json(record, {"version": RECORD_VERSION, "inputs": inputs, "keys": keys})
     return choices, y
+
+
+def _planned(run: Run, space: SearchSpace, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the choices and labels of finished trials by their keys, or None if one of them is gone."""
+    trials = [TrialStore(run.path("trials")).get(key) for key in keys]
+    found = [trial for trial in trials if trial is not None]
+    return _arrays(space, found) if len(found) == len(keys) else None
 
 
 def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], seed: int) -> np.ndarray:
@@ -80,6 +96,10 @@ def load_trials(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
     trials = list(TrialStore(run.path("trials")))
     if not trials:
         raise QuantDMError(f"no trials in {run.path('trials')}; run `quantdm search --run-dir {run.folder}` first")
+    return _arrays(space, trials)
+
+
+def _arrays(space: SearchSpace, trials: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     rows = [[space.labels.index(trial["config"][name]) for name in space.layer_names] for trial in trials]
     return np.array(rows), np.array([label_of(trial) for trial in trials])
 

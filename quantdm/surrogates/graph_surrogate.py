@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
-from quantdm.machine import single_thread
+from quantdm.machine import seeded, single_thread
 from quantdm.surrogates.additive import AdditiveSurrogate
 from quantdm.surrogates.block_scores import layer_values
 from quantdm.surrogates.graph_net import CellTable, GraphNet, hop_scores
@@ -223,8 +223,7 @@ class GraphSurrogate:
         return self
 
     def _network(self, fold: int) -> GraphNet:
-        with torch.random.fork_rng(devices=[]):  # the layers draw from the global generator only
-            torch.manual_seed(self.random_state * FOLDS + fold)
+        with seeded(self.random_state * FOLDS + fold):  # the layers draw from the global generator only
             return GraphNet(CellTable(self.space), self.plan.hops)
 
     def _train(self, fold: int, choices: Ints, labels: Floats, weights: Floats) -> GraphNet:

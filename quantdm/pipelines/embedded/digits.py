@@ -1,5 +1,6 @@
 """The real images that the embedded reference pipelines were trained on: scikit-learn's handwritten digits."""
 
+import re
 from typing import Any, Literal
 
 import torch
@@ -9,6 +10,19 @@ NUM_TEST = 540
 SPLIT_SEED = 0
 IMAGE_SIZE = 32
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def digit_of(value: str | int) -> int | None:
+    """Return the one digit that a condition asks for: a class label 0 to 9, or a word or numeral of a prompt.
+
+    None where it asks for none, or for several.
+    """
+    if isinstance(value, int):
+        return value if 0 <= value < len(WORDS) else None
+    tokens = re.findall(r"[a-z]+|\d+", value.lower())
+    found = {WORDS.index(token) for token in tokens if token in WORDS}
+    found |= {int(token) for token in tokens if token.isdigit()}
+    return found.pop() if len(found) == 1 and max(found) < len(WORDS) else None
 
 
 def load_digit_images(split: Literal["train", "test"]) -> tuple[torch.Tensor, torch.Tensor]:
