@@ -8,7 +8,7 @@ from typing import Any
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
 from quantdm.denoisers.inventory import list_layers
-from quantdm.hub.export import denoiser_bytes
+from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.report import write_report
 from quantdm.report.insight_files import save_insights
@@ -17,7 +17,7 @@ from quantdm.runs.choose import choose
 from quantdm.runs.correct import activation_spec_of, correct_run
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.search import open_engine, start_run
-from quantdm.runs.settings import FULL_TRIALS, QUICK_TRIALS, unquantized_bytes
+from quantdm.runs.settings import FULL_TRIALS, QUICK_TRIALS
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 
@@ -72,7 +72,7 @@ def demo(
         say("[8/9] measure the result on noises that the search never saw")
         draws = final.final_draws(run, images=FINAL_IMAGES[quick])
         jobs = final.final_jobs(run, space, recipe, spec, str(correction))
-        rows = final.measure_rows(run, engine, space, jobs, draws, unquantized_bytes(layers, denoiser))
+        rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(pipe))
         final.save_grids(run, engine, jobs, draws[0])
         summary = final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
     say("[9/9] export and report")
