@@ -19,6 +19,7 @@ import torch
 
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
 from quantdm.files import read_json, write_json
+from quantdm.hub.size import ExportSize
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
@@ -32,7 +33,6 @@ from quantdm.runs.evaluator import Job
 from quantdm.runs.explain import SURROGATES, explain, fit_surrogates
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
-from quantdm.runs.settings import unquantized_bytes
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import label_of, load_trials, run_trials
 from quantdm.runs.verify import verify
@@ -61,7 +61,7 @@ def main() -> None:
         fitted = fit_surrogates(run, space, choices, y)
         attributions = explain(run, fitted)
         fits = held_out(run)
-        rest = unquantized_bytes(subject.layers, subject.weights)
+        export_size = ExportSize(subject.pipe)
         result: dict[str, Any] = {
             "version": 1,
             "model": arguments.model,
@@ -73,7 +73,7 @@ def main() -> None:
         block_scores = score_blocks(fitted["graph"])
         for size in SIZES:
             candidates = candidate_choices(run, space, attributions, block_scores, target_bits=size)
-            rows = measure_size(run, engine, space, candidates, size, spec, rest)
+            rows = measure_size(run, engine, space, candidates, size, spec, export_size)
             result["sizes"][f"{size:g}"] = rows
             result |= {
                 "sampling_noise": final.sampling_noise(engine, final.final_draws(run, images=1000)),
@@ -98,7 +98,13 @@ def held_out(run: Run) -> dict[str, Any]:
 
 
 def measure_size(
-    run: Run, engine: Engine, space: SearchSpace, candidates: dict[str, np.ndarray], size: float, spec: Any, rest: int
+    run: Run,
+    engine: Engine,
+    space: SearchSpace,
+    candidates: dict[str, np.ndarray],
+    size: float,
+    spec: Any,
+    export_size: ExportSize,
 ) -> list[dict[str, Any]]:
     """Verify the candidates of a size, keep the best as recipe, measure it beside the baselines on the final draws."""
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
@@ -122,7 +128,7 @@ def measure_size(
         "best of all sampled": (Job(Draw(0, 0, 0), configs["best sampled"]), "by its label"),
         "lambda mode": (Job(Draw(0, 0, 0), configs["lambda mode"]), "independent argmax per block"),
     }
-    rows = final.measure_rows(run, engine, space, jobs, final.final_draws(run, images=1000), rest)
+    rows = final.measure_rows(run, engine, space, jobs, final.final_draws(run, images=1000), export_size)
     by_name = {row["name"]: row for row in rows}
     for name, activations in (("recipe", None), ("recipe A6", spec)):
         save_recipe(run, configs[chosen], activations, size, chosen, by_name[name])

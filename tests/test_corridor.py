@@ -25,14 +25,13 @@ from quantdm import (
 from quantdm.corridor.demo import correct_run
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
-from quantdm.hub.export import denoiser_bytes, lossless_dtype
+from quantdm.hub.export import lossless_dtype
+from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.pipelines.generate import generate
-from quantdm.quantizers import count_bits
 from quantdm.runs import final
 from quantdm.runs.correct import activation_spec_of
 from quantdm.runs.run import Run
 from quantdm.runs.search import open_engine
-from quantdm.runs.settings import unquantized_bytes
 from quantdm.runs.trials import label_draw
 from quantdm.surrogates import SearchSpace
 
@@ -67,13 +66,10 @@ def mixed_recipe(name):
 def test_an_export_opens_in_a_new_process_with_identical_images_and_the_counted_size(name, tmp_path):
     recipe, protocol = mixed_recipe(name), load_protocol(name)
     pipe = load_pipeline(name)
-    layers = list_layers(get_denoiser(pipe))
-    rest = unquantized_bytes(layers, get_denoiser(pipe))
-    config = recipe.config
-    bits = sum(count_bits(la.shape, s, la.split) if (s := config[la.name]) else 16 * la.num_weights for la in layers)
+    counted = ExportSize(pipe).of(recipe.config)
     images = generate(apply_recipe(pipe, recipe), protocol, range(4), steps=3)
     folder = export_pipeline(name, recipe, tmp_path / "export")
-    assert denoiser_bytes(folder, load_pipeline(folder)) <= 1.02 * (bits / 8 + rest)
+    assert denoiser_bytes(folder, load_pipeline(folder)) == counted
     command = [sys.executable, "-c", RELOAD, str(folder), name, str(tmp_path / "images.safetensors")]
     subprocess.run(command, check=True, capture_output=True, text=True)
     reloaded = load_file(tmp_path / "images.safetensors")["images"]
@@ -114,7 +110,7 @@ def measured(finished):
         correction = correct_run(run, engine, recipe, spec, images=8)
         draws = [final.Draw(d.base_seed, 30, 3) for d in final.final_draws(run, images=30)]
         jobs = final.final_jobs(run, space, recipe, spec, str(correction))
-        rows = final.measure_rows(run, engine, space, jobs, draws, unquantized_bytes(space.layers, denoiser))
+        rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(pipe))
         final.save_grids(run, engine, jobs, draws[0])
         summary = final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
     return run, summary
@@ -160,7 +156,7 @@ def test_a_run_exports_what_it_chose(measured, tmp_path):
     folder = export_run(run, tmp_path / "out")
     size = denoiser_bytes(folder, load_pipeline(folder))
     recipe = next(row for row in summary["rows"] if row["name"] == "recipe")
-    assert size <= 1.02 * recipe["denoiser_bytes"]
+    assert size == recipe["denoiser_bytes"]
     assert (folder / "correction.safetensors").is_file()
 
 

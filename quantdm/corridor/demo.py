@@ -7,7 +7,7 @@ from typing import Any
 
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
-from quantdm.hub.export import denoiser_bytes
+from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import Recipe
 from quantdm.report import write_report
@@ -19,7 +19,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
-from quantdm.runs.settings import FULL, FULL_TRIALS, QUICK, QUICK_TRIALS, unquantized_bytes
+from quantdm.runs.settings import FULL, FULL_TRIALS, QUICK, QUICK_TRIALS
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.surrogates import SearchSpace
@@ -103,6 +103,6 @@ def _measure(run: Run, engine: Engine, space: SearchSpace, recipe: Recipe, say: 
     say("[8/9] measure the result on noises that the search never saw")
     draws = final.final_draws(run, images=FINAL_IMAGES[quick])
     jobs = final.final_jobs(run, space, recipe, spec, str(correction))
-    rows = final.measure_rows(run, engine, space, jobs, draws, unquantized_bytes(subject.layers, subject.weights))
+    rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(subject.pipe))
     final.save_grids(run, engine, jobs, draws[0])
     return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))

@@ -14,7 +14,6 @@ from quantdm.files import read_json, write_json
 from quantdm.hub.apply import apply_recipe
 from quantdm.hub.quantize import Bank
 from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
-from quantdm.pipelines.parts import get_denoiser
 from quantdm.recipe import Recipe
 
 CORRECTION_FILE, RECIPE_FILE = "correction.safetensors", "recipe.yaml"
@@ -85,12 +84,6 @@ def open_in_float32(folder: Path, pipe: DiffusionPipeline) -> None:
             config = read_json(path)
             if "dtype" in config:
                 write_json(path, config | {"dtype": "float32"})
-
-
-def denoiser_bytes(folder: str | Path, pipe: DiffusionPipeline) -> int:
-    """Return the size of an export's denoiser weights on disk."""
-    name = next(name for name, part in pipe.components.items() if part is get_denoiser(pipe))
-    return sum(path.stat().st_size for path in (Path(folder) / name).glob("*.safetensors"))
 
 
 def _is_empty(folder: Path) -> bool:

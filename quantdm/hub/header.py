@@ -113,11 +113,25 @@ def _record_checksum(record: Mapping[str, Any]) -> int:
 def encode_header(table: Table, tensors: Mapping[str, torch.Tensor]) -> str:
     """Return as compact JSON what the header says of these tensors (the packed ones, and others that get checksums)."""
     packed = [f"{name}{SUFFIX}" for name in table]
+    others = sorted(tensors.keys() - set(packed))
+    sums = ([checksum(key, tensors[key]) for key in keys] for keys in (packed, others))
+    return header_text(table, *sums)
+
+
+def header_text(
+    table: Table, packed: Sequence[int], others: Sequence[int], *, longest_of: Sequence[Scheme] | None = None
+) -> str:
+    """Return the header of a table and the checksums of its tensors; its length depends on their number only.
+
+    With `longest_of` it is the longest one that these layers can have under those schemes.
+    """
     schemes = list(dict.fromkeys(entry.scheme.label for entry in table.values()))
+    if longest_of is not None:
+        schemes = [scheme.label for scheme in longest_of]
     dtypes = list(dict.fromkeys(str(entry.dtype).removeprefix("torch.") for entry in table.values()))
     layers = {
         name: (
-            schemes.index(entry.scheme.label),
+            schemes.index(entry.scheme.label) if longest_of is None else len(schemes) - 1,
             dtypes.index(str(entry.dtype).removeprefix("torch.")),
             list(entry.shape),
             [] if entry.split is None else [entry.split],
@@ -129,10 +143,13 @@ def encode_header(table: Table, tensors: Mapping[str, torch.Tensor]) -> str:
         "schemes": schemes,
         "dtypes": dtypes,
         "layers": layers,
-        "packed": pack_checksums([checksum(key, tensors[key]) for key in packed]),
-        "others": pack_checksums([checksum(key, tensors[key]) for key in sorted(tensors.keys() - set(packed))]),
+        "packed": pack_checksums(packed),
+        "others": pack_checksums(others),
     }
-    return json.dumps(record | {"crc32": _record_checksum(record)}, separators=(",", ":"))
+    total = _record_checksum(record)
+    # As many blanks behind it as the number has digits less than the longest: the size of a file is known beforehand.
+    blanks = " " * (len(str(2**32 - 1)) - len(str(total)))
+    return json.dumps(record | {"crc32": total}, separators=(",", ":")) + blanks
 
 
 def decode_header(text: str, where: str) -> Header:

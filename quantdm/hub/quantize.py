@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -105,8 +105,9 @@ def pack_layers(
         scheme = config[name]
         assert scheme is not None
         if bank is not None:
-            quantized[name] = bank.get(name, scheme)
-            found = quantized[name]
+            found = bank.get(name, scheme)
+            # "of the weight before": that of this model, whatever the bank was built from
+            quantized[name] = replace(found, dtype=model.get_submodule(name).weight.dtype)  # type: ignore[union-attr]
             if (found.scheme, found.split) != (scheme, splits[name]):
                 raise QuantDMError(f"{name}: the bank gave {found.scheme} split at {found.split}, expected {scheme}")
         else:

@@ -84,7 +84,7 @@ def keys_to_save(model: Any, table: Iterable[str], state: Mapping[str, torch.Ten
         if tuple(state[key].shape) != shape:
             raise QuantDMError(
                 f"save_pretrained: {key} has the shape {tuple(state[key].shape)} and {shape} in a "
-                f"{type(model).__name__} of this configuration, which could not be opened; undo the change before saving"
+                f"{type(model).__name__} of this configuration, which could not be opened; undo the change first"
             )
     _check_memory({key: state[key] for key in expected})
     return set(expected)
@@ -115,7 +115,7 @@ def _expected_shapes(model: Any) -> Shapes:
         if shape != layer.weight_shape:
             raise QuantDMError(
                 f"save_pretrained: {name} has the shape {layer.weight_shape} and {shape} in a "
-                f"{type(model).__name__} of this configuration, which could not be opened; undo the change before saving"
+                f"{type(model).__name__} of this configuration, which could not be opened; undo the change first"
             )
         shapes[f"{name}{SUFFIX}"] = (layer.packed.numel(),)
     untold = {*(model.all_tied_weights_keys if isinstance(model, PreTrainedModel) else ())}

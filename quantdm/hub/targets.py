@@ -8,7 +8,7 @@ from torch import nn
 
 from quantdm.errors import QuantDMError
 from quantdm.hub.quantize import Bank
-from quantdm.pipelines.parts import find_denoisers, get_denoiser
+from quantdm.pipelines.parts import find_denoisers
 from quantdm.quantizers import QuantizedWeight
 from quantdm.recipe import Recipe, split_name
 from quantdm.recipe.joint import SEPARATOR
@@ -37,7 +37,8 @@ def targets(pipe: Any, recipe: Recipe | QuantConfig, bank: Bank | None) -> list[
         rules = _split(recipe, tuple(denoisers))
     else:
         rules = _rules(recipe, tuple(denoisers), type(pipe).__name__)
-    return [(_part(pipe, name), own, _bank_of(bank, name, denoisers)) for name, own in rules.items()]
+    _check_parts(pipe, names, main=next(iter(denoisers)))
+    return [(pipe.components[name], own, _bank_of(bank, name, denoisers)) for name, own in rules.items()]
 
 
 def _split(config: QuantConfig, parts: tuple[str, ...]) -> dict[str, Rules]:
@@ -64,15 +65,15 @@ def _rules(recipe: Recipe, parts: tuple[str, ...], pipeline: str) -> dict[str, R
     return rules | {name: recipe.component(name) for name in names}
 
 
-def _part(pipe: Any, name: str) -> Any:
-    part = pipe.components.get(name)
-    if not isinstance(part, nn.Module):
-        models = [n for n, c in pipe.components.items() if isinstance(c, nn.Module) and c is not get_denoiser(pipe)]
-        raise QuantDMError(
-            f"recipe: component {name!r} is no further model of the {type(pipe).__name__}; it has "
-            f"{', '.join(models) or 'none'} (the denoiser's rules stand at the top)"
-        )
-    return part
+def _check_parts(pipe: Any, names: list[str], *, main: str) -> None:
+    """Refuse components that the pipeline has not, or that are its denoiser."""
+    models = [name for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != main]
+    for name in names:
+        if name not in models:
+            raise QuantDMError(
+                f"recipe: component {name!r} is no further model of the {type(pipe).__name__}; it has "
+                f"{', '.join(models) or 'none'} (the denoiser's rules stand at the top)"
+            )
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def check_stored(folder: Path) -> dict[str, set[str]]:
         headers = [read_header(path) for path in _weight_files(config.parent)]
         packed = {key for _, keys in headers for key in keys if key.endswith(SUFFIX)}
         signed = any(HEADER_KEY in metadata for metadata, _ in headers)
-        if method == METHOD and not packed:
+        if method == METHOD and not packed and not signed:  # signed: every layer stayed in its original precision
             raise QuantDMError(
                 f"{config}: says that quantdm quantized it, but there are no packed weights beside it; "
                 "copy or export it again"

@@ -11,7 +11,6 @@ from quantdm.report.figures import describe
 from quantdm.report.markup import esc, figure, missing, paragraph, strip_png, table
 from quantdm.report.records import Records
 from quantdm.report.wording import decimals, megabytes, percent, plus_minus
-from quantdm.schemes import ORIGINAL_BITS
 
 ROW_NAMES = {
     "fp": "Full precision",
@@ -93,9 +92,10 @@ def results(records: Records) -> str:
 
     html = table(head, [("chosen" if row["name"] == "recipe" else "", cells(row)) for row in rows])
     text = _final_protocol(records.summary) + _blank(rows)
-    if records.space is not None and "fp" in records.rows:
-        rest = records.rows["fp"]["denoiser_bytes"] - int(records.space.num_weights.sum()) * ORIGINAL_BITS // 8
-        text += f" Of every denoiser {megabytes(rest)} are not quantized: biases, norms and embeddings."
+    if records.space is not None and "recipe" in records.rows:
+        recipe = records.rows["recipe"]
+        rest = recipe["denoiser_bytes"] - round(recipe["avg_bits"] * int(records.space.num_weights.sum()) / 8)
+        text += f" Of the recipe's file {megabytes(rest)} are no quantized weights: biases, norms, embeddings, header."
     return html + paragraph(text, "caption")
 
 

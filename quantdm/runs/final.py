@@ -8,6 +8,7 @@ import numpy as np
 
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
 from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
+from quantdm.hub.size import ExportSize
 from quantdm.machine import versions
 from quantdm.metrics import frechet_distance
 from quantdm.metrics.samples import Draw, real_floor
@@ -79,9 +80,9 @@ def measure_rows(
     space: SearchSpace,
     jobs: dict[str, tuple[Job, str]],
     draws: Sequence[Draw],
-    unquantized: int,
+    size: ExportSize,
 ) -> list[dict[str, Any]]:
-    """Measure every row on every draw and return one record per row: means, standard deviations, counts, size."""
+    """Measure every row on every draw; return one record per row: means, deviations, counts, size of the files."""
     store = TrialStore(run.path("final"))
     work = {
         (name, draw): Job(draw, job.labels, job.activations, job.correction)
@@ -108,7 +109,7 @@ def measure_rows(
                 "name": name,
                 "note": note,
                 "avg_bits": bits / int(space.num_weights.sum()),
-                "denoiser_bytes": -(-bits // 8) + unquantized,
+                "denoiser_bytes": size.of(job.labels),
                 **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
                 **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
                 **totals(measured),

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-import torch
 
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError
+from quantdm.hub.size import ExportSize
 from quantdm.machine import fast_dtype
+from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
 from quantdm.runs.run import RunSettings
-from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL_BITS, Scheme
+from quantdm.schemes import DEFAULT_OPTIONS, Scheme
 
 MIN_TRIALS = 30
 FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
@@ -58,7 +59,7 @@ def make_settings(
         seen=subject.seen,
         options=tuple(scheme.label for scheme in options),
         target_bits=checked_target(
-            subject.layers, options, subject.weights, target_bits=target_bits, target_bytes=target_bytes
+            subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes
         ),
         trials=trials,
         seed=seed,
@@ -75,21 +76,15 @@ def reachable_bits(layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> 
     return table.min(axis=1).sum() / weights, table.max(axis=1).sum() / weights
 
 
-def unquantized_bytes(layers: Sequence[LayerRecord], denoiser: torch.nn.Module) -> int:
-    """Return the bytes of a denoiser's biases, norms and embeddings at their original 16 bits."""
-    total = sum(p.numel() for p in denoiser.parameters()) + sum(b.numel() for b in denoiser.buffers())
-    return (total - sum(layer.num_weights for layer in layers)) * ORIGINAL_BITS // 8
-
-
 def checked_target(
     layers: Sequence[LayerRecord],
     options: Sequence[Scheme],
-    denoiser: torch.nn.Module,
+    pipe: DiffusionPipeline,
     *,
     target_bits: float | None,
     target_bytes: int | None,
 ) -> float:
-    """Return the target as average bits per weight.
+    """Return the target as average bits per weight; `target_bytes` bounds the denoiser's files as an export has them.
 
     Raises:
         QuantDMError: none or both given, or out of reach; the reachable range is stated in the unit that was given.
@@ -97,16 +92,16 @@ def checked_target(
     if (target_bits is None) == (target_bytes is None):
         raise QuantDMError("target: give exactly one of target_bits (per weight) and target_bytes (denoiser on disk)")
     low, high = reachable_bits(layers, options)
-    weights, rest = sum(layer.num_weights for layer in layers), unquantized_bytes(layers, denoiser)
     if target_bits is None:
         assert target_bytes is not None
-        bits = (target_bytes - rest) * 8 / weights
-        if not low <= bits <= high:
+        size = ExportSize(pipe)
+        least, most = size.extremes(options)
+        if not least <= target_bytes <= most:
             raise QuantDMError(
-                f"target: got {target_bytes} bytes, but these options reach {int(low * weights / 8) + rest + 1} to "
-                f"{int(high * weights / 8) + rest} bytes, of which {rest} are not quantized"
+                f"target: got {target_bytes} bytes, but these options reach {least} to {most} bytes: the denoiser's "
+                "files, everything counted"
             )
-        return bits
+        return min(max(size.bits_within(options, target_bytes), low), high)
     if not low <= target_bits <= high:
         raise QuantDMError(
             f"target: got {target_bits} bits per weight, but these options reach {low:.4f} to {high:.4f}"

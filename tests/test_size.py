@@ -1,0 +1,160 @@
+"""Bytes are those of the files: predicted before an export is written, equal afterwards, and kept under a target."""
+
+import json
+import struct
+from itertools import cycle, islice
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import save_file
+
+from quantdm import Recipe, Scheme, export_pipeline, get_denoiser, list_layers, load_pipeline
+from quantdm.allocation.sampling import sample_configs
+from quantdm.denoisers.analysis import trace_graph
+from quantdm.hub import size as size_module
+from quantdm.hub.apply import apply_recipe
+from quantdm.hub.header import header_text, layer_table
+from quantdm.hub.size import ExportSize, denoiser_bytes
+from quantdm.modules.packed import packed_layers
+from quantdm.quantizers import count_bits
+from quantdm.runs.bank import WeightBank
+from quantdm.runs.settings import checked_target
+from quantdm.schemes import DEFAULT_OPTIONS
+from quantdm.surrogates import SearchSpace
+
+MIXES = {
+    "one scheme": ("kmeans-channel-3",),
+    "all kinds": (
+        "kmeans-channel-3", "uniform-channel-2", "kmeans-tensor-4", "log2-channel-5", "uniform-group16-6", None,
+        "kmeans-group32-7", "uniform-tensor-8",
+    ),
+    "more than ten schemes": tuple(
+        f"{method}-channel-{bits}" for method in ("kmeans", "uniform") for bits in range(2, 9)
+    ),
+    "nothing": (None,),
+}  # fmt: skip
+
+
+def mixed(model, schemes):
+    """A recipe that gives the layers some schemes in turn."""
+    names = [layer.name for layer in list_layers(get_denoiser(load_pipeline(model)))]
+    return Recipe(model=str(model), layers=dict(zip(names, cycle(schemes), strict=False)))
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("name", ["digits-dit", "digits-sd"])
+def test_the_size_of_an_export_is_known_to_the_byte(name, mix, tmp_path):
+    recipe = mixed(name, MIXES[mix])
+    predicted = ExportSize(load_pipeline(name)).of(recipe.layers)
+    folder = export_pipeline(name, recipe, tmp_path / "export")
+    assert denoiser_bytes(folder, load_pipeline(folder)) == predicted
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A pipeline whose values need float32, with a module that diffusers keeps in float32 and odd shapes."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=3, attention_head_dim=4, in_channels=4, out_channels=4, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=7, norm_num_groups=2,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    folder = tmp_path_factory.mktemp("tiny") / "pipe"
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kept", [None, ["pos_embed", "proj_out_1"], ["attn1"]], ids=["none", "others", "quantized"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_tensors_count_in_the_dtype_in_which_they_are_stored(tiny, stored, kept, tmp_path, monkeypatch):
+    pipe = load_pipeline(tiny)
+    with torch.no_grad():
+        for part in (pipe.transformer, pipe.vae):
+            for parameter in part.parameters():
+                parameter.copy_(parameter.to(stored).float())
+    pipe.save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(DiTTransformer2DModel, "_keep_in_fp32_modules", kept)
+    recipe = mixed(tmp_path / "dense", MIXES["all kinds"])
+    predicted = ExportSize(load_pipeline(tmp_path / "dense")).of(recipe.layers)
+    folder = export_pipeline(tmp_path / "dense", recipe, tmp_path / "export")
+    assert denoiser_bytes(folder, load_pipeline(folder)) == predicted
+
+
+def test_weights_from_a_bank_give_a_file_of_the_same_size(tmp_path, tiny):
+    pipe = load_pipeline(tiny)
+    with torch.no_grad():
+        for part in (pipe.transformer, pipe.vae):
+            for parameter in part.parameters():
+                parameter.copy_(parameter.bfloat16().float())
+    pipe.save_pretrained(tmp_path / "dense")
+    scheme = Scheme.parse("kmeans-channel-3")
+    layers = list_layers(pipe.transformer)
+    bank = WeightBank(tmp_path / "bank", layers, [scheme]).build(pipe.transformer)  # in float32
+    recipe = Recipe(model="tiny", layers={layer.name: scheme.label for layer in layers})
+    sizes = set()
+    for source in (None, bank):
+        folder = export_pipeline(
+            tmp_path / "dense", recipe, tmp_path / f"export{len(sizes)}{source is None}", bank=source
+        )
+        sizes.add(denoiser_bytes(folder, load_pipeline(folder)))
+    assert sizes == {ExportSize(pipe).of(recipe.layers)}
+
+
+def test_every_shard_is_counted_with_its_header(tmp_path, monkeypatch):
+    recipe = mixed("digits-dit", MIXES["all kinds"])
+    pipe = load_pipeline("digits-dit", torch_dtype=torch.float16)
+    apply_recipe(pipe, recipe)
+    pipe.transformer.save_pretrained(tmp_path / "transformer", max_shard_size="300KB")
+    monkeypatch.setattr(size_module, "SHARD_SIZE", "300KB")
+    files = list((tmp_path / "transformer").glob("*.safetensors"))
+    assert len(files) > 3
+    assert sum(path.stat().st_size for path in files) == ExportSize(load_pipeline("digits-dit")).of(recipe.layers)
+
+
+def test_the_dense_denoiser_counts_as_diffusers_saves_it(tmp_path):
+    pipe = load_pipeline("digits-dit", torch_dtype=torch.float16)
+    pipe.save_pretrained(tmp_path / "dense")
+    assert denoiser_bytes(tmp_path / "dense", pipe) == ExportSize(load_pipeline("digits-dit")).of(None)
+
+
+def test_the_order_of_dtypes_in_a_file_is_that_of_safetensors(tmp_path):
+    tensors = {f"{i}é": torch.zeros(3, dtype=torch.uint8).to(dtype) for i, dtype in enumerate(size_module._NAMES)}
+    save_file(tensors, tmp_path / "all.safetensors", metadata={"format": "pt"})
+    data = (tmp_path / "all.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+    del header["__metadata__"]
+    assert [entry["dtype"] for entry in header.values()] == list(size_module._NAMES.values())
+    assert size_module._file_bytes(tensors, {"format": "pt"}) == len(data)
+
+
+def test_the_length_of_a_header_does_not_depend_on_its_checksums():
+    model = get_denoiser(load_pipeline("digits-dit"))
+    apply_recipe(model, mixed("digits-dit", ("uniform-channel-4",)))
+    table, lengths = layer_table(model), set()
+    for seed in range(64):
+        values = torch.randint(0, 2**32, (len(packed_layers(model)) + 5,), generator=torch.manual_seed(seed)).tolist()
+        lengths.add(len(header_text(table, values[5:], values[:5])))
+    assert len(lengths) == 1
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "digits-sd"])
+def test_a_target_in_bytes_is_never_exceeded_and_hardly_missed(name):
+    pipe = load_pipeline(name)
+    denoiser = get_denoiser(pipe)
+    layers, size = list_layers(denoiser), ExportSize(pipe)
+    bits = torch.tensor([[count_bits(la.shape, o, la.split) for o in DEFAULT_OPTIONS] for la in layers]).numpy()
+    space = SearchSpace(layers, trace_graph(denoiser), DEFAULT_OPTIONS, bits, 0.0 * bits, 0.0 * bits)
+    for choice in islice(sample_configs(space, 25, seed=0), 25):
+        config = space.config(choice)
+        exact = size.of(config)
+        allowed = size.bits_within(DEFAULT_OPTIONS, exact)
+        assert float(space.avg_bits(choice)[0]) >= allowed  # so what has no more is no larger
+        assert float(space.avg_bits(choice)[0]) - allowed < 0.01
+    least, most = size.extremes(DEFAULT_OPTIONS)
+    for target in (least, most):
+        found = checked_target(layers, DEFAULT_OPTIONS, pipe, target_bits=None, target_bytes=target)
+        assert found == pytest.approx(
+            (space.bits.min(axis=1) if target == least else space.bits.max(axis=1)).sum() / space.num_weights.sum(),
+            abs=0.01,
+        )
