@@ -55,6 +55,8 @@ def row(name: str, fid: float, sd: float, bits: float = 3.0, note: str = "measur
         "fid_real_sd": 0.01,
         "psnr_fp": None if name == "fp" else 20.0,
         "agreement": 0.99,
+        "flagged": 0,
+        "constant": 0,
         "seconds": 9.0,
     }
 
@@ -64,6 +66,7 @@ ROWS = [
     row("uniform-w4", 0.01, 0.001, bits=4.2),
     row("kmeans-w4", 0.008, 0.001, bits=4.4),
     row("uniform-next-width", 0.06, 0.003, bits=3.2, note="kmeans-channel-3"),
+    row("least-weight-error", 0.07, 0.004),
     row("sensitivity-same-size", 0.03, 0.002),
     row("recipe", 0.02, 0.001),
     row("recipe+a6", 0.05, 0.004),

@@ -126,7 +126,13 @@ def test_the_page_shows_every_section_row_and_layer(page: str, space: SearchSpac
     for key, title, _ in SECTIONS:
         assert f'<section id="{key}">' in page
         assert title in text
-    for name in ("Full precision", "Best uniform, same size", "One-layer sensitivities", "Recipe, A6, corrected"):
+    for name in (
+        "Full precision",
+        "One scheme everywhere, next width",
+        "Least weight error, same size",
+        "One-layer sensitivities",
+        "Recipe, A6, corrected",
+    ):
         assert name in text
     assert all(name in text for name in space.layer_names)
     assert "is missing in this run" not in text

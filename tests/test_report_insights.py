@@ -39,9 +39,11 @@ def test_the_headline_says_it_when_the_recipe_does_not_win(recipe, phrase: str) 
     assert "1.60\u00a0MB" in first
     assert "300\u00a0kB" in first
     assert "of 6.7\u00a0% more bytes (k-means per channel, 3\u00a0bits everywhere)" in first
-    rows["uniform-same-size"] = row("uniform-same-size", 0.06, 0.003, note="least weight error")
-    assert "of the same size (least weight error)" in headline("some-model", rows)[0]
+    rows["uniform-next-width"] = row("uniform-next-width", 0.06, 0.003, note="kmeans-channel-3")
+    assert "of the same size (k-means per channel, 3\u00a0bits everywhere)" in headline("some-model", rows)[0]
     assert len(others) == 2
+    assert "a knapsack on one-layer noise errors (fid_fp 0.0300" in others[0]
+    assert "a knapsack on weight errors (fid_fp 0.0700" in others[0]
     assert "the correction of the sampler lowers it to 0.0300" in others[1]
     rows["recipe+a6+correction"] = rows["recipe+a6"]
     assert "none is in use" in headline("some-model", rows)[2]

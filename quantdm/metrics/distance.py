@@ -67,8 +67,8 @@ def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
         QuantDMError: an element is NaN or infinite, or the reference is zero and the output is not.
     """
     reference = reference.double()
-    error = (output.double() - reference).square().sum().item()
-    return 0.0 if error == 0 else _finite(error / max(reference.square().sum().item(), 1e-300), "relative error")
+    error, whole = (output.double() - reference).square().sum().item(), reference.square().sum().item()
+    return 0.0 if error == 0 else _finite(error / whole if whole else math.inf, "relative error")
 
 
 def _finite(value: float, what: str) -> float:

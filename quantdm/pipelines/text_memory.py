@@ -70,7 +70,7 @@ def _key(value: Any) -> Any:
     Raises:
         TypeError: a kind of value whose content is not known.
     """
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not value.is_meta:
         content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return ("tensor", str(value.dtype), str(value.device), tuple(value.shape), content)
     if isinstance(value, np.ndarray) and value.dtype != object:

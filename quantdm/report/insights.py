@@ -14,6 +14,9 @@ from quantdm.surrogates import SearchSpace
 
 Floats = NDArray[np.float64]
 SAME_SIZE = 1e-3  # sizes that differ by less count as equal in words
+# Rows of the recipe's size that need no search -> what their knapsack is on; and how a verdict reads.
+MIXES = {"sensitivity-same-size": "one-layer noise errors", "least-weight-error": "weight errors"}
+WORDS = {"better": "better than", "worse": "worse than", "tie": "within noise of", "unknown": "to be compared with"}
 AFFORDABLE = 0.05  # share of the weights' size within which the best widenings are summed up
 
 
@@ -158,13 +161,13 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
             f"fid_fp {ours} and {theirs}, differ by less than two standard deviations."
         )
     sentences = [first]
-    words = {"better": "better than", "worse": "worse than", "tie": "within noise of", "unknown": "to compare with"}
-    if "sensitivity-same-size" in rows:
-        other = rows["sensitivity-same-size"]
-        word = words[verdict(recipe, other)]
-        sentences.append(
-            f"It is {word} the strong baseline, a knapsack on one-layer noise errors (fid_fp {plus_minus(other)})."
-        )
+    mixes = {name: rows[name] for name in MIXES if name in rows}
+    if mixes:
+        compared = [
+            f"{WORDS[verdict(recipe, row)]} a knapsack on {MIXES[name]} (fid_fp {plus_minus(row)})"
+            for name, row in mixes.items()
+        ]
+        sentences.append(f"It is {' and '.join(compared)}.")
     if "recipe+a6" in rows and "recipe+a6+correction" in rows:
         sentences.append(_activations(recipe, rows["recipe+a6"], rows["recipe+a6+correction"]))
     return sentences

@@ -99,24 +99,27 @@ def measure_rows(
             found[todo[index]] = result
             store.put(run_key(run, work[todo[index]]), result)
             progress.update()
-    rows = []
-    for name, (job, note) in jobs.items():
-        measured = [found[name, draw] or {} for draw in draws]
-        figures = mean_and_sd(measured)
-        bits = row_bits(space, job)
-        rows.append(
-            {
-                "name": name,
-                "note": note,
-                "avg_bits": bits / int(space.num_weights.sum()),
-                "denoiser_bytes": size.of(job.labels),
-                **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
-                **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
-                **totals(measured),
-                "seconds": round(figures["mean"]["seconds"] or 0.0, 3),
-            }
-        )
-    return rows
+    return [
+        _row(space, name, job, note, [found[name, draw] or {} for draw in draws], size)
+        for name, (job, note) in jobs.items()
+    ]
+
+
+def _row(
+    space: SearchSpace, name: str, job: Job, note: str, measured: Sequence[dict[str, Any]], size: ExportSize
+) -> dict[str, Any]:
+    """Return one result row from its figures on every draw."""
+    figures, bits = mean_and_sd(measured), row_bits(space, job)
+    return {
+        "name": name,
+        "note": note,
+        "avg_bits": bits / int(space.num_weights.sum()),
+        "denoiser_bytes": size.of(job.labels),
+        **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
+        **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
+        **totals(measured),
+        "seconds": round(figures["mean"]["seconds"] or 0.0, 3),
+    }
 
 
 def run_key(run: Run, job: Job) -> str:
