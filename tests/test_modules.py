@@ -139,8 +139,9 @@ def test_casting_a_layer_moves_its_weight_dtype_and_leaves_its_bytes() -> None:
         assert torch.equal(model[0].packed, before)
         assert (model[0].weight.dtype, model[0].bias.dtype) == (dtype, dtype)
         assert torch.equal(model[0].dequantize(), quantized.dequantize(dtype=dtype))
-    with pytest.raises(QuantDMError, match=r"use \.to\(dtype\)"):
-        model.type(torch.float16)
+    model.type(torch.float16)  # which calls `.type` on bytes too
+    assert torch.equal(model[0].packed, before)
+    assert (model[0].weight.dtype, model[0].bias.dtype) == (torch.float16, torch.float16)
 
 
 def test_the_weight_answers_dtype_device_and_shape_without_decoding() -> None:

@@ -209,7 +209,8 @@ def read_headers(files: Iterable[str | Path]) -> tuple[Header, dict[str, Path]]:
         if text is None:
             raise QuantDMError(
                 f"{path}: config.json says that quantdm quantized it, but its header has no layer table; it was "
-                "rewritten by a tool that drops the header, or is another model's: export it again"
+                "rewritten by a tool that drops the header, or is another model's (all variants in a folder share its "
+                "config.json): export it again"
             )
         if found_text not in (None, text):
             raise QuantDMError(f"{path}: its layer table differs from that of {files[0].name}; export it again")

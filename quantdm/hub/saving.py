@@ -46,9 +46,7 @@ class Owned:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """Belong to the copy of the model."""
         new = copy.copy(self)
-        new.__dict__.update(
-            {key: copy.deepcopy(value, memo) for key, value in self.__dict__.items() if key != "_owner"}
-        )
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         if self.owner is not None:
             new._owner = weakref.ref(memo.get(id(self.owner), self.owner))
         return new
@@ -82,10 +80,7 @@ def keys_to_save(model: Any, table: Iterable[str], state: Mapping[str, torch.Ten
         raise _refusal(extra | missing, model, state)
     for key, shape in expected.items():
         if tuple(state[key].shape) != shape:
-            raise QuantDMError(
-                f"save_pretrained: {key} has the shape {tuple(state[key].shape)} and {shape} in a "
-                f"{type(model).__name__} of this configuration, which could not be opened; undo the change first"
-            )
+            raise _resized(model, key, tuple(state[key].shape), shape)
     _check_memory({key: state[key] for key in expected})
     return set(expected)
 
@@ -101,6 +96,13 @@ def _refusal(keys: set[str], model: nn.Module, state: Mapping[str, torch.Tensor]
     )
 
 
+def _resized(model: nn.Module, name: str, got: tuple[int, ...], expected: tuple[int, ...] | None) -> QuantDMError:
+    return QuantDMError(
+        f"save_pretrained: {name} has the shape {got}, but {expected or 'no place'} in a {type(model).__name__} of "
+        "this configuration: it could not be opened; undo the change before saving"
+    )
+
+
 def _expected_shapes(model: Any) -> Shapes:
     """Return the tensors that a freshly opened model of this class and configuration waits for."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -113,10 +115,7 @@ def _expected_shapes(model: Any) -> Shapes:
     for name, layer in packed_layers(model).items():
         shape = shapes.pop(f"{name}.weight", None)
         if shape != layer.weight_shape:
-            raise QuantDMError(
-                f"save_pretrained: {name} has the shape {layer.weight_shape} and {shape} in a "
-                f"{type(model).__name__} of this configuration, which could not be opened; undo the change first"
-            )
+            raise _resized(model, name, layer.weight_shape, shape)
         shapes[f"{name}{SUFFIX}"] = (layer.packed.numel(),)
     untold = {*(model.all_tied_weights_keys if isinstance(model, PreTrainedModel) else ())}
     untold |= set(getattr(model, "_keys_to_ignore_on_save", None) or ())

@@ -23,7 +23,8 @@ class Packed(Protocol):
 
 
 _REFUSED = (
-    "a packed weight cannot be changed in place (fusing a LoRA does): dequantize() the model first, or keep it un-fused"
+    "a packed weight cannot be changed in place (fusing a LoRA does): dequantize() the model first, or keep it "
+    "un-fused (unfuse_lora() takes back what was fused before)"
 )
 
 
@@ -76,6 +77,11 @@ class WeightView:
     def is_meta(self) -> bool:
         """Whether the bytes have not been loaded yet."""
         return self._layer.packed.is_meta
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Whether the bytes came from a checkpoint: transformers initializes what did not, in place."""
+        return getattr(self._layer.packed, "_is_hf_initialized", False)
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         """The shape, or one of its entries."""

@@ -13,7 +13,7 @@ from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
 from quantdm.errors import QuantDMError, nearest
-from quantdm.pipelines.stored import check_opened, check_stored
+from quantdm.pipelines.stored import check_opened, check_stored, stored_variant
 
 # diffusers renamed the argument in 0.42 and warns about the old name
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
@@ -52,6 +52,7 @@ def load_pipeline(
     *,
     torch_dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     device: str | torch.device = "cpu",
+    variant: str | None = None,
 ) -> DiffusionPipeline:
     """Load a diffusers pipeline: an embedded one by name, any other by directory or hub id.
 
@@ -60,17 +61,21 @@ def load_pipeline(
         torch_dtype: the dtype of the unquantized tensors and of the computation (None: float32), or one per component
             ("default" for all others).
         device: where the pipeline is put.
+        variant: of the weights, as `save_pretrained(variant=...)` names it (None: the ordinary files, or the only
+            variant in a directory that has no others).
 
     Raises:
-        QuantDMError: unknown name (the known ones are listed), the checkpoint cannot be opened, or a component's
-            config and weights do not agree on what quantdm quantized.
+        QuantDMError: unknown name (the known ones are listed), several variants and no ordinary files, the checkpoint
+            cannot be opened, or a component's config and weights do not agree on what quantdm quantized.
     """
     path = pipeline_path(name_or_path)
     try:
         with _no_loading_bars():
-            packed = check_stored(Path(path if Path(path).is_dir() else DiffusionPipeline.download(path)))
-            wanted = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype or torch.float32
-            pipe = DiffusionPipeline.from_pretrained(path, **{DTYPE_ARGUMENT: wanted})
+            folder = Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, variant=variant))
+            variant = variant or stored_variant(folder)
+            packed = check_stored(folder, variant)
+            dtype = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype or torch.float32
+            pipe = DiffusionPipeline.from_pretrained(path, variant=variant, **{DTYPE_ARGUMENT: dtype})
             check_opened(pipe, packed)
     except QuantDMError:
         raise

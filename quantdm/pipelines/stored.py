@@ -5,6 +5,7 @@ and diffusers with empty ones: here that is an error.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ HEADER_KEY = "quantdm"  # in the metadata of a safetensors file
 METHOD = "quantdm"  # the `quant_method` in config.json
 SUFFIX = ".packed"  # of the names of packed weights
 
+# model.fp16.safetensors, model.safetensors.index.fp16.json; its shards are in the index
+_VARIANT = re.compile(r"\w+\.(?:safetensors\.index\.)?((?:(?!-\d{5}-of-\d{5}\.)[^.])+)\.(?:safetensors|json)$")
 _STEMS = ("diffusion_pytorch_model", "model")  # of the weights of diffusers and of transformers
 
 
@@ -47,8 +50,31 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def check_stored(folder: Path) -> dict[str, set[str]]:
+def stored_variant(folder: Path) -> str | None:
+    """Return the variant that the weights of a pipeline were saved as, None for the ordinary files.
+
+    Raises:
+        QuantDMError: there are only variants, and several of them.
+    """
+    found: set[str] = set()
+    for part in (path.parent for path in folder.glob("*/config.json")):
+        if any(True for _ in _weight_files(part)):
+            continue
+        names = [path.name for stem in _STEMS for path in part.glob(f"{stem}.*safetensors*")]
+        found |= {match.group(1) for name in names if (match := _VARIANT.match(name))}
+    if len(found) > 1:
+        raise QuantDMError(
+            f"{folder}: its weights are there as the variants {', '.join(sorted(found))}; say which: variant=..."
+        )
+    return found.pop() if found else None
+
+
+def check_stored(folder: Path, variant: str | None = None) -> dict[str, set[str]]:
     """Check that the configs and the weights of a pipeline agree on what is quantized, and that all files are there.
+
+    Args:
+        folder: of the pipeline.
+        variant: of the weights, where a component has it.
 
     Returns:
         component -> names of its packed tensors, empty for one that is not quantized.
@@ -64,7 +90,8 @@ def check_stored(folder: Path) -> dict[str, set[str]]:
             continue
         settings = read_object(config).get("quantization_config")
         method = settings.get("quant_method") if isinstance(settings, dict) else None
-        headers = [read_header(path) for path in _weight_files(config.parent)]
+        files = [*_weight_files(config.parent, variant)] or [*_weight_files(config.parent)]
+        headers = [read_header(path) for path in files]
         packed = {key for _, keys in headers for key in keys if key.endswith(SUFFIX)}
         signed = any(HEADER_KEY in metadata for metadata, _ in headers)
         if method == METHOD and not packed and not signed:  # signed: every layer stayed in its original precision
@@ -108,11 +135,13 @@ def check_opened(pipe: DiffusionPipeline, packed: Mapping[str, set[str]]) -> Non
             )
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
+def _weight_files(folder: Path, variant: str | None = None) -> Iterator[Path]:
     """Yield the safetensors files that diffusers or transformers will read from a component's directory."""
+    of = "" if variant is None else f".{variant}"
     for stem in _STEMS:
-        index, whole = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-        if index.is_file():
+        index, whole = folder / f"{stem}.safetensors.index{of}.json", folder / f"{stem}{of}.safetensors"
+        # an index may be left from an earlier save: transformers reads the whole file then, diffusers the index
+        if index.is_file() and not (stem == "model" and whole.is_file()):
             places = read_object(index).get("weight_map")
             if not isinstance(places, dict) or not places or not all(isinstance(v, str) for v in places.values()):
                 raise QuantDMError(f"{index}: has no `weight_map` from tensors to files; copy or export it again")
