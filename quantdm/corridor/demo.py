@@ -76,7 +76,7 @@ def demo(
         final.save_grids(run, engine, jobs, draws[0])
         summary = final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
     say("[9/9] export and report")
-    export = export_run(run, run.path("export"))
+    export = export_run(run, run.path("export"), say=say)
     report = write_report(run.folder)
     save_insights(run.folder)
     show_table(summary)

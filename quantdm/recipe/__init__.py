@@ -12,7 +12,9 @@ from quantdm.recipe.schema import (
     Provenance,
     Recipe,
     Rules,
+    check_recipe_path,
     recipe_schema,
+    weights_digest,
 )
 from quantdm.schemes import QuantConfig
 
@@ -36,7 +38,9 @@ __all__ = [
     "Recipe",
     "Rules",
     "check_layers",
+    "check_recipe_path",
     "load_recipe",
     "pattern_matcher",
     "recipe_schema",
+    "weights_digest",
 ]

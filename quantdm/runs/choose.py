@@ -4,7 +4,7 @@ import numpy as np
 
 from quantdm.allocation import select, select_lambda
 from quantdm.allocation.candidates import baseline_choices, mean_of_ranks
-from quantdm.files import write_json
+from quantdm.files import YAML_COMMENT, write_json, write_text
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
@@ -48,7 +48,7 @@ def choose(
             measured={key: round(summary[best][key], 6) for key in ("fid_fp_mean", "fid_fp_sd", "psnr_fp_mean")},
         ),
     )
-    recipe.save(run.path("recipe.yaml"))
+    write_text(run.path("recipe.yaml"), recipe.to_yaml(), YAML_COMMENT)
     return recipe
 
 
