@@ -18,7 +18,7 @@ import diffusers
 import torch
 
 from quantdm.denoisers.inventory import LayerRecord, list_layers
-from quantdm.files import write_text
+from quantdm.files import atomic_path
 from quantdm.hub.quantize import average_bits
 from quantdm.recipe import PUBLISHED_INSIGHT, Recipe, Rules, load_recipe
 from tests.architectures import PUBLIC
@@ -161,7 +161,8 @@ def build(plan: Plan) -> Recipe:
         pattern = block_pattern(partly, sorted(middle[:count]))
         exception = {pattern: (f"{plan.method}-3", f"for the size, the middle blocks of {partly} go to 3 bits too")}
     path = FOLDER / f"{plan.file}.yaml"
-    write_text(path, write(plan, low, exception, sizes[count]))
+    with atomic_path(path) as temporary:
+        temporary.write_text(write(plan, low, exception, sizes[count]), encoding="utf-8")
     return load_recipe(path)
 
 

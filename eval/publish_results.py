@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 from quantdm import Recipe, apply_recipe, generate, load_pipeline, load_protocol, load_recipe
 from quantdm.cli.images import image_grid
-from quantdm.files import atomic_path, read_json, write_text
+from quantdm.files import atomic_path, read_json
 from quantdm.metrics.samples import real_floor
 from quantdm.metrics.statistics import spread
 from quantdm.pipelines.generate import as_bytes
@@ -97,9 +97,10 @@ def main() -> None:
         tables.append(table(result))
     readme = (ROOT / "README.md").read_text()
     block = "<!-- results:begin -->\n" + "\n\n".join(tables) + "\n<!-- results:end -->"
-    write_text(
-        ROOT / "README.md", re.sub(r"<!-- results:begin -->.*<!-- results:end -->", block, readme, flags=re.DOTALL)
-    )
+    with atomic_path(ROOT / "README.md") as temporary:
+        temporary.write_text(
+            re.sub(r"<!-- results:begin -->.*<!-- results:end -->", block, readme, flags=re.DOTALL), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

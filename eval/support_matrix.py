@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from quantdm.files import write_text
+from quantdm.files import atomic_path
 
 ROOT = Path(__file__).resolve().parents[1]
 # Column -> the test functions that stand behind it; a test id begins with the family's name.
@@ -54,7 +54,8 @@ def main() -> None:
             results = [passed for name, passed in own.items() if any(re.match(pattern, name) for pattern in patterns)]
             cells.append("-" if not results else "yes" if all(results) else "**no**")
         rows.append(f"| {family} | {' | '.join(cells)} |")
-    write_text(ROOT / "docs" / "support.md", PAGE.format(table="\n".join(rows)))
+    with atomic_path(ROOT / "docs" / "support.md") as temporary:
+        temporary.write_text(PAGE.format(table="\n".join(rows)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Records on disk: JSON, YAML and safetensors, versioned, written to a temporary name and renamed."""
+"""Records on disk: JSON, text and safetensors, written to a temporary name and renamed; what may be replaced."""
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,34 +17,144 @@ from safetensors.torch import save_file
 
 from quantdm.errors import QuantDMError
 
+# How a text file says that it is as quantdm wrote it: a comment behind the text with the hash of all before it.
+SEAL = "written by quantdm, sha256 "
+YAML_COMMENT, MARKUP_COMMENT = ("# ", ""), ("<!-- ", " -->")
+
+
+def check_output(path: str | Path, *, folder: bool = False) -> Path:
+    """Check that a file (or a folder) can be written, leaving nothing behind; return its path behind all links.
+
+    Raises:
+        QuantDMError: a folder where a file is expected or the reverse, a file among the parents, no permission.
+    """
+    expected = "a directory" if folder else "a file"
+    try:
+        real = Path(os.path.realpath(path))
+        if os.path.lexists(real) and not (real.is_dir() if folder else real.is_file()):
+            kind = "a directory" if real.is_dir() else "a file" if real.is_file() else "no plain file"
+            raise QuantDMError(f"{path}: is {kind}, expected {expected} or a new name; choose another path")
+        above = next(place for place in (real, *real.parents) if place.is_dir() or (place != real and place.exists()))
+        if not above.is_dir():
+            raise QuantDMError(
+                f"{path}: {above} is no directory, so nothing can be written below it; choose another path"
+            )
+        if real.exists() and not os.access(real, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=above):  # permissions, quotas and read-only disks tell only those who try
+            pass
+    except QuantDMError:
+        raise
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+        raise _unwritable(path, error) from None
+    return real
+
+
+def check_replaceable(path: str | Path) -> None:
+    """Check that a text file is not there, or is as quantdm wrote it: nobody's own work is replaced.
+
+    Raises:
+        QuantDMError: it was made or changed by others.
+    """
+    if os.path.lexists(path) and not is_sealed(path):
+        raise QuantDMError(
+            f"{path}: exists and is not as quantdm wrote it (made or changed by hand, or by an older quantdm); move it "
+            "away or choose another path"
+        )
+
+
+def is_sealed(path: str | Path) -> bool:
+    """Tell whether a text file is as `write_text` wrote it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    comments = (YAML_COMMENT, MARKUP_COMMENT)
+    return any(text == _sealed(text[: text.rfind(comment[0])], comment) for comment in comments)
+
+
+def _sealed(text: str, comment: tuple[str, str]) -> str:
+    return f"{text}{comment[0]}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}{comment[1]}\n"
+
+
+def _unwritable(path: str | Path, error: Exception) -> QuantDMError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return QuantDMError(f"{path}: cannot be written ({reason}); choose another path, or make room and give permission")
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any failure."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any failure.
+
+    A link stays, what it points to is written.
+
+    Raises:
+        QuantDMError: the file cannot be written.
+    """
+    real = Path(os.path.realpath(path))
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        real.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{real.name[:200]}.", suffix=".tmp", dir=real.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, real)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically."""
+def replace_folder(made: Path, folder: Path) -> None:
+    """Move a finished folder to `folder` (on the same disk); what was there goes only when the new one is in place.
+
+    Raises:
+        QuantDMError: it cannot be moved; the old folder is where it was.
+    """
+    try:
+        if not folder.exists():
+            made.rename(folder)
+            return
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name[:200]}.", suffix=".old", dir=folder.parent))
+        old = folder.rename(aside / folder.name)
+        try:
+            made.rename(folder)
+        except BaseException:
+            old.rename(folder)
+            aside.rmdir()
+            raise
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def write_text(path: str | Path, text: str, comment: tuple[str, str]) -> None:
+    """Write a text file atomically and seal it with a comment of its language; it replaces only what is sealed too.
+
+    Raises:
+        QuantDMError: the file cannot be written, or was made or changed by others.
+    """
+    check_replaceable(path)
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(_sealed(text, comment), encoding="utf-8")
 
 
 def write_json(path: str | Path, record: Any) -> None:
-    """Write one JSON record atomically (NaN and infinity are refused: they are not JSON)."""
-    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    """Write one JSON record atomically (NaN and infinity are refused: they are not JSON).
+
+    Raises:
+        QuantDMError: the file cannot be written; the record has a version and would replace what has none.
+    """
+    if isinstance(record, dict) and "version" in record and os.path.lexists(path):
+        found = read_json(path)
+        if not isinstance(found, dict) or "version" not in found:
+            raise QuantDMError(f"{path}: exists and is no record of quantdm; move it away or choose another path")
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path, *, version: int | None = None) -> Any:
@@ -56,6 +168,8 @@ def read_json(path: str | Path, *, version: int | None = None) -> Any:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise QuantDMError(f"{path}: no such file") from None
+    except OSError as error:
+        raise QuantDMError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise QuantDMError(f"{path}: not a JSON file ({error}); delete it and run the stage again") from None
     if version is not None and (not isinstance(record, dict) or record.get("version") != version):
@@ -65,7 +179,16 @@ def read_json(path: str | Path, *, version: int | None = None) -> Any:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Write tensors atomically as safetensors; `metadata` travels as one JSON string in the header."""
+    """Write tensors atomically as safetensors; `metadata` travels as one JSON string in the header.
+
+    Raises:
+        QuantDMError: the file cannot be written, or would replace what is no such file of the same `kind`.
+    """
+    if os.path.lexists(path):
+        with open_tensors(path, remedy="move it away or choose another path") as file:
+            found = (file.metadata() or {}).get("quantdm")
+        if found is None or json.loads(found).get("kind") != (metadata or {}).get("kind"):
+            raise QuantDMError(f"{path}: exists and holds something else; move it away or choose another path")
     header = {"format": "pt", "quantdm": json.dumps(metadata or {}, allow_nan=False)}
     with atomic_path(path) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
@@ -97,6 +220,12 @@ def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     with open_tensors(path) as file:
         header = file.metadata() or {}
         return {k: file.get_tensor(k) for k in file.keys()}, json.loads(header.get("quantdm", "{}"))  # noqa: SIM118
+
+
+def tensors_digest(path: str | Path) -> str:
+    """Return the hash of a safetensors file's tensors and metadata."""
+    tensors, metadata = load_tensors(path)
+    return digest(metadata, *[part for key in sorted(tensors) for part in (key, tensors[key])])
 
 
 def digest(*parts: Any) -> str:

@@ -6,9 +6,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from quantdm import QuantDMError, load_recipe
+from quantdm import QuantDMError, get_denoiser, list_layers, load_pipeline, load_recipe
 from quantdm.cli.main import app
 from quantdm.files import write_json
+from quantdm.hub.export import configuration_digest
 from quantdm.hub.model_card import write_card
 
 RECIPE = """
@@ -74,19 +75,54 @@ def test_the_snippet_of_a_card_runs(export, monkeypatch, tmp_path):
     assert runpy.run_path(str(tmp_path / "snippet.py"))["image"].width >= 32
 
 
+def summary_of(model, recipe, activations=None, **changes):
+    """A summary whose second row measured a recipe."""
+    layers = list_layers(get_denoiser(load_pipeline(model)))
+    digest = configuration_digest(recipe.resolve(layers).to_labels(), activations, None)
+    fp, row = SUMMARY["rows"]
+    return {
+        **SUMMARY,
+        "model": model,
+        "rows": [{**fp, "configuration": None}, {**row, "configuration": digest}],
+        **changes,
+    }
+
+
 def test_a_measured_export_shows_its_table_with_the_protocol(export, tmp_path):
     model, folder = export
-    write_json(tmp_path / "summary.json", {**SUMMARY, "model": model})
+    recipe = load_recipe(folder / "recipe.yaml")
+    write_json(tmp_path / "summary.json", summary_of(model, recipe))
     card = write_card(folder, summary=tmp_path / "summary.json")
     results = parts(folder)[2]["Results"]
     assert "| recipe | 4.20 | 3.10 MB | 0.0712 ± 0.0040 | 21.8 dB | 0.163 |" in results
     assert "| fp | 16.00 | 8.40 MB | 0.0000 ± 0.0000 | - | - |" in results
     assert "2 draws of 1000 images (seeds 101, 102), 20 steps" in results
-    write_json(tmp_path / "summary.json", {**SUMMARY, "model": "another"})
     before = card.read_text()
-    with pytest.raises(QuantDMError, match="was measured on another"):
-        write_card(folder, summary=tmp_path / "summary.json")
-    assert card.read_text() == before
+    other = recipe.override(["*=log2-channel-5"])
+    without = {**SUMMARY, "model": model}  # of an older quantdm
+    for summary, expected in (
+        (summary_of(model, recipe, **{"model": "another"}), "was measured on another"),
+        (summary_of(model, other), "measured other recipes"),
+        (summary_of(model, recipe, {"bits": 6, "keep_8bit": []}), "measured other recipes"),
+        (without, "does not say which recipes it measured"),
+    ):
+        write_json(tmp_path / "summary.json", summary)
+        with pytest.raises(QuantDMError, match=expected):
+            write_card(folder, summary=tmp_path / "summary.json")
+        assert card.read_text() == before
+
+
+def test_a_card_that_somebody_wrote_or_changed_is_not_replaced(export):
+    _, folder = export
+    card = write_card(folder)
+    assert write_card(folder).read_text() == card.read_text()
+    for text in (card.read_text().replace("## Limits", "## My limits"), "# By hand\n"):
+        card.write_text(text)
+        with pytest.raises(QuantDMError, match="not as quantdm wrote it"):
+            write_card(folder)
+        assert card.read_text() == text
+    card.unlink()
+    write_card(folder)
 
 
 def test_a_card_needs_an_export(tmp_path):

@@ -271,7 +271,8 @@ def damage_layers(folder: Path) -> None:
 
 
 def damage_recipe(folder: Path) -> None:
-    Recipe(model="another", layers={"another.layer": "uniform-channel-4"}).save(folder / "recipe.yaml")
+    text = Recipe(model="another", layers={"another.layer": "uniform-channel-4"}).to_yaml()
+    (folder / "recipe.yaml").write_text(text)
 
 
 @pytest.mark.parametrize(

@@ -31,14 +31,21 @@ def apply(
 
 
 @app.command(epilog="Example: quantdm export --run-dir runs/mine -o digits-dit-3bit --model-card")
-def export(run_dir: RunDir, out: Out, model_card: ModelCard = False) -> None:
+def export(
+    run_dir: RunDir,
+    out: Out,
+    model_card: ModelCard = False,
+    corrected: Annotated[
+        bool, typer.Option("--corrected", help="With the run's correction and the activations it was fitted for.")
+    ] = False,
+) -> None:
     """Write a run's result as a directory that plain diffusers opens."""
     from quantdm.corridor.export import export_run
     from quantdm.hub.model_card import write_card
     from quantdm.runs.run import Run
 
     run = Run.open(run_dir)
-    typer.echo(f"export: {export_run(run, out)}")
+    typer.echo(f"export: {export_run(run, out, corrected=corrected, say=typer.echo)}")
     if model_card:
         summary = run.path("summary.json")
         typer.echo(f"model card: {write_card(out, summary=summary if summary.is_file() else None)}")

@@ -17,6 +17,7 @@ from quantdm.correction.schedulers import apply_correction, remove_correction
 from quantdm.correction.statistics import NoiseStatistics
 from quantdm.errors import QuantDMError
 from quantdm.pipelines.parts import get_denoiser
+from quantdm.recipe import Recipe
 
 # Generates a batch of images (or latents) with a pipeline; called twice it must do the same, so it seeds its noise.
 Run = Callable[[DiffusionPipeline], torch.Tensor]
@@ -37,6 +38,7 @@ def fit_correction(
     explained_from: Network | None = None,
     eta: float = 0.0,
     model: str = "",
+    recipe: Recipe | None = None,
 ) -> Correction:
     """Fit the correction of a quantized denoiser and choose its variant by measurement.
 
@@ -51,6 +53,7 @@ def fit_correction(
             without activation quantization leave only activation noise to explain.
         eta: DDIM's eta, for pipelines that pass none.
         model: name of the model, kept in the record.
+        recipe: the exact recipe that `quantized` has, kept in the record: an export takes no correction without it.
 
     Raises:
         QuantDMError: no runs, runs that do not repeat themselves, an unsupported scheduler.
@@ -71,6 +74,7 @@ def fit_correction(
             model=model,
             variant=variant or "both+variance",
         )
+    correction = correction.fitted_for(recipe)
     if variant is not None:
         return correction
     assert distance is not None

@@ -1,16 +1,19 @@
 """The correction: what is known of a model's quantization noise per timestep, and how much of it is undone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
+from quantdm.recipe import ActivationSpec, Recipe, weights_digest
 
-CORRECTION_VERSION = 1
+CORRECTION_VERSION, KIND = 1, "correction"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # From nothing to everything; the order in which a fit adds them.
 VARIANTS = ("none", "bias", "k", "both", "both+variance")
@@ -25,7 +28,7 @@ def load_correction(path: str | Path) -> "Correction":
         QuantDMError: no such file, damaged, not a correction or of another version.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("kind") != "correction" or metadata.get("version") != CORRECTION_VERSION:
+    if metadata.get("kind") != KIND or metadata.get("version") != CORRECTION_VERSION:
         raise QuantDMError(
             f"{path}: got {metadata.get('kind', 'other tensors')} version {metadata.get('version')}, expected a "
             f"correction of version {CORRECTION_VERSION}; write it again with `fit_correction`"
@@ -40,7 +43,17 @@ def load_correction(path: str | Path) -> "Correction":
         model=metadata["model"],
         diagnostics={n.removeprefix("diagnostics."): a for n, a in arrays.items() if n.startswith("diagnostics.")},
         measured=metadata["measured"],
+        weights=metadata.get("weights", ""),  # files of quantdm 0.1 do not say it
+        activations=_activations(path, metadata.get("activations")),
     )
+
+
+def is_correction(path: str | Path) -> bool:
+    """Tell whether a file is a correction written by `Correction.save`."""
+    try:
+        return load_tensors(path)[1].get("kind") == KIND
+    except QuantDMError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -70,6 +83,8 @@ class Correction:
         model: name of the model it belongs to.
         diagnostics: per timestep, [T] each: r2, k_se, q_robust, lag1, count.
         measured: variant -> distances to full precision, one per held-out run (lower is better).
+        weights: `weights_digest` of the schemes that it was fitted for ("": not known).
+        activations: the activation quantization that it was fitted for (None: none, if `weights` is known).
     """
 
     timesteps: np.ndarray
@@ -83,6 +98,8 @@ class Correction:
     model: str = ""
     diagnostics: dict[str, np.ndarray] = field(default_factory=dict)
     measured: dict[str, list[float]] = field(default_factory=dict)
+    weights: str = ""
+    activations: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
@@ -117,6 +134,34 @@ class Correction:
         """Whether the sampler's own noise is lowered too."""
         return self.variant == "both+variance"
 
+    def fitted_for(self, recipe: Recipe | None) -> "Correction":
+        """Return it as that of an exact recipe: its weights and activations (None: as it is).
+
+        Raises:
+            QuantDMError: the recipe has patterns, types or a default, which only a model can resolve.
+        """
+        if recipe is None:
+            return self
+        weights = weights_digest(recipe.config.to_labels())
+        return replace(self, weights=weights, activations=recipe.activations)
+
+    def check_belongs(self, labels: Mapping[str, str | None], activations: ActivationSpec | None) -> None:
+        """Check that it was fitted for these weights (layer name -> scheme) and activations.
+
+        Raises:
+            QuantDMError: it was fitted for others, or does not say for which.
+        """
+        again = "fit it again with `quantdm correct`, or `fit_correction(..., recipe=...)`"
+        if not self.weights:
+            raise QuantDMError(f"correction of {self.model!r}: does not say which recipe it was fitted for; {again}")
+        if self.weights != weights_digest(labels):
+            raise QuantDMError(f"correction of {self.model!r}: was fitted for other weights than the recipe's; {again}")
+        if self.activations != activations:
+            raise QuantDMError(
+                f"correction of {self.model!r}: was fitted for {_described(self.activations)}, the recipe has "
+                f"{_described(activations)}; {again}, or export it with its activations (--corrected)"
+            )
+
     def with_variant(self, variant: str) -> "Correction":
         """Return the same statistics with another variant on."""
         return replace(self, variant=variant)
@@ -139,10 +184,13 @@ class Correction:
         return {n: float(np.interp(log_snr, self.log_snr, a)) for n, a in self.diagnostics.items()}
 
     def save(self, path: str | Path) -> Path:
-        """Write the correction as safetensors, atomically."""
+        """Write the correction as safetensors, atomically; it replaces nothing but another correction."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         arrays |= {f"diagnostics.{name}": np.asarray(a, dtype=np.float64) for name, a in self.diagnostics.items()}
-        metadata = {"kind": "correction", "version": CORRECTION_VERSION, "measured": self.measured, **self._labels()}
+        metadata = {"kind": KIND, "version": CORRECTION_VERSION, "measured": self.measured, **self._labels()}
+        if self.weights:
+            spec = self.activations
+            metadata |= {"weights": self.weights, "activations": None if spec is None else spec.model_dump(mode="json")}
         save_tensors(path, {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()}, metadata)
         return Path(path)
 
@@ -168,6 +216,19 @@ class Correction:
 
     def _labels(self) -> dict[str, str]:
         return {"variant": self.variant, "prediction_type": self.prediction_type, "model": self.model}
+
+
+def _activations(path: str | Path, record: Any) -> ActivationSpec | None:
+    try:
+        return None if record is None else ActivationSpec.model_validate(record)
+    except ValidationError as error:
+        raise QuantDMError(f"{path}: activations: {error.errors()[0]['msg']}; fit it again") from None
+
+
+def _described(spec: ActivationSpec | None) -> str:
+    if spec is None:
+        return "activations that are not quantized"
+    return f"{spec.bits}-bit activations" + (f" (8 bits in {', '.join(spec.keep_8bit)})" if spec.keep_8bit else "")
 
 
 def _interpolate(x: float, grid: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -66,7 +66,7 @@ def demo(
         space, recipe = _search(run, engine, subject, say)
         summary = _measure(run, engine, space, recipe, say, quick=quick)
     say("[9/9] export and report")
-    export = export_run(run, run.path("export"))
+    export = export_run(run, run.path("export"), say=say)
     report = write_report(run.folder)
     save_insights(run.folder)
     show_table(summary)

@@ -1,26 +1,69 @@
 """A run's result as a directory that plain diffusers opens."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from quantdm.correction import load_correction
 from quantdm.denoisers.given_inputs import parse_inputs
+from quantdm.errors import QuantDMError
 from quantdm.hub.export import export_pipeline
-from quantdm.recipe import load_recipe
+from quantdm.hub.replace import CORRECTION_FILE, check_export_path
+from quantdm.recipe import Recipe, joint_config, load_recipe
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 
 
-def export_run(run: Run, folder: str | Path) -> Path:
-    """Write a run's recipe, applied, as a directory that plain diffusers opens."""
+def export_run(run: Run, folder: str | Path, *, corrected: bool = False, say: Callable[[str], object] = print) -> Path:
+    """Write a run's recipe, applied, as a directory that plain diffusers opens.
+
+    A correction travels along if it was fitted for just this recipe. One that was fitted for quantized activations
+    does so with `corrected` only, and the exported recipe has these activations then; else it is left out, and said.
+
+    Args:
+        run: a run that has chosen its recipe.
+        folder: where it is written, see `export_pipeline`.
+        corrected: export the run's correction and the activations that it was fitted for.
+        say: is told what becomes of the correction.
+
+    Raises:
+        QuantDMError: no recipe yet, no correction that belongs to it where one was asked for, or the folder is refused.
+    """
+    check_export_path(folder, run.location, apart_from=run.folder)
     recipe = load_recipe(run.path("recipe.yaml"))
-    bank = WeightBank.open(run.path("bank"), load_space(run).layers, run.settings.schemes)
+    layers, parts = load_space(run).layers, run.settings.seen.denoisers
+    labels = joint_config(recipe, layers, parts).to_labels()
+    recipe, correction, note = _pair(run, recipe, labels, corrected)
+    bank = WeightBank.open(run.path("bank"), layers, run.settings.schemes)
     inputs = {part: parse_inputs(record) for part, record in run.settings.seen.example_inputs.items()}
-    correction = run.path("correction.safetensors")
+    if note:
+        say(note)
     return export_pipeline(
-        run.location,
-        recipe,
-        folder,
-        bank=bank,
-        correction=correction if correction.is_file() else None,
-        example_inputs=inputs or None,
+        run.location, recipe, folder, bank=bank, correction=correction, example_inputs=inputs or None
     )
+
+
+def _pair(
+    run: Run, recipe: Recipe, labels: Mapping[str, str | None], corrected: bool
+) -> tuple[Recipe, Path | None, str]:
+    """Return the recipe and the correction that belong together, and what is to be said."""
+    path = run.path(CORRECTION_FILE)
+    if not path.is_file():
+        if corrected:
+            raise QuantDMError(f"no correction in {run.folder}; fit one with `quantdm correct --run-dir {run.folder}`")
+        return recipe, None, ""
+    correction = load_correction(path)
+    if corrected:
+        notes = recipe.provenance.notes
+        if correction.activations != recipe.activations:
+            notes = (*notes, "activations and correction were added after the search, its figures are without them")
+        provenance = recipe.provenance.model_copy(update={"notes": notes})
+        recipe = recipe.model_copy(update={"activations": correction.activations, "provenance": provenance})
+        correction.check_belongs(labels, recipe.activations)
+        bits = "are not quantized" if recipe.activations is None else f"have {recipe.activations.bits} bits"
+        return recipe, path, f"correction: exported, activations {bits} as it was fitted for"
+    try:
+        correction.check_belongs(labels, recipe.activations)
+    except QuantDMError as error:
+        return recipe, None, f"correction: left out ({error})"
+    return recipe, path, "correction: exported"

@@ -1,6 +1,5 @@
 """Write a quantized pipeline as a directory that plain diffusers opens."""
 
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantdm.errors import QuantDMError
-from quantdm.files import read_json, write_json
+from quantdm.correction import load_correction
+from quantdm.files import YAML_COMMENT, digest, read_json, replace_folder, tensors_digest, write_json, write_text
 from quantdm.hub.apply import apply_recipe
 from quantdm.hub.quantize import Bank
+from quantdm.hub.replace import CORRECTION_FILE, RECIPE_FILE, check_export_path
+from quantdm.hub.targets import joint_labels
 from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
-from quantdm.recipe import Recipe
-
-CORRECTION_FILE, RECIPE_FILE = "correction.safetensors", "recipe.yaml"
+from quantdm.recipe import Recipe, weights_digest
 
 
 def export_pipeline(
@@ -35,32 +34,42 @@ def export_pipeline(
     Args:
         model: name or path of the full-precision pipeline.
         recipe: one scheme per layer of its denoiser.
-        folder: where it is written; an earlier export there is replaced, anything else is refused.
+        folder: where it is written; what is provably an earlier export is replaced, anything else is refused.
         bank: takes packed weights from here instead of quantizing again.
-        correction: a file of `Correction.save` that travels along.
+        correction: a file of `Correction.save` that travels along; it was fitted for this recipe and its activations.
         example_inputs: as for `apply_recipe`.
 
     Raises:
-        QuantDMError: the recipe is for another model, or the folder holds something else.
+        QuantDMError: the recipe is for another model, the correction for another recipe, or the folder cannot be
+            written, holds something else or overlaps with the model's.
     """
-    folder = Path(folder)
-    if folder.exists() and not (folder / RECIPE_FILE).is_file() and not _is_empty(folder):
-        raise QuantDMError(f"export: {folder} exists and is no export of quantdm; choose another directory")
-    dtype = lossless_dtype(load_pipeline(model))
-    pipe = load_pipeline(model, torch_dtype=dtype)
+    place = check_export_path(folder, model)
+    pipe = load_pipeline(model)
+    fitted = None
+    if correction is not None:
+        fitted = load_correction(correction)
+        fitted.check_belongs(joint_labels(pipe, recipe, example_inputs), recipe.activations)
+    recipe = recipe.model_copy(update={"correction": None if fitted is None else CORRECTION_FILE})
+    pipe = load_pipeline(model, torch_dtype=lossless_dtype(pipe))
     apply_recipe(pipe, recipe, bank=bank, example_inputs=example_inputs)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        made = Path(temporary) / folder.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name[:200]}.", dir=place.parent) as temporary:
+        made = Path(temporary) / place.name
         pipe.save_pretrained(made)
         open_in_float32(made, pipe)
-        recipe.save(made / RECIPE_FILE)
-        if correction is not None:
-            shutil.copyfile(correction, made / CORRECTION_FILE)
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
-    return folder
+        write_text(made / RECIPE_FILE, recipe.to_yaml(), YAML_COMMENT)
+        if fitted is not None:
+            fitted.save(made / CORRECTION_FILE)
+        replace_folder(made, place)
+    return Path(folder)
+
+
+def configuration_digest(
+    labels: Mapping[str, str | None], activations: Mapping[str, Any] | None, correction: str | Path | None
+) -> str:
+    """Return the hash of what determines an export's images: schemes, activations, correction (its file)."""
+    spec = None if activations is None else dict(activations)
+    return digest(weights_digest(labels), spec, None if correction is None else tensors_digest(correction))
 
 
 def lossless_dtype(pipe: DiffusionPipeline) -> torch.dtype:
@@ -84,7 +93,3 @@ def open_in_float32(folder: Path, pipe: DiffusionPipeline) -> None:
             config = read_json(path)
             if "dtype" in config:
                 write_json(path, config | {"dtype": "float32"})
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())

@@ -6,12 +6,15 @@ from typing import Any
 import yaml
 
 from quantdm.errors import QuantDMError
-from quantdm.files import read_json, write_text
+from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, read_json, write_text
+from quantdm.hub.export import configuration_digest
+from quantdm.hub.header import read_headers
+from quantdm.hub.replace import CARD, CORRECTION_FILE, INDEX, RECIPE_FILE
 from quantdm.metrics.statistics import spread
 from quantdm.pipelines.parts import DENOISER_NAMES
 from quantdm.recipe import Recipe, load_recipe
 
-CARD = "README.md"
+SUMMARY_VERSION = 1
 FOLD_LINES = 40  # a longer recipe is folded
 
 LIMITS = """\
@@ -33,28 +36,57 @@ def write_card(folder: str | Path, *, summary: str | Path | None = None) -> Path
         The card's path, README.md in the directory.
 
     Raises:
-        QuantDMError: the directory is no export, or the summary is of another model.
+        QuantDMError: the directory is no export, the summary is of another model or measured another recipe, or there
+            is a README.md that quantdm did not write.
     """
     folder = Path(folder)
-    for file in ("model_index.json", "recipe.yaml"):
+    for file in (INDEX, RECIPE_FILE):
         if not (folder / file).is_file():
             raise QuantDMError(
                 f"model card: {folder} has no {file}; expected a directory of `quantdm export` or `apply`"
             )
-    recipe = load_recipe(folder / "recipe.yaml")
-    measured = None if summary is None else read_json(summary)
+    check_replaceable(check_output(folder / CARD))
+    recipe = load_recipe(folder / RECIPE_FILE)
+    measured = None if summary is None else read_json(summary, version=SUMMARY_VERSION)
     if measured is not None and measured.get("model") != recipe.model:
         raise QuantDMError(
             f"model card: {summary} was measured on {measured.get('model')}, expected {recipe.model}; name its own run"
         )
-    write_text(folder / CARD, card_text(folder, recipe, measured))
+    if measured is not None:
+        _check_measured(folder, str(summary), measured)
+    write_text(folder / CARD, card_text(folder, recipe, measured), MARKUP_COMMENT)
     return folder / CARD
+
+
+def _check_measured(folder: Path, where: str, summary: dict[str, Any]) -> None:
+    """Check that a row of a summary measured just this export: its packed weights, activations and correction."""
+    part = _denoiser_of(folder)
+    config = read_json(folder / part / "config.json").get("quantization_config", {})
+    header, _ = read_headers(sorted((folder / part).glob("*.safetensors")))
+    labels = {name: entry.scheme.label for name, entry in header.table.items()}
+    correction = folder / CORRECTION_FILE
+    own = configuration_digest(labels, config.get("activations"), correction if correction.is_file() else None)
+    measured = [row["configuration"] for row in summary["rows"] if row.get("configuration") is not None]
+    if not measured:
+        raise QuantDMError(
+            f"model card: {where} does not say which recipes it measured (it is of an older quantdm); run "
+            "`quantdm demo` of that run again, or leave it out"
+        )
+    if own not in measured:
+        raise QuantDMError(
+            f"model card: {where} measured other recipes, activations or corrections than those of {folder}; name the "
+            "summary of the run that this export comes from, run `quantdm demo` of it again, or leave it out"
+        )
+
+
+def _denoiser_of(folder: Path) -> str:
+    return next((name for name in DENOISER_NAMES if (folder / name / "config.json").is_file()), "")
 
 
 def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None) -> str:
     """Return the card of an export as Markdown with a YAML head."""
     index = read_json(folder / "model_index.json")
-    part = next((name for name in DENOISER_NAMES if (folder / name / "config.json").is_file()), "")
+    part = _denoiser_of(folder)
     config = read_json(folder / part / "config.json") if part else {}
     bits = config.get("quantization_config", {}).get("avg_bits", recipe.avg_bits)
     sizes = {path.name: _bytes(path) for path in sorted(folder.iterdir()) if path.is_dir() and _bytes(path)}

@@ -4,13 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
+from quantdm.denoisers.analysis import analyse
+from quantdm.denoisers.ensemble import join_layers
+from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.hub.quantize import Bank
-from quantdm.pipelines.parts import find_denoisers
+from quantdm.pipelines.parts import find_denoisers, inputs_by_part
 from quantdm.quantizers import QuantizedWeight
-from quantdm.recipe import Recipe, split_name
+from quantdm.recipe import Recipe, joint_config, split_name
 from quantdm.recipe.joint import SEPARATOR
 from quantdm.schemes import QuantConfig, Scheme
 
@@ -39,6 +43,16 @@ def targets(pipe: Any, recipe: Recipe | QuantConfig, bank: Bank | None) -> list[
         rules = _rules(recipe, tuple(denoisers), type(pipe).__name__)
     _check_parts(pipe, names, main=next(iter(denoisers)))
     return [(pipe.components[name], own, _bank_of(bank, name, denoisers)) for name, own in rules.items()]
+
+
+def joint_labels(
+    pipe: DiffusionPipeline, recipe: Recipe, example_inputs: Mapping[str, Any] | None = None
+) -> dict[str, str | None]:
+    """Return layer name -> label of all denoisers of a pipeline under a recipe (see `joint_config`)."""
+    for module, given in inputs_by_part(pipe, example_inputs):
+        analyse(module, example_inputs=given)  # from here on they are known
+    layers = {name: list_layers(module) for name, module in find_denoisers(pipe).items()}
+    return joint_config(recipe, join_layers(layers), tuple(layers)).to_labels()
 
 
 def _split(config: QuantConfig, parts: tuple[str, ...]) -> dict[str, Rules]:

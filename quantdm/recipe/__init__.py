@@ -13,7 +13,9 @@ from quantdm.recipe.schema import (
     Provenance,
     Recipe,
     Rules,
+    check_recipe_path,
     recipe_schema,
+    weights_digest,
 )
 from quantdm.schemes import QuantConfig
 
@@ -37,10 +39,12 @@ __all__ = [
     "Recipe",
     "Rules",
     "check_layers",
+    "check_recipe_path",
     "joint_config",
     "joint_rules",
     "load_recipe",
     "pattern_matcher",
     "recipe_schema",
     "split_name",
+    "weights_digest",
 ]

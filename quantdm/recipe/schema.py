@@ -8,7 +8,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from quantdm.errors import QuantDMError
-from quantdm.files import write_text
+from quantdm.files import YAML_COMMENT, check_output, check_replaceable, digest, write_text
 from quantdm.recipe.rules import Layer, check_pattern, pattern_matcher, resolve_rules
 from quantdm.schemes import QuantConfig, Scheme
 
@@ -205,10 +205,31 @@ class Recipe(RecipeBase):
         return yaml.safe_dump(record, sort_keys=False, width=110)
 
     def save(self, path: str | Path) -> Path:
-        """Write the recipe as YAML, atomically."""
-        path = Path(path)
-        write_text(path, self.to_yaml())
-        return path
+        """Write the recipe as YAML, atomically.
+
+        Raises:
+            QuantDMError: `check_recipe_path` refuses the path.
+        """
+        check_recipe_path(path)
+        write_text(path, self.to_yaml(), YAML_COMMENT)
+        return Path(path)
+
+
+def check_recipe_path(path: str | Path) -> None:
+    """Check that a recipe may be saved there: nothing there, or a recipe as it was saved that nothing else needs.
+
+    Raises:
+        QuantDMError: it cannot be written, was made or changed by hand, or is the recipe of a run or an export.
+    """
+    real = check_output(path)
+    check_replaceable(path)
+    whole = {"run.json": "run", "model_index.json": "export"}
+    for manifest, kind in whole.items():
+        if real.exists() and (real.parent / manifest).is_file():
+            raise QuantDMError(
+                f"{path}: is the recipe of the {kind} beside it, whose figures and weights are its own; "
+                "choose another path"
+            )
 
 
 class RecipeFile(RecipeBase):
@@ -216,6 +237,11 @@ class RecipeFile(RecipeBase):
 
     model: str | None = None
     extends: str | None = Field(default=None, description="a recipe to start from, relative to this file")
+
+
+def weights_digest(labels: Mapping[str, str | None]) -> str:
+    """Return the hash of quantized weights: layer name -> scheme, what stays original left out."""
+    return digest({name: label for name, label in labels.items() if label is not None})
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from quantdm.denoisers.graph import Graph, Node
 from quantdm.errors import QuantDMError, nearest
-from quantdm.files import write_text
+from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, write_text
 from quantdm.report.figures import FAINT, INK, MUTED, RULE
 
 STEP, LANE = 30.0, 32.0  # pixels between ranks and between lanes
@@ -51,8 +51,11 @@ def draw_graph(
         path: where to write the SVG, atomically (None: nowhere).
 
     Raises:
-        QuantDMError: values of unknown layers, not finite, or not positive on a log scale.
+        QuantDMError: values of unknown layers, not finite, or not positive on a log scale; a file that is no drawing of
+            quantdm.
     """
+    if path is not None:
+        check_replaceable(check_output(path))
     given = _check(graph, values or {}, log)
     place = _layout(graph)
     low, high = (min(given.values()), max(given.values())) if given else (0.0, 0.0)
@@ -69,7 +72,7 @@ def draw_graph(
         f"{_key(given, low, high, label, log)}\n" + "\n".join(parts) + "\n</svg>\n"
     )
     if path is not None:
-        write_text(path, svg)
+        write_text(path, svg, MARKUP_COMMENT)
     return svg
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdm.errors import QuantDMError
-from quantdm.files import write_json, write_text
+from quantdm.files import MARKUP_COMMENT, check_replaceable, write_json, write_text
 from quantdm.report import charts, layer_charts
 from quantdm.report.drawing import draw_graph
 from quantdm.report.explanations import ordered_groups
@@ -29,7 +29,8 @@ def save_insights(run_dir: str | Path) -> list[Path]:
     coloured by bits and by what more bits are worth.
 
     Raises:
-        QuantDMError: no run there, or its search space, recipe or attributions are not made yet.
+        QuantDMError: no run there, its search space, recipe or attributions are not made yet, or a file of
+            the same name there is not as quantdm wrote it.
     """
     records = read_records(run_dir)
     space, choice, explanation = records.space, records.choice, records.explanation
@@ -48,14 +49,16 @@ def save_insights(run_dir: str | Path) -> list[Path]:
         "bits_per_op_type.svg": layer_charts.shares_per_type(space, choice),
         "bits_per_layer.svg": layer_charts.bits_per_layer(space, choice),
     }
-    for name, svg in drawings.items():
-        write_text(folder / name, svg)
     bits = space.gather(space.bits, choice)[0] / space.num_weights
     narrow, wide = widths(space)[0], widths(space)[-1]
     graphs = {
         "graph_bits.svg": (bits, "bits per weight of the recipe, all counted"),
         "graph_worth.svg": (learned, f"worth of {wide} instead of {narrow} bits in −log FID ({source} surrogate)"),
     }
+    for name in (*drawings, *graphs):
+        check_replaceable(folder / name)
+    for name, svg in drawings.items():
+        write_text(folder / name, svg, MARKUP_COMMENT)
     for name, (per_layer, label) in graphs.items():
         colours = dict(zip(space.layer_names, per_layer.tolist(), strict=True))
         draw_graph(space.graph, values=colours, label=label, path=folder / name)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from quantdm.files import write_text
+from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, write_text
 from quantdm.report.explanations import allocation, next_bits, noise, sensitivities, surrogates
 from quantdm.report.markup import esc
 from quantdm.report.records import Records, read_records
@@ -36,10 +36,12 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
         out: where to write (None: report.html in the run directory).
 
     Raises:
-        QuantDMError: no run there, or a record that is damaged or of another version.
+        QuantDMError: no run there, a record that is damaged or of another version, or a file at `out` that is no
+            report as quantdm wrote it.
     """
-    records = read_records(run_dir)
     path = Path(run_dir) / REPORT_FILE if out is None else Path(out)
+    records = read_records(run_dir)
+    check_replaceable(check_output(path))
     sections = [(key, title, build(records)) for key, title, build in SECTIONS]
     links = " ".join(f'<a href="#{key}">{esc(title)}</a>' for key, title, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{esc(title)}</h2>\n{html}</section>\n' for key, title, html in sections)
@@ -58,5 +60,6 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
         "<footer>Written by quantdm from the records of one run directory. Point at a mark or a bar to see what it is."
         "</footer>"
         "</body></html>\n",
+        MARKUP_COMMENT,
     )
     return path

@@ -6,7 +6,7 @@ import numpy as np
 
 from quantdm.allocation import select, select_lambda
 from quantdm.allocation.candidates import BASELINE, baseline_choices, mean_of_standardised
-from quantdm.files import digest, read_json, write_json
+from quantdm.files import YAML_COMMENT, digest, read_json, write_json, write_text
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd, totals
@@ -41,7 +41,7 @@ def choose(
         write_json(path, {"version": RECORD_VERSION, "inputs": inputs, **found})
     selection = read_json(path, version=RECORD_VERSION)
     if not run.path("recipe.yaml").is_file():
-        _recipe_of(run, selection).save(run.path("recipe.yaml"))
+        write_text(run.path("recipe.yaml"), _recipe_of(run, selection).to_yaml(), YAML_COMMENT)
     return _as_it_is(run, load_recipe(run.path("recipe.yaml")), space, selection["configs"][selection["chosen"]])
 
 

@@ -16,7 +16,7 @@ from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.text_memory import memoized_text_encoders
-from quantdm.recipe import ActivationSpec, Recipe, load_recipe
+from quantdm.recipe import ActivationSpec, Recipe, load_recipe, weights_digest
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job, configured
 from quantdm.runs.labels import labels_of
@@ -27,12 +27,13 @@ def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
     """Fit the correction of a run's recipe at 6-, 8- or 16-bit activations, anew."""
     if bits not in (6, 8, 16):
         raise QuantDMError(f"bits: got {bits}, expected 6, 8 or 16 (activations not quantized)")
+    if images < 2 * FIT_DRAWS:
+        raise QuantDMError(f"images: got {images}, expected {2 * FIT_DRAWS} or more, {FIT_DRAWS} draws of two")
     recipe = load_recipe(run.path("recipe.yaml"))
     subject = run.open_subject()
     spec = None if bits == 16 else activation_spec_of(subject.denoiser, bits)
-    run.path("correction.safetensors").unlink(missing_ok=True)
     with Engine(run, subject) as engine:
-        return load_correction(correct_run(run, engine, recipe, spec, images=images))
+        return load_correction(correct_run(run, engine, recipe, spec, images=images, anew=True))
 
 
 def activation_spec_of(denoiser: nn.Module, bits: Literal[6, 8]) -> ActivationSpec:
@@ -44,11 +45,13 @@ FIT_DRAWS, TEST_DRAWS = 2, 4
 STEPS_VERSION = 2
 
 
-def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: ActivationSpec | None, *, images: int) -> Path:
+def correct_run(
+    run: Run, engine: Engine, recipe: Recipe, activations: ActivationSpec | None, *, images: int, anew: bool = False
+) -> Path:
     """Write correction.safetensors: noise statistics along full-precision trajectories, and the variant that helps.
 
     The variant is chosen by fid_fp on draws that neither the fit nor the final rows use. A correction that was fitted
-    for the same weights and activations is kept.
+    for the same weights and activations is kept, if not asked to fit `anew`; the old one lies there until then.
 
     Args:
         images: trajectories for the statistics, and again for each draw on which the variants run freely.
@@ -58,18 +61,20 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
     """
     labels = labels_of(recipe, engine.subject.layers, engine.subject.part_names)
     path, record = run.path("correction.safetensors"), run.path("correction_steps.json")
-    key = digest(labels, None if activations is None else activations.model_dump(mode="json"), images)
-    if path.is_file() and record.is_file() and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
+    spec = None if activations is None else activations.model_dump(mode="json")
+    key = digest(weights_digest(labels), spec, images)
+    whole = path.is_file() and record.is_file()
+    if not anew and whole and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
     evaluator = engine.local
     pipe = evaluator.pipe
-    spec = None if activations is None else activations.model_dump(mode="json")
 
     def distance(images_a: torch.Tensor, images_b: torch.Tensor) -> float:
         return frechet_distance(*(batched(evaluator.extractor, x) for x in (images_a, images_b)))
 
     job = Job(Draw(0, 0, 0), labels, spec)
     weights_only = Job(Draw(0, 0, 0), labels)
+    joint = Recipe(model=recipe.model, layers=labels, activations=activations)
     with told(f"correction of {job.description}"):
         correction = fit_correction(
             pipe,
@@ -81,6 +86,7 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
             # noise is explained (correction.md, When not to correct).
             explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
             model=run.settings.model,
+            recipe=joint,
         )
     steps = step_table(correction, pipe.scheduler, run.settings.protocol.steps)
     correction.save(path)

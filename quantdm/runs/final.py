@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
-from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
+from quantdm.files import digest, load_tensors, read_json, save_tensors, tensors_digest, write_json
+from quantdm.hub.export import configuration_digest
 from quantdm.hub.size import ExportSize
 from quantdm.machine import versions
 from quantdm.metrics import frechet_distance
@@ -113,6 +114,7 @@ def _row(
     return {
         "name": name,
         "note": note,
+        "configuration": _configuration(job),
         "avg_bits": bits / int(space.num_weights.sum()),
         "denoiser_bytes": size.of(job.labels),
         **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
@@ -122,17 +124,16 @@ def _row(
     }
 
 
+def _configuration(job: Job) -> str | None:
+    """Return what a row measured as one hash, so that an export finds its own figures; None: full precision."""
+    return None if job.labels is None else configuration_digest(job.labels, job.activations, job.correction)
+
+
 def run_key(run: Run, job: Job) -> str:
     """Return the key of a final measurement; a refitted correction makes a new one."""
     if job.correction is None:
         return job.key
-    return digest(job.key, read_bytes_digest(job.correction))
-
-
-def read_bytes_digest(path: str) -> str:
-    """Return the hash of a file's tensors."""
-    tensors, metadata = load_tensors(path)
-    return digest(metadata, *[tensors[key] for key in sorted(tensors)])
+    return digest(job.key, tensors_digest(job.correction))
 
 
 def row_bits(space: SearchSpace, job: Job) -> int:
