@@ -95,7 +95,7 @@ def search(
 
 
 def find_recipe(run: Run, engine: Engine, pipe: DiffusionPipeline) -> Recipe:
-    """Run every stage of the search that has no record yet."""
+    """Run every stage of the search that has no record of the same inputs yet."""
     denoiser = get_denoiser(pipe)
     describe(run, denoiser)
     bank = build_bank(run, pipe)
