@@ -6,6 +6,7 @@ python eval/support_matrix.py report.xml
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -38,13 +39,8 @@ No GPU was at hand: streams, CUDA offload and compiled GPU kernels are untested.
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path)
-    cases = {
-        case.attrib["name"]: not any(child.tag in ("failure", "error", "skipped") for child in case)
-        for case in ElementTree.parse(parser.parse_args().report).iter("testcase")
-    }
+def table(cases: Mapping[str, bool]) -> str:
+    """Return the table of a test run: test name with its id in brackets -> whether it passed."""
     families = [m[1] for name in cases if (m := re.fullmatch(r"test_an_export_opened.*\[(.+)-fp32-whole\]", name))]
     rows = ["| | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
     for family in families:
@@ -54,8 +50,18 @@ def main() -> None:
             results = [passed for name, passed in own.items() if any(re.match(pattern, name) for pattern in patterns)]
             cells.append("-" if not results else "yes" if all(results) else "**no**")
         rows.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    cases = {
+        case.attrib["name"]: not any(child.tag in ("failure", "error", "skipped") for child in case)
+        for case in ElementTree.parse(parser.parse_args().report).iter("testcase")
+    }
     with atomic_path(ROOT / "docs" / "support.md") as temporary:
-        temporary.write_text(PAGE.format(table="\n".join(rows)), encoding="utf-8")
+        temporary.write_text(PAGE.format(table=table(cases)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """From a trained pipeline to a smaller one that plain diffusers opens, with a report: every stage, on real input."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
-from itertools import cycle
+from itertools import combinations, cycle
 
 import pytest
 import torch
@@ -26,12 +28,21 @@ from quantdm.corridor.demo import correct_run
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
 from quantdm.hub.export import lossless_dtype
+from quantdm.hub.model_card import write_card
 from quantdm.hub.size import ExportSize, denoiser_bytes
-from quantdm.pipelines.generate import generate
+from quantdm.metrics.statistics import spread
+from quantdm.pipelines import generate as generating
+from quantdm.pipelines.generate import generate, image_generators
+from quantdm.pipelines.subject import look_at
+from quantdm.report.charts import MARKS
+from quantdm.report.insights import MIXES
+from quantdm.report.sections import ROW_NAMES, SHORT_NAMES
 from quantdm.runs import final
 from quantdm.runs.correct import activation_spec_of
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.evaluator import Job
 from quantdm.runs.run import Run
-from quantdm.runs.search import open_engine
+from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import label_draw
 from quantdm.surrogates import SearchSpace
 
@@ -99,60 +110,132 @@ def test_a_failed_export_leaves_the_old_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def measured(finished):
-    """The finished tiny run, with correction, result rows, grids and summary."""
+    """The finished tiny run with correction, rows, grids and summary, and the seeds that each of them started from."""
     folder, recipe = finished
     run = Run.open(folder)
     pipe = load_pipeline("digits-dit")
     denoiser = get_denoiser(pipe)
     space = SearchSpace.load(run.path("space.json"))
     spec = activation_spec_of(denoiser, 6)
-    with open_engine(run, pipe, workers=1) as engine:
+    seeds: dict[str, set[int]] = {"correction": set(), "final": set()}
+    with Engine(run, look_at(pipe), workers=1) as engine, pytest.MonkeyPatch.context() as patch:
+
+        def watch(stage):
+            def generators(of):
+                seeds[stage].update(of)
+                return image_generators(of)
+
+            patch.setattr(generating, "image_generators", generators)
+
+        watch("correction")
         correction = correct_run(run, engine, recipe, spec, images=8)
+        watch("final")
         draws = [final.Draw(d.base_seed, 30, 3) for d in final.final_draws(run, images=30)]
         jobs = final.final_jobs(run, space, recipe, spec, str(correction))
         rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(pipe))
         final.save_grids(run, engine, jobs, draws[0])
         summary = final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
-    return run, summary
+        before = run.path("samples.safetensors").stat().st_mtime_ns
+        final.save_grids(run, engine, jobs, draws[0])
+        assert run.path("samples.safetensors").stat().st_mtime_ns == before  # grids of the same jobs are kept
+    return run, summary, seeds
 
 
-def test_the_summary_has_the_promised_rows_and_figures(measured):
-    run, summary = measured
+def test_the_summary_has_a_row_for_everything_that_the_page_and_the_readme_speak_of(measured):
+    run, summary, _ = measured
     assert json.loads(run.path("summary.json").read_text()) == summary
     rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == [
-        "fp", "uniform-w4", "kmeans-w4", "uniform-same-size", "sensitivity-same-size",
-        "recipe", "recipe+a6", "recipe+a6+correction",
-    ]  # fmt: skip
+    assert list(rows) == list(ROW_NAMES)
+    assert set(MARKS) | set(SHORT_NAMES) | set(final.GRID_ROWS) | set(MIXES) <= set(rows)
+    assert set(load_file(run.path("samples.safetensors"))) == set(final.GRID_ROWS)
     for row in rows.values():
         assert {"avg_bits", "denoiser_bytes", "fid_real", "fid_fp", "fid_fp_sd", "psnr_fp", "seconds"} <= set(row)
+        assert (row["flagged"], row["constant"]) == (0, 0)
     assert rows["fp"]["fid_fp"] < 1e-9
+
+
+def test_sizes_of_the_rows_are_those_of_the_weights_that_were_measured(measured, dit):
+    run, summary, _ = measured
+    rows = {row["name"]: row for row in summary["rows"]}
+    weights = sum(layer.num_weights for layer in list_layers(get_denoiser(dit)))
+    for row in rows.values():  # what is not quantized is the same in all of them
+        more = (row["avg_bits"] - rows["recipe"]["avg_bits"]) * weights / 8
+        assert row["denoiser_bytes"] - rows["recipe"]["denoiser_bytes"] == pytest.approx(more, rel=0.02, abs=1)
     assert rows["fp"]["avg_bits"] == 16
-    assert rows["uniform-same-size"]["avg_bits"] >= rows["recipe"]["avg_bits"] - 0.02
-    assert rows["recipe"]["avg_bits"] <= 3.2
-    assert rows["fp"]["denoiser_bytes"] > rows["uniform-w4"]["denoiser_bytes"] > rows["recipe"]["denoiser_bytes"]
-    assert {"trials", "surrogate", "model", "seed", "versions"} <= set(summary)
-    searched = label_draw(run).base_seed
-    assert all(abs(base - searched) > 50 for base in summary["protocol"]["draws"])
+    target = run.settings.target_bits
+    for mix in ("recipe", "least-weight-error", "sensitivity-same-size"):
+        assert target - 0.1 < rows[mix]["avg_bits"] <= target
+    assert (
+        rows["recipe+a6+correction"]["avg_bits"] == rows["recipe"]["avg_bits"] <= rows["uniform-next-width"]["avg_bits"]
+    )
+
+
+def test_every_stage_measures_on_noises_that_no_other_stage_saw(measured):
+    run, summary, seeds = measured
+    space, verified = SearchSpace.load(run.path("space.json")), TrialStore(run.path("verified"))
+    draw = label_draw(run)
+    for trial in TrialStore(run.path("trials")):  # a trial's key holds the draw that it was really measured on
+        assert trial["key"] == Job(draw, trial["config"]).key
+    stages = seeds | {"labels": set(draw.seeds), "verification": set()}
+    configs = json.loads(run.path("selection.json").read_text())["configs"]
+    for base in range(draw.base_seed, draw.base_seed + 200):
+        second = final.Draw(base, run.settings.verify_images, run.settings.protocol.steps)
+        if all(verified.get(Job(second, labels).key) for labels in configs.values()):
+            stages["verification"] |= set(second.seeds)
+    assert len(stages["verification"]) == 2 * run.settings.verify_images
+    assert len(stages["correction"]) == 2 * 4 + 4 * 8
+    images = summary["protocol"]["images"]
+    assert len(stages["final"]) == max(images, final.GRID_IMAGES) + (len(summary["protocol"]["draws"]) - 1) * images
+    for one, other in combinations(stages, 2):
+        assert not stages[one] & stages[other], (one, other)
+    assert len(space.layers) == len(next(iter(configs.values())))
+
+
+def test_one_draw_is_told_without_a_spread_by_everything_that_reads_a_summary(measured, tmp_path, capsys):
+    run, summary, _ = measured
+    other = Run.open(shutil.copytree(run.folder, tmp_path / "run"))
+    rows = [{**row, **{key: None for key in row if key.endswith("_sd")}} for row in summary["rows"]]
+    rows[-1] |= {"flagged": 3, "constant": 1}
+    one = {**summary, "rows": rows, "fp_noise": {"mean": None, "sd": None}}
+    one["protocol"] = {**summary["protocol"], "draws": summary["protocol"]["draws"][:1]}
+    other.path("summary.json").write_text(json.dumps(one))
+    page = re.sub(r"<[^>]*>", "", write_report(other.folder).read_text().partition('id="insights"')[0])
+    assert "One draw does not say which differences count" in page
+    assert "±" not in page
+    assert "Recipe, A6, corrected: 3 flagged by the safety checker, 1 others of one colour only" in page
+    show_table(one)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "±" not in out.partition("draws")[2]
+    assert "the safety checker flagged 3 images" in out
+    folder = export_run(other, tmp_path / "out")
+    card = write_card(folder, summary=other.path("summary.json")).read_text()
+    assert "±" not in card
+    assert "recipe+a6+correction 3 and 1" in card
 
 
 def test_the_table_fits_a_terminal(measured, capsys):
     show_table(measured[1])
     out = capsys.readouterr().out
-    assert "recipe+a6+correction" in out
+    for row in measured[1]["rows"]:
+        assert row["name"] in out
+        assert spread(row["fid_fp"], row["fid_fp_sd"]) in out
+    note = next(row["note"] for row in measured[1]["rows"] if row["name"] == "uniform-next-width")
+    assert f"uniform-next-width: {note}." in out
     assert all(len(line) <= 79 for line in out.splitlines())
 
 
 def test_the_report_is_one_file_that_needs_no_network(measured):
-    run, _ = measured
+    run, summary, _ = measured
     page = write_report(run.folder).read_text()
     assert not [word for word in ("http://", "https://", 'src="//') if word in page.replace("http://www.w3.org", "")]
-    for word in ("same size", "recipe", "data:image/png", "<svg"):
-        assert word in page
+    for row in summary["rows"]:
+        assert ROW_NAMES[row["name"]] in page
+    for word in ("data:image/png", "<svg", "Images that show nothing"):
+        assert (word in page) == (word != "Images that show nothing")
 
 
 def test_a_run_exports_what_it_chose(measured, tmp_path):
-    run, summary = measured
+    run, summary, _ = measured
     folder = export_run(run, tmp_path / "out")
     size = denoiser_bytes(folder, load_pipeline(folder))
     recipe = next(row for row in summary["rows"] if row["name"] == "recipe")

@@ -1,13 +1,16 @@
 """Every Python snippet in the documentation runs, page by page, in the order in which it stands there."""
 
+import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from quantdm.cli import doctor
 from quantdm.cli.main import app
 from tests.family_models import FAMILIES
 
@@ -32,6 +35,71 @@ def test_links_and_commands_exist(page):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
 
 
-def test_the_support_page_lists_every_family_of_the_tests():
-    rows = re.findall(r"^\| ([\w.-]+) \|", (ROOT / "docs" / "support.md").read_text(), re.MULTILINE)
-    assert rows == list(FAMILIES), "write it again: see eval/support_matrix.py"
+@pytest.fixture(scope="module")
+def support():
+    """The script that writes the support page, and the names of the tests that stand behind it."""
+    spec = importlib.util.spec_from_file_location("support_matrix", ROOT / "eval" / "support_matrix.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    files = re.findall(r"tests/\w+\.py", script.__doc__)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        *files,
+    ]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True).stdout
+    return script, [line.partition("::")[2] for line in listed.splitlines() if "::" in line]
+
+
+def test_every_cell_of_the_support_page_is_what_the_tests_cover(support):
+    script, names = support
+    page = (ROOT / "docs" / "support.md").read_text()
+    # Every test that stands behind a cell is in this suite: where one fails, the suite fails too.
+    assert page == script.PAGE.format(table=script.table(dict.fromkeys(names, True))), "write it again: see its script"
+    assert re.findall(r"^\| ([\w.-]+) \|", page, re.MULTILINE) == list(FAMILIES)
+    assert "no" in script.table(dict.fromkeys(names, False))
+
+
+def test_every_test_that_the_support_page_counts_on_exists_and_is_never_skipped(support):
+    script, names = support
+    for column, patterns in script.COLUMNS.items():
+        for pattern in patterns:
+            assert any(re.match(pattern, name) for name in names), (column, pattern)
+    for file in re.findall(r"tests/\w+\.py", script.__doc__):
+        assert not re.search(r"\bskip|xfail", (ROOT / file).read_text()), file
+
+
+def test_what_the_support_page_says_of_pipelines_is_what_is_tested(support):
+    _, names = support
+    said = (ROOT / "docs" / "support.md").read_text().partition("Pipelines with ")[2].partition("schedulers")[0]
+    tested = {name.partition("[")[2].rstrip("]") for name in names if name.startswith("test_a_pipeline_answers")}
+    for scheduler in re.findall(r"[\w+-]+(?: matching)?", said.replace("flow-matching", "flow matching")):
+        assert scheduler == "and" or any(name.startswith(scheduler) for name in tested), scheduler
+    offloads = {name.partition("[")[2].rstrip("]") for name in names if name.startswith("test_an_offloaded_pipeline")}
+    assert {"model", "group"} <= offloads
+
+
+def test_every_package_that_is_offered_is_used():
+    """What `doctor` misses and the extras install is imported, or run, somewhere in the project."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    offered = {re.match(r"[\w-]+", line).group().replace("-", "_") for lines in extras.values() for line in lines}
+    offered |= set(doctor.OPTIONAL)
+    tools = {"ruff", "pyright", "pytest_xdist", "pytest_timeout"}  # run by the Makefile, or plug-ins of pytest
+    makefile, settings = (ROOT / "Makefile").read_text(), (ROOT / "pyproject.toml").read_text()
+    assert all(word in makefile for word in ("ruff", "pyright", "-n 2"))
+    assert "timeout = " in settings
+    sources = [path.read_text() for room in ("quantdm", "eval", "tests") for path in (ROOT / room).rglob("*.py")]
+    forms = r"^\s*(?:import|from) ([\w.]+)", r"import_module\(\"([\w.]+)\"\)"
+    imported = {name for text in sources for form in forms for name in re.findall(form, text, re.MULTILINE)}
+    known = {"_".join(name.split(".")[:2]) for name in imported} | {name.partition(".")[0] for name in imported}
+    assert offered - tools <= known, offered - tools - known
+    for _, remedy in doctor.OPTIONAL.values():
+        for extra in re.findall(r"quantdm\[(\w+)\]", remedy):
+            assert extra in extras, remedy

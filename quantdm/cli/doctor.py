@@ -25,7 +25,6 @@ from quantdm.schemes import Scheme
 # What is not required, what it is for, and how to get it.
 OPTIONAL = {
     "peft": ("LoRA on top of packed weights", "pip install peft"),
-    "ray": ("trials on several machines", "pip install 'quantdm[ray]'"),
     "bitsandbytes": ("comparison with a peer", "pip install 'quantdm[peers]'"),
     "sdnq": ("comparison with a peer", "pip install 'quantdm[peers]'"),
 }

@@ -105,7 +105,7 @@ def start_run(
 
 
 def find_recipe(run: Run, engine: Engine, subject: Subject) -> Recipe:
-    """Run every stage of the search that has no record yet."""
+    """Run every stage of the search that has no record of the same inputs yet."""
     describe(run, subject)
     bank = build_bank(run, subject)
     space = measure_space(run, engine, subject, bank)

@@ -19,15 +19,15 @@ def verify(
     """Measure named configurations on draws, each once (trials of their own store); return their figures per draw."""
     store = TrialStore(run.path("verified"))
     jobs = {(name, draw): Job(draw, labels) for name, labels in configs.items() for draw in draws}
-    with bar(len(jobs), description) as progress:
-        found = {key: store.get(job.key) for key, job in jobs.items()}
+    distinct = {job.key: job for job in jobs.values()}  # two candidates may be the same configuration
+    with bar(len(distinct), description) as progress:
+        found = {key: store.get(key) for key in distinct}
         todo = [key for key, record in found.items() if record is None]
-        progress.update(len(jobs) - len(todo))
+        progress.update(len(distinct) - len(todo))
         for _ in engine.map("prepare", list(draws) if todo else []):
             pass
-        for index, result in engine.map("measure", [jobs[key] for key in todo]):
-            key = todo[index]
-            found[key] = result
-            store.put(jobs[key].key, result)
+        for index, result in engine.map("measure", [distinct[key] for key in todo]):
+            found[todo[index]] = result
+            store.put(todo[index], result)
             progress.update()
-    return {name: [found[name, draw] or {} for draw in draws] for name in configs}
+    return {name: [found[jobs[name, draw].key] or {} for draw in draws] for name in configs}
