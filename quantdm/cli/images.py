@@ -36,7 +36,7 @@ def generate_grid(
     """Generate images and write them as one PNG."""
     from PIL import Image
 
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, torch_dtype=getattr(torch, fast_dtype()))
     chosen = protocol_of(model, pipe, protocol)
     draw = Draw(seed, images, steps or chosen.steps)
     with bar(images, "generate") as progress:
