@@ -1,5 +1,6 @@
 """The additive surrogate: a sum over layers predicts, so the knapsack on its terms is the exact optimum."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from quantdm.surrogates.additive_model import (
     WHY,
     Floats,
     Ints,
-    head_of,
-    log_terms,
+    linear_terms,
     make_design,
+    median_trial,
     predict_log_fid,
     solve,
+    solve_path,
 )
+from quantdm.surrogates.nested import choose_nested
 from quantdm.surrogates.ranking import judge_folds, spearman
 from quantdm.surrogates.space import SearchSpace
 from quantdm.surrogates.trials import check_trials, read_record, split_folds
@@ -39,7 +42,8 @@ class AdditiveSurrogate:
     prediction, and S is additive. log w is a sum of effects of the operation type, the depth band, their cell and the
     layer, log v of the method, the bit-width and the option, log u of their pairing; each is drawn to 0 by a Gaussian
     prior whose common strength is chosen by the held-out error. With a strong prior the surrogate is the plain
-    one-layer sensitivity.
+    one-layer sensitivity. Every fold chooses its own strength, by folds inside its training trials: nothing that is
+    judged on a fold has seen a label of it.
     """
 
     name = "additive"
@@ -48,12 +52,13 @@ class AdditiveSurrogate:
         self.space = space
         self.random_state = random_state
         self._design = make_design(space)
-        self.cv_scores_: list[float] = []  # held-out Spearman of every fold
-        self.cv_ndcg_: list[float] = []  # held-out NDCG@10
+        self.held_out_: Floats | None = None  # [T] prediction of every trial by its fold, which has not seen it
+        self.cv_scores_: list[float] = []  # Spearman of every fold's held-out predictions
+        self.cv_ndcg_: list[float] = []  # their NDCG@10
         self.strength_: float | None = None
-        self._theta: Floats | None = None
-        self._fold_thetas: Floats | None = None
-        self._reference: Ints | None = None
+        self.fold_strengths_: tuple[float, ...] = ()
+        self._thetas: Floats | None = None  # [1 + folds, P] all trials, then one per fold
+        self._references: Ints | None = None  # [1 + folds, L] the median training trial of each
 
     def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "AdditiveSurrogate":
         """Fit to choices [T, L] and labels y [T]; the prior's strength is the one with the least held-out error.
@@ -63,33 +68,35 @@ class AdditiveSurrogate:
         """
         choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
         folds = split_folds(len(labels), FOLDS, self.random_state)
-        errors, thetas, predicted = [], [], []
+
+        def fit(rows: Ints, strength: float) -> Floats:
+            return solve(self._design, choices[rows], -labels[rows], weights[rows], strength)
+
+        def path(rows: Ints, strengths: Sequence[float]) -> list[Floats]:
+            return solve_path(self._design, choices[rows], -labels[rows], weights[rows], strengths)
+
+        def predict(theta: Floats, rows: Ints) -> Floats:
+            return -predict_log_fid(self._design, theta, choices[rows])
+
         with single_thread():
-            for strength in STRENGTHS:
-                held_out, found = np.empty(len(labels)), []
-                for fold in folds:
-                    train = np.setdiff1d(np.arange(len(labels)), fold)
-                    found.append(solve(self._design, choices[train], -labels[train], weights[train], strength))
-                    held_out[fold] = -predict_log_fid(self._design, found[-1], choices[fold])
-                errors.append(float((weights * (held_out - labels) ** 2).sum()))
-                thetas.append(np.stack(found))
-                predicted.append(held_out)
-            best = int(np.argmin(errors))
-            self.strength_, self._fold_thetas = STRENGTHS[best], thetas[best]
-            self.cv_scores_, self.cv_ndcg_ = judge_folds(predicted[best], labels, folds)
-            self._theta = solve(self._design, choices, -labels, weights, self.strength_)
-        self._reference = choices[np.argsort(labels)[len(labels) // 2]]
+            nested = choose_nested(fit, path, predict, STRENGTHS, labels, weights, folds)
+            final = fit(np.arange(len(labels)), nested.strength)
+        self.strength_, self.fold_strengths_ = nested.strength, nested.fold_strengths
+        self._thetas = np.concatenate([final[None], nested.fold_parameters])
+        trained = [np.arange(len(labels)), *(np.setdiff1d(np.arange(len(labels)), fold) for fold in folds)]
+        self._references = np.stack([median_trial(choices[rows], labels[rows]) for rows in trained])
+        self.held_out_ = nested.held_out
+        self.cv_scores_, self.cv_ndcg_ = judge_folds(nested.held_out, labels, folds)
         return self
 
     def predict(self, choices: ArrayLike) -> Floats:
         """Predict y = -log(fid_fp): [T, L] -> [T]."""
-        return -predict_log_fid(self._design, self._fitted, self.space.check(choices))
+        return -predict_log_fid(self._design, self._fitted[0], self.space.check(choices))
 
     def predict_folds(self, choices: ArrayLike) -> Floats:
         """Predict y with the final fit and with each fold's, which has not seen that fold: [T, L] -> [1+K, T]."""
-        final, rows = self._fitted, self.space.check(choices)
-        assert self._fold_thetas is not None
-        return np.stack([-predict_log_fid(self._design, theta, rows) for theta in (final, *self._fold_thetas)])
+        thetas, rows = self._fitted, self.space.check(choices)
+        return np.stack([-predict_log_fid(self._design, theta, rows) for theta in thetas])
 
     def score(self, choices: ArrayLike, y: ArrayLike) -> float:
         """Return Spearman's rank correlation of the prediction with y."""
@@ -100,23 +107,35 @@ class AdditiveSurrogate:
 
         dy = -b / (c + S) · dS: one factor for all cells, so the ranking of configurations is the model's own.
         """
-        final = self._fitted
-        assert self._fold_thetas is not None
-        return np.stack([self._terms(theta) for theta in (final, *self._fold_thetas)])
+        thetas = self._fitted
+        assert self._references is not None
+        pairs = zip(thetas, self._references, strict=True)
+        return np.stack([linear_terms(self._design, theta, reference) for theta, reference in pairs])
+
+    def values_of_part(self, fold: int, choices: Ints, labels: Floats, weights: Floats) -> Floats:
+        """Return the terms [L, O] as a fit to a part of fold k's training trials has them, with that fold's strength.
+
+        For whoever weighs the surrogate against another on the rest of those trials.
+        """
+        assert self.fold_strengths_
+        with single_thread():
+            theta = solve(self._design, choices, -labels, weights, self.fold_strengths_[fold])
+        return linear_terms(self._design, theta, median_trial(choices, labels))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fitted surrogate as a JSON record with a version."""
-        final = self._fitted
-        assert self._fold_thetas is not None
-        assert self._reference is not None
+        thetas = self._fitted
+        assert self._references is not None
+        assert self.held_out_ is not None
         return {
             "version": ADDITIVE_VERSION,
             "space": self.space.digest,
             "random_state": self.random_state,
             "strength": self.strength_,
-            "theta": final.tolist(),
-            "fold_thetas": self._fold_thetas.tolist(),
-            "reference": self._reference.tolist(),
+            "fold_strengths": list(self.fold_strengths_),
+            "thetas": thetas.tolist(),
+            "references": self._references.tolist(),
+            "held_out": self.held_out_.tolist(),
             "cv_scores": self.cv_scores_,
             "cv_ndcg": self.cv_ndcg_,
         }
@@ -125,9 +144,10 @@ class AdditiveSurrogate:
     def from_dict(cls, record: dict[str, Any], space: SearchSpace) -> "AdditiveSurrogate":
         """Build a surrogate from `to_dict`'s record; its space must be `space`."""
         self = cls(space, random_state=record["random_state"])
-        self.strength_, self.cv_scores_, self.cv_ndcg_ = record["strength"], record["cv_scores"], record["cv_ndcg"]
-        self._theta, self._fold_thetas = np.array(record["theta"]), np.array(record["fold_thetas"])
-        self._reference = np.array(record["reference"])
+        self.strength_, self.fold_strengths_ = record["strength"], tuple(record["fold_strengths"])
+        self.held_out_ = np.array(record["held_out"])
+        self.cv_scores_, self.cv_ndcg_ = record["cv_scores"], record["cv_ndcg"]
+        self._thetas, self._references = np.array(record["thetas"]), np.array(record["references"])
         return self
 
     def save(self, path: str | Path) -> None:
@@ -145,12 +165,6 @@ class AdditiveSurrogate:
 
     @property
     def _fitted(self) -> Floats:
-        if self._theta is None:
+        if self._thetas is None:
             raise QuantDMError("AdditiveSurrogate is not fitted; call fit(choices, y) first")
-        return self._theta
-
-    def _terms(self, theta: Floats) -> Floats:
-        _, b, _, c = head_of(theta)
-        terms = np.exp(log_terms(self._design, theta))
-        assert self._reference is not None
-        return -b / (c + terms[np.arange(len(terms)), self._reference].sum()) * terms
+        return self._thetas

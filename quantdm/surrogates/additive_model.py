@@ -1,5 +1,6 @@
 """The additive model: positive learned weights on one-layer noise errors, and its fit by Gauss-Newton steps."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 FOLDS, MIN_TRIALS = 5, 10
 WHY = "five folds need at least two held-out trials each"
-ADDITIVE_VERSION = 3
+ADDITIVE_VERSION = 4
+PRECISE, ROUGH = 1e-8, 1e-4  # relative fall of the loss at which a fit ends
 NOISE_SD = 0.1  # unit of the penalty: label noise of log(fid_fp), performance.md section 5
 # Standard deviations, in log units, by which the parts of a layer's weight may differ before the data speak. Chosen on
 # 160 trials of each reference pipeline: without "pair" the rank correlation near the budget falls by 0.015 to 0.02.
@@ -70,6 +72,18 @@ def predict_log_fid(design: Design, theta: Floats, choices: Ints) -> Floats:
     return a + b * np.log(c + terms[np.arange(len(terms)), choices].sum(axis=1))
 
 
+def linear_terms(design: Design, theta: Floats, reference: Ints) -> Floats:
+    """Return the change of y per change of S at the choice `reference` [L], times the terms of S: [L, O]."""
+    _, b, _, c = head_of(theta)
+    terms = np.exp(log_terms(design, theta))
+    return -b / (c + terms[np.arange(len(terms)), reference].sum()) * terms
+
+
+def median_trial(choices: Ints, labels: Floats) -> Ints:
+    """Return the choice whose label is the median: [T, L] -> [L]."""
+    return choices[np.argsort(labels)[len(labels) // 2]]
+
+
 def _jacobian(design: Design, theta: Floats, choices: Ints) -> Floats:
     """Return d(log fid_fp) / d(theta): [T, parameters]."""
     _, b, gamma, c = head_of(theta)
@@ -97,9 +111,29 @@ def solve(design: Design, choices: Ints, target: Floats, weights: Floats, streng
     Each step is solved in the dual (trials x trials), because parameters outnumber trials; a step that does not
     descend is halved.
     """
-    root = np.sqrt(weights) / NOISE_SD
+    return _descend(design, choices, target, weights, strength, _start(design, target, weights), PRECISE)
+
+
+def solve_path(
+    design: Design, choices: Ints, target: Floats, weights: Floats, strengths: Sequence[float]
+) -> list[Floats]:
+    """Solve for several strengths, the strongest first, each from the one before, well enough to compare them."""
+    theta, found = _start(design, target, weights), {}
+    for strength in sorted(strengths, reverse=True):
+        theta = found[strength] = _descend(design, choices, target, weights, strength, theta, ROUGH)
+    return [found[strength] for strength in strengths]
+
+
+def _start(design: Design, target: Floats, weights: Floats) -> Floats:
     theta = np.zeros(4 + design.layer.shape[1] + design.option.shape[1] + design.kind.shape[1] * len(design.option))
     theta[0] = (np.average(target, weights=weights) - HEAD_PRIOR[0][0]) / HEAD_PRIOR[0][1]
+    return theta
+
+
+def _descend(
+    design: Design, choices: Ints, target: Floats, weights: Floats, strength: float, theta: Floats, tolerance: float
+) -> Floats:
+    root = np.sqrt(weights) / NOISE_SD
 
     def loss(candidate: Floats) -> tuple[float, Floats]:
         residual = root * (predict_log_fid(design, candidate, choices) - target)
@@ -118,7 +152,7 @@ def solve(design: Design, choices: Ints, target: Floats, weights: Floats, streng
             size /= 2
         else:
             break
-        done = value - trial_value < 1e-8 * value
+        done = value - trial_value < tolerance * value
         theta, value, residual = theta + size * step, trial_value, trial_residual
         if done:
             break

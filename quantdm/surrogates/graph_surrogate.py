@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import nnls
-from torch import Tensor, nn
+from torch import Tensor
 
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
@@ -16,20 +15,20 @@ from quantdm.machine import seeded, single_thread
 from quantdm.surrogates.additive import AdditiveSurrogate
 from quantdm.surrogates.block_scores import layer_values
 from quantdm.surrogates.graph_net import CellTable, GraphNet, hop_scores
-from quantdm.surrogates.losses import RankLoss, ndcg, rank_loss, relevance
+from quantdm.surrogates.graph_training import Schooling, train_network
+from quantdm.surrogates.hop_weights import moments, prior_without, weigh_hops
+from quantdm.surrogates.losses import RankLoss
 from quantdm.surrogates.plan import make_plan
-from quantdm.surrogates.ranking import spearman
+from quantdm.surrogates.ranking import judge_folds, spearman
 from quantdm.surrogates.space import SearchSpace
 from quantdm.surrogates.trials import check_trials, split_folds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Progress = Callable[[int, int], object]
-GRAPH_VERSION = 2
+GRAPH_VERSION = 3
 FOLDS, MIN_TRIALS = 5, 20
 WHY = "five folds rank at least four held-out trials each, and a fifth of the rest decides when to stop"
-LEARNING_RATE, WEIGHT_DECAY = 1e-3, 1e-6
-CHECK_EVERY = 5  # epochs between two looks at the validation loss
 
 
 class GraphSurrogate:
@@ -40,6 +39,11 @@ class GraphSurrogate:
     held-out trials together (non-negative least squares). The regressor shapes the embeddings only. With `prior` the
     terms of the additive surrogate, fitted to the same training trials, are one more score of the sum: it knows that
     errors multiply, which a few hundred trials do not teach a network; the networks add what happens inside blocks.
+
+    The held-out scores are nested. The w_m of the prediction are found with the held-out trials of all networks, which
+    would not do for judging fold k: the other networks were trained on it. There the w_m come from the trials that
+    decided when to stop the training of network k, and from a prior that was fitted without them. They are few (a
+    sixth), so the score is rather too low than too high; nested training would cost five times as much.
 
     Args:
         space: layers, options, graph and cheap errors.
@@ -70,8 +74,9 @@ class GraphSurrogate:
         self.prior = prior
         self.progress = progress
         self.plan = make_plan(space.graph, space.graph.blocks, all_weights=True)
-        self.cv_scores_: list[float] = []  # held-out Spearman of every fold
-        self.cv_ndcg_: list[float] = []  # held-out NDCG@10
+        self.held_out_: Floats | None = None  # [T] prediction of every trial by its fold, which has not seen it
+        self.cv_scores_: list[float] = []  # Spearman of every fold's held-out predictions
+        self.cv_ndcg_: list[float] = []  # their NDCG@10
         self.cv_hop_scores_: Floats | None = None  # [K, M] held-out Spearman of every hop alone
         self.networks_: list[GraphNet] = []
         self.prior_values_: Floats | None = None  # [K, L, O] the additive surrogate's terms in units of y
@@ -89,33 +94,33 @@ class GraphSurrogate:
         """
         choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
         folds = split_folds(len(labels), FOLDS, self.random_state)
-        self.networks_, self.prior_values_, stats, held_out = [], None, [], None
+        self.networks_, self.prior_values_, stats, z, additive = [], None, [], None, None
         if self.prior:  # it splits the trials into the same folds
             additive = AdditiveSurrogate(self.space, random_state=self.random_state).fit(choices, labels, weights)
             self.prior_values_ = additive.fold_values()[1:]
+        self.held_out_ = np.empty(len(labels))
         for index, fold in enumerate(folds):
             train = np.setdiff1d(np.arange(len(labels)), fold)
-            network = self._train(index, choices[train], labels[train], weights[train])
+            part = choices[train], labels[train], weights[train]
+            network, watched = self._train(index, *part)
             scores = self._scores(index, network, choices)
-            mean, spread = scores[train].mean(axis=0), np.maximum(scores[train].std(axis=0), 1e-6)
-            stats.append(np.stack([mean, spread]))
-            held_out = np.empty_like(scores) if held_out is None else held_out
-            held_out[fold] = ((scores - mean) / spread)[fold]
+            mean, spread = moments(scores[train])
+            scores = (scores - mean) / spread
+            z = np.empty_like(scores) if z is None else z
+            z[fold], own = scores[fold], scores[train]
+            if additive is not None:
+                own[:, -1] = prior_without(additive, index, *part, watched)
+            hop_weights, intercept = weigh_hops(own[watched], part[1][watched], part[2][watched], prior=self.prior)
+            self.held_out_[fold] = intercept + scores[fold] @ hop_weights
             self.networks_.append(network)
-        assert held_out is not None
+            stats.append(np.stack([mean, spread]))
+        assert z is not None
         self.hop_stats_ = np.stack(stats)
-        if self.prior:  # its terms are linear around the median trial: the better half tells what they are worth
-            weights = np.where(labels >= np.median(labels), weights, 0.0)
-        self.hop_weights_, self.intercept_ = _hop_weights(held_out, labels, weights)
+        self.hop_weights_, self.intercept_ = weigh_hops(z, labels, weights, prior=self.prior)
         counts = (choices[:, :, None] == np.arange(len(self.space.options))).sum(axis=0)
         self.usage_ = (counts + 1) / (len(choices) + len(self.space.options))
-        self.cv_scores_, self.cv_ndcg_ = [], []
-        for fold in folds:  # the weights of the hops must not have seen the fold they are judged on
-            rest = np.setdiff1d(np.arange(len(labels)), fold)
-            own, _ = _hop_weights(held_out[rest], labels[rest], weights[rest])
-            self.cv_scores_.append(spearman(held_out[fold] @ own, labels[fold]))
-            self.cv_ndcg_.append(ndcg(relevance(labels[fold], labels[rest]), held_out[fold] @ own))
-        self.cv_hop_scores_ = np.array([[spearman(z, labels[fold]) for z in held_out[fold].T] for fold in folds])
+        self.cv_scores_, self.cv_ndcg_ = judge_folds(self.held_out_, labels, folds)
+        self.cv_hop_scores_ = np.array([[spearman(score, labels[fold]) for score in z[fold].T] for fold in folds])
         return self
 
     def predict(self, choices: ArrayLike) -> Floats:
@@ -167,6 +172,7 @@ class GraphSurrogate:
         """Write the fitted surrogate as safetensors with its settings as JSON in the header."""
         stats, weights = self.fitted()
         assert self.cv_hop_scores_ is not None
+        assert self.held_out_ is not None
         assert self.usage_ is not None
         tensors = {
             f"{fold}.{name}": tensor
@@ -188,6 +194,7 @@ class GraphSurrogate:
             "hop_stats": stats.tolist(),
             "hop_weights": weights.tolist(),
             "intercept": self.intercept_,
+            "held_out": self.held_out_.tolist(),
             "cv_scores": self.cv_scores_,
             "cv_ndcg": self.cv_ndcg_,
             "cv_hop_scores": self.cv_hop_scores_.tolist(),
@@ -215,6 +222,7 @@ class GraphSurrogate:
             network.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
             self.networks_.append(network.eval())
         self.hop_stats_, self.hop_weights_ = np.array(metadata["hop_stats"]), np.array(metadata["hop_weights"])
+        self.held_out_ = np.array(metadata["held_out"])
         self.cv_scores_, self.cv_ndcg_ = metadata["cv_scores"], metadata["cv_ndcg"]
         self.cv_hop_scores_ = np.array(metadata["cv_hop_scores"])
         if metadata["prior_values"] is not None:
@@ -226,57 +234,26 @@ class GraphSurrogate:
         with seeded(self.random_state * FOLDS + fold):  # the layers draw from the global generator only
             return GraphNet(CellTable(self.space), self.plan.hops)
 
-    def _train(self, fold: int, choices: Ints, labels: Floats, weights: Floats) -> GraphNet:
-        """Train one network; a sixth of its trials decides when to stop and which state is kept."""
+    def _train(self, fold: int, choices: Ints, labels: Floats, weights: Floats) -> tuple[GraphNet, Ints]:
+        """Train the network of a fold; return it and the positions of the trials that decided when to stop."""
         network = self._network(fold)
-        generator = torch.Generator().manual_seed(self.random_state * FOLDS + fold)
-        r = torch.from_numpy(relevance(labels, labels)).float()
-        scale = float(r.std(correction=0))
-        w = torch.from_numpy(weights).float()
-        cells = self.cells(choices, self.plan.levels[0])
-        order = torch.randperm(len(r), generator=generator)
-        held = max(4, len(r) // 6)
-        watched, learned = order[:held], order[held:]
-        nn.init.constant_(network.regressor[-1].bias, float(r.mean()) / scale)  # type: ignore[arg-type]
-        steps = -(-len(learned) // self.batch_size)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs * steps)
-        ranking = rank_loss(self.ranking)
 
-        def loss(rows: Tensor) -> Tensor:
-            roots = network(cells[:, rows], self.plan, self.plan.batched_edges(len(rows)))
-            # both in units of the spread of r, so that no term of the loss drowns the others
-            predicted = scale * network.regressor(roots[-1].mean(dim=0))[:, 0]
-            squared = (w[rows] * ((predicted - r[rows]) / scale).square()).mean()
-            ranked = torch.stack([ranking(r[rows], score) for score in hop_scores(roots).T])
-            return squared + ranked.mean()
+        def report(epochs: int) -> None:
+            if self.progress is not None:
+                self.progress(fold * self.epochs + epochs, FOLDS * self.epochs)
 
-        best, best_epoch, best_state = np.inf, 0, None
-        with single_thread():
-            for epoch in range(self.epochs):
-                network.train()
-                shuffled = learned[torch.randperm(len(learned), generator=generator)]
-                for rows in torch.tensor_split(shuffled, steps):
-                    optimizer.zero_grad()
-                    loss(rows).backward()
-                    optimizer.step()
-                    schedule.step()
-                if self.progress is not None:
-                    self.progress(fold * self.epochs + epoch + 1, FOLDS * self.epochs)
-                if (epoch + 1) % CHECK_EVERY == 0 or epoch + 1 == self.epochs:
-                    network.eval()
-                    with torch.no_grad():
-                        value = float(loss(watched))
-                    if value < best:
-                        best, best_epoch = value, epoch
-                        best_state = {k: v.clone() for k, v in network.state_dict().items()}
-                    elif epoch - best_epoch >= self.patience:
-                        break
-        if best_state is not None:
-            network.load_state_dict(best_state)
-        if self.progress is not None:
-            self.progress((fold + 1) * self.epochs, FOLDS * self.epochs)
-        return network.eval()
+        watched = train_network(
+            network,
+            self.plan,
+            self.cells(choices, self.plan.levels[0]),
+            labels,
+            weights,
+            settings=Schooling(self.epochs, self.batch_size, self.patience, self.ranking),
+            seed=self.random_state * FOLDS + fold,
+            on_epoch=report,
+        )
+        report(self.epochs)
+        return network, watched
 
     def _scores(self, fold: int, network: GraphNet, choices: Ints) -> Floats:
         """Return the hop scores of one network, and the prior's score [T, M]."""
@@ -295,13 +272,6 @@ class GraphSurrogate:
                 edges = self.plan.batched_edges(len(rows))
                 found.append(hop_scores(network(self.cells(rows, self.plan.levels[0]), self.plan, edges, encoded)))
         return torch.cat(found).double().numpy()
-
-
-def _hop_weights(z: Floats, y: Floats, weights: Floats) -> tuple[Floats, float]:
-    """Return w_m >= 0 and the intercept that minimise sum_t weight · (z[t] · w + intercept - y[t])^2, in y's unit."""
-    root, mean, offset = np.sqrt(weights), np.average(z, axis=0, weights=weights), np.average(y, weights=weights)
-    found, _ = nnls(root[:, None] * (z - mean), root * (y - offset))
-    return found, float(offset - mean @ found)
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:

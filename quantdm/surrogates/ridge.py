@@ -1,5 +1,6 @@
 """The baseline: ridge regression on pooled features."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,21 @@ from numpy.typing import ArrayLike
 from quantdm.errors import QuantDMError
 from quantdm.files import write_json
 from quantdm.machine import single_thread
-from quantdm.surrogates.additive_model import ADDITIVE_VERSION, FOLDS, MIN_TRIALS, WHY, Floats
+from quantdm.surrogates.additive_model import ADDITIVE_VERSION, FOLDS, MIN_TRIALS, WHY, Floats, Ints
 from quantdm.surrogates.features import pool
+from quantdm.surrogates.nested import choose_nested
 from quantdm.surrogates.ranking import judge_folds, spearman
 from quantdm.surrogates.space import SearchSpace
 from quantdm.surrogates.trials import check_trials, read_record, split_folds
 
+STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1_000.0, 10_000.0)
+
 
 class RidgeSurrogate:
-    """The baseline: ridge regression of y on pooled features, additive over layers; strength by held-out error."""
+    """The baseline: ridge regression of y on pooled features, additive over layers; strength by held-out error.
+
+    Every fold chooses its own strength inside its training trials, as the additive surrogate's do.
+    """
 
     name = "ridge"
 
@@ -24,8 +31,9 @@ class RidgeSurrogate:
         self.space = space
         self.random_state = random_state
         self._features = pool(space, logarithms=False)
-        self.cv_scores_: list[float] = []  # held-out Spearman of every fold
-        self.cv_ndcg_: list[float] = []  # held-out NDCG@10
+        self.held_out_: Floats | None = None  # [T] prediction of every trial by its fold, which has not seen it
+        self.cv_scores_: list[float] = []  # Spearman of every fold's held-out predictions
+        self.cv_ndcg_: list[float] = []  # their NDCG@10
         self._coefficients: Floats | None = None  # [1 + folds, F + 1], slopes per s_f and the intercept
 
     def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "RidgeSurrogate":
@@ -41,18 +49,21 @@ class RidgeSurrogate:
 
     def _fit(self, x: Floats, labels: Floats, weights: Floats) -> None:
         folds = split_folds(len(labels), FOLDS, self.random_state)
-        best_error = np.inf
-        for strength in 10.0 ** np.arange(-1, 5):
-            held_out, found = np.empty(len(labels)), []
-            for fold in folds:
-                train = np.setdiff1d(np.arange(len(labels)), fold)
-                found.append(_ridge(x[train], labels[train], weights[train], strength))
-                held_out[fold] = x[fold] @ found[-1][:-1] + found[-1][-1]
-            error = float((weights * (held_out - labels) ** 2).sum())
-            if error < best_error:
-                best_error = error
-                self._coefficients = np.stack([_ridge(x, labels, weights, strength), *found])
-                self.cv_scores_, self.cv_ndcg_ = judge_folds(held_out, labels, folds)
+
+        def fit(rows: Ints, strength: float) -> Floats:
+            return _ridge(x[rows], labels[rows], weights[rows], strength)
+
+        def path(rows: Ints, strengths: Sequence[float]) -> list[Floats]:
+            return [fit(rows, strength) for strength in strengths]
+
+        def predict(coefficients: Floats, rows: Ints) -> Floats:
+            return x[rows] @ coefficients[:-1] + coefficients[-1]
+
+        nested = choose_nested(fit, path, predict, STRENGTHS, labels, weights, folds)
+        final = fit(np.arange(len(labels)), nested.strength)
+        self._coefficients = np.concatenate([final[None], nested.fold_parameters])
+        self.held_out_ = nested.held_out
+        self.cv_scores_, self.cv_ndcg_ = judge_folds(nested.held_out, labels, folds)
 
     def predict(self, choices: ArrayLike) -> Floats:
         """Predict y: [T, L] -> [T]."""
@@ -74,11 +85,13 @@ class RidgeSurrogate:
         """Write the fitted surrogate as JSON."""
         if self._coefficients is None:
             raise QuantDMError("RidgeSurrogate is not fitted; call fit(choices, y) first")
+        assert self.held_out_ is not None
         record = {
             "version": ADDITIVE_VERSION,
             "space": self.space.digest,
             "random_state": self.random_state,
             "coefficients": self._coefficients.tolist(),
+            "held_out": self.held_out_.tolist(),
             "cv_scores": self.cv_scores_,
             "cv_ndcg": self.cv_ndcg_,
         }
@@ -93,7 +106,7 @@ class RidgeSurrogate:
         """
         record = read_record(path, space, ADDITIVE_VERSION)
         self = cls(space, random_state=record["random_state"])
-        self._coefficients = np.array(record["coefficients"])
+        self._coefficients, self.held_out_ = np.array(record["coefficients"]), np.array(record["held_out"])
         self.cv_scores_, self.cv_ndcg_ = record["cv_scores"], record["cv_ndcg"]
         return self
 

@@ -14,15 +14,14 @@ from quantdm.errors import QuantDMError
 from quantdm.files import write_json
 from quantdm.surrogates.additive import AdditiveSurrogate
 from quantdm.surrogates.features import pool
-from quantdm.surrogates.losses import ndcg, relevance
-from quantdm.surrogates.ranking import spearman
+from quantdm.surrogates.ranking import judge_folds, spearman
 from quantdm.surrogates.space import SearchSpace
 from quantdm.surrogates.trials import check_trials, read_record, split_folds
 
 Floats = NDArray[np.float64]
 FOLDS, MIN_TRIALS = 5, 10
 WHY = "five folds need at least two held-out trials each"
-TREE_VERSION = 2
+TREE_VERSION = 3
 ROUNDS = 150
 PARAMETERS: dict[str, Any] = {
     "objective": "reg:squarederror",
@@ -41,7 +40,8 @@ class TreeSurrogate:
     """Predict y with XGBoost from pooled features (`features.pool`), one model on all trials and one per fold.
 
     With `prior` the trees start from the additive surrogate fitted to the same trials (fold by fold, so what a fold is
-    judged on stays unseen) and learn the rest; without it they start from the mean label.
+    judged on stays unseen, by the choice of the prior's strength as well) and learn the rest; without it they start
+    from the mean label. Nothing else is chosen by the trials: the settings of the trees are constants.
     """
 
     name = "tree"
@@ -53,9 +53,10 @@ class TreeSurrogate:
         self.prior = prior
         self.features = pool(space, logarithms=True)
         self.prior_: AdditiveSurrogate | None = None
-        self.cv_scores_: list[float] = []  # held-out Spearman of every fold
-        self.cv_ndcg_: list[float] = []  # held-out NDCG@10
-        self._offset = 0.0  # mean over the training trials of what the final model starts from
+        self.held_out_: Floats | None = None  # [T] prediction of every trial by its fold, which has not seen it
+        self.cv_scores_: list[float] = []  # Spearman of every fold's held-out predictions
+        self.cv_ndcg_: list[float] = []  # their NDCG@10
+        self._offsets: Floats | None = None  # [1 + folds] mean over its training trials of what each model starts from
         self._boosters: list[Any] = []  # all trials, then one per fold
         self._background: NDArray[np.int64] | None = None  # the training choices: where the explanation looks
 
@@ -70,17 +71,19 @@ class TreeSurrogate:
         self.prior_ = None
         if self.prior:  # it splits the trials into the same folds
             self.prior_ = AdditiveSurrogate(self.space, random_state=self.random_state).fit(choices, labels, weights)
-        self._offset = float(np.average(labels, weights=weights))
-        start = self._start(choices)
-        self._offset = float(start[0].mean())
-        self._boosters, self.cv_scores_, self.cv_ndcg_ = [self._boost(x, labels, weights, start[0])], [], []
-        for index, fold in enumerate(folds, start=1):
-            train = np.setdiff1d(np.arange(len(labels)), fold)
-            booster = self._boost(x[train], labels[train], weights[train], start[index][train])
-            self._boosters.append(booster)
-            held_out = self._raw(booster, x[fold], start[index][fold])
-            self.cv_scores_.append(spearman(held_out, labels[fold]))
-            self.cv_ndcg_.append(ndcg(relevance(labels[fold], labels[train]), held_out))
+        everything = np.arange(len(labels))
+        trained = [everything, *(np.setdiff1d(everything, fold) for fold in folds)]
+        self._offsets = np.array([np.average(labels[rows], weights=weights[rows]) for rows in trained])
+        starts = self._start(choices)
+        self._offsets = np.array([start[rows].mean() for start, rows in zip(starts, trained, strict=True)])
+        self._boosters = [
+            self._boost(x[rows], labels[rows], weights[rows], start[rows])
+            for rows, start in zip(trained, starts, strict=True)
+        ]
+        self.held_out_ = np.empty(len(labels))
+        for booster, start, fold in zip(self._boosters[1:], starts[1:], folds, strict=True):
+            self.held_out_[fold] = self._raw(booster, x[fold], start[fold])
+        self.cv_scores_, self.cv_ndcg_ = judge_folds(self.held_out_, labels, folds)
         self._background = choices
         return self
 
@@ -99,9 +102,10 @@ class TreeSurrogate:
         Rows sum to the prediction. The prior's column is its prediction less its mean over the training trials.
         """
         booster, rows = self._fitted()[0], self.space.check(choices)
+        assert self._offsets is not None
         start = self._start(rows)[0]
         parts = self._contributions(booster, self.features.transform(rows), start)
-        prior = start - self._offset
+        prior = start - self._offsets[0]
         return np.column_stack([parts[:, :-1], prior, parts[:, -1] - prior])
 
     def fold_values(self) -> Floats:
@@ -131,13 +135,16 @@ class TreeSurrogate:
         """Write the fitted surrogate as JSON (XGBoost's own JSON model inside)."""
         boosters = self._fitted()
         assert self._background is not None
+        assert self._offsets is not None
+        assert self.held_out_ is not None
         record = {
             "version": TREE_VERSION,
             "space": self.space.digest,
             "random_state": self.random_state,
             "rounds": self.rounds,
             "prior": None if self.prior_ is None else self.prior_.to_dict(),
-            "offset": self._offset,
+            "offsets": self._offsets.tolist(),
+            "held_out": self.held_out_.tolist(),
             "cv_scores": self.cv_scores_,
             "cv_ndcg": self.cv_ndcg_,
             "background": self._background.tolist(),
@@ -158,17 +165,18 @@ class TreeSurrogate:
         prior = record["prior"]
         self = cls(space, random_state=record["random_state"], rounds=record["rounds"], prior=prior is not None)
         self.prior_ = None if prior is None else AdditiveSurrogate.from_dict(prior, space)
-        self._offset = record["offset"]
+        self._offsets, self.held_out_ = np.array(record["offsets"]), np.array(record["held_out"])
         self.cv_scores_, self.cv_ndcg_ = record["cv_scores"], record["cv_ndcg"]
         self._background = np.array(record["background"])
         self._boosters = [xgboost.Booster({"nthread": 1}, model_file=bytearray(b.encode())) for b in record["boosters"]]
         return self
 
     def _start(self, choices: NDArray[np.int64]) -> Floats:
-        """Return where the final model and each fold's start from, [1+K, T]: the prior, or the mean label."""
+        """Return where the final model and each fold's start, [1+K, T]: the prior, or their mean training label."""
         if self.prior_ is not None:
             return self.prior_.predict_folds(choices)
-        return np.full((1 + FOLDS, len(choices)), self._offset)
+        assert self._offsets is not None
+        return np.repeat(self._offsets[:, None], len(choices), axis=1)
 
     def _boost(self, x: Floats, y: Floats, weights: Floats, start: Floats) -> Any:
         import xgboost
