@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from quantdm.errors import QuantDMError
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, compare, compare_real, draw_samples
 from quantdm.metrics.statistics import mean_and_sd
+from quantdm.pipelines.generate import check_generates
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 
@@ -34,7 +36,14 @@ def evaluate(
     Returns:
         `rows`: one record per seed with fid_fp, psnr_fp, fid_real, agreement, seconds (those that apply);
         `mean` and `sd` of each; `protocol`: how it was measured.
+
+    Raises:
+        QuantDMError: fewer than two images, no seeds, or a pipeline that makes no images from this protocol.
     """
+    check_draws(num_images, seeds)
+    for each in (pipe, reference):
+        if each is not None:
+            check_generates(each, protocol)
     extractor = load_extractor(protocol.features)
     rows = []
     for seed in seeds:
@@ -49,3 +58,15 @@ def evaluate(
         **mean_and_sd(rows),
         "protocol": {**asdict(draw), "features": protocol.features, "flavour": "Frechet distance, eigvalsh, float64"},
     }
+
+
+def check_draws(num_images: int, seeds: Sequence[int]) -> None:
+    """Check that draws can be measured.
+
+    Raises:
+        QuantDMError: fewer than two images per draw, or no draw.
+    """
+    if num_images < 2:
+        raise QuantDMError(f"images: got {num_images}, expected 2 or more: a Frechet distance compares spreads, too")
+    if not len(seeds) or min(seeds) < 0:
+        raise QuantDMError(f"seeds: got {list(seeds)}, expected one whole number or more, none of them negative")

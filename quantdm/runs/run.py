@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantdm.errors import QuantDMError
-from quantdm.files import read_json, write_json
+from quantdm.files import check_output, check_replaceable, read_json, write_json
 from quantdm.pipelines.protocol import Protocol
 from quantdm.schemes import Scheme
 
@@ -61,10 +61,13 @@ class Run:
         """Start a run, or go on with one of the same settings.
 
         Raises:
-            QuantDMError: the folder holds a run of other settings, or files that are no run.
+            QuantDMError: the folder holds a run of other settings, a recipe that was changed by hand, or files that are
+                no run; or it cannot be written.
         """
+        check_output(folder, folder=True)
         folder = Path(folder)
         manifest = folder / "run.json"
+        check_replaceable(folder / "recipe.yaml")
         if manifest.is_file():
             run = cls.open(folder)
             # The dtype was the first machine's choice; a resumed run keeps it.

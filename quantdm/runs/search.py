@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from quantdm.files import check_output
 from quantdm.pipelines.fingerprint import fingerprint
 from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
 from quantdm.pipelines.parts import get_denoiser
@@ -32,6 +33,7 @@ def start_run(
     quick: bool = False,
 ) -> tuple[DiffusionPipeline, Run]:
     """Load a pipeline and start (or go on with) a run of it."""
+    check_output(run_dir, folder=True)
     pipe = load_pipeline(model)
     settings = make_settings(
         pipe,
@@ -79,6 +81,7 @@ def search(
         QuantDMError: target out of reach (the range is stated), too few trials, no protocol, a run directory that
             belongs to another run.
     """
+    check_output(run_dir, folder=True)
     settings = make_settings(
         pipe,
         target_bits=target_bits,

@@ -10,6 +10,7 @@ from quantdm.errors import QuantDMError
 from quantdm.hub.size import ExportSize
 from quantdm.machine import fast_dtype
 from quantdm.pipelines.fingerprint import fingerprint
+from quantdm.pipelines.generate import check_generates
 from quantdm.pipelines.loading import DiffusionPipeline, model_name
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol, default_protocol
@@ -34,6 +35,12 @@ class Effort:
     verify_images: int = 500
     noise_images: int = 16
 
+    def __post_init__(self) -> None:
+        least = {"label_images": 2, "label_steps": 1, "verify_images": 2, "noise_images": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
+
 
 FULL, QUICK = Effort(), Effort(80, 5, 100, 4)
 
@@ -55,6 +62,7 @@ def make_settings(
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
     denoiser = get_denoiser(pipe)
     name = model_name(pipe)
+    check_generates(pipe, protocol or default_protocol(name))
     return RunSettings(
         model=name,
         fingerprint=fingerprint(denoiser),
