@@ -28,12 +28,9 @@ def check_output(path: str | Path, *, folder: bool = False) -> Path:
     Raises:
         QuantDMError: a folder where a file is expected or the reverse, a file among the parents, no permission.
     """
-    expected = "a directory" if folder else "a file"
     try:
         real = Path(os.path.realpath(path))
-        if os.path.lexists(real) and not (real.is_dir() if folder else real.is_file()):
-            kind = "a directory" if real.is_dir() else "a file" if real.is_file() else "no plain file"
-            raise QuantDMError(f"{path}: is {kind}, expected {expected} or a new name; choose another path")
+        _check_kind(path, real, folder)
         above = next(place for place in (real, *real.parents) if place.is_dir() or (place != real and place.exists()))
         if not above.is_dir():
             raise QuantDMError(
@@ -48,6 +45,13 @@ def check_output(path: str | Path, *, folder: bool = False) -> Path:
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
         raise _unwritable(path, error) from None
     return real
+
+
+def _check_kind(path: str | Path, real: Path, folder: bool) -> None:
+    if os.path.lexists(real) and not (real.is_dir() if folder else real.is_file()):
+        kind = "a directory" if real.is_dir() else "a file" if real.is_file() else "no plain file"
+        expected = "a directory" if folder else "a file"
+        raise QuantDMError(f"{path}: is {kind}, expected {expected} or a new name; choose another path")
 
 
 def check_replaceable(path: str | Path) -> None:
@@ -91,7 +95,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     Raises:
         QuantDMError: the file cannot be written.
     """
-    real = Path(os.path.realpath(path))
+    try:
+        real = Path(os.path.realpath(path))
+        _check_kind(path, real, folder=False)  # a device or a pipe would be replaced too
+    except (OSError, ValueError) as error:
+        raise (error if isinstance(error, QuantDMError) else _unwritable(path, error)) from None
     try:
         real.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{real.name[:200]}.", suffix=".tmp", dir=real.parent)

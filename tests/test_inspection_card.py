@@ -75,7 +75,7 @@ def test_the_snippet_of_a_card_runs(export, monkeypatch, tmp_path):
     assert runpy.run_path(str(tmp_path / "snippet.py"))["image"].width >= 32
 
 
-def summary_of(model, recipe, activations=None, **changes):
+def summary_of(model, recipe, activations=None):
     """A summary whose second row measured a recipe."""
     layers = list_layers(get_denoiser(load_pipeline(model)))
     digest = configuration_digest(recipe.resolve(layers).to_labels(), activations, None)
@@ -84,7 +84,6 @@ def summary_of(model, recipe, activations=None, **changes):
         **SUMMARY,
         "model": model,
         "rows": [{**fp, "configuration": None}, {**row, "configuration": digest}],
-        **changes,
     }
 
 
@@ -101,7 +100,7 @@ def test_a_measured_export_shows_its_table_with_the_protocol(export, tmp_path):
     other = recipe.override(["*=log2-channel-5"])
     without = {**SUMMARY, "model": model}  # of an older quantdm
     for summary, expected in (
-        (summary_of(model, recipe, **{"model": "another"}), "was measured on another"),
+        ({**summary_of(model, recipe), "model": "another"}, "was measured on another"),
         (summary_of(model, other), "measured other recipes"),
         (summary_of(model, recipe, {"bits": 6, "keep_8bit": []}), "measured other recipes"),
         (without, "does not say which recipes it measured"),

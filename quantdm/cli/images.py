@@ -6,14 +6,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantdm.files import atomic_path
+from quantdm.errors import QuantDMError
+from quantdm.files import atomic_path, check_output
 from quantdm.machine import fast_dtype
-from quantdm.metrics.evaluate import evaluate
+from quantdm.metrics.evaluate import check_draws, evaluate
 from quantdm.metrics.samples import Draw
+from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.generate import as_bytes, generate
 from quantdm.pipelines.loading import load_pipeline, model_name
 from quantdm.pipelines.protocol import Protocol, default_protocol, load_protocol
 from quantdm.progress import bar
+
+SIGNATURE = ("Software", "quantdm")  # in the PNG: what may be replaced
 
 # ----------------------------------------------------------------------------------------------------------- images
 
@@ -35,20 +39,46 @@ def generate_grid(
 ) -> Path:
     """Generate images and write them as one PNG."""
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
+    check_picture(out)
     pipe = load_pipeline(model, torch_dtype=getattr(torch, fast_dtype()))
     chosen = protocol_of(model, pipe, protocol)
+    check_generates(pipe, chosen)
     draw = Draw(seed, images, steps or chosen.steps)
     with bar(images, "generate") as progress:
         pixels = generate(pipe, chosen, draw.seeds, steps=draw.steps, batch_size=50, progress=progress.update)
-    grid = image_grid(as_bytes(pixels), columns)
+    grid = image_grid(as_bytes(pixels), min(columns, images))
+    signed = PngInfo()
+    signed.add_text(*SIGNATURE)
     with atomic_path(out) as temporary:
-        Image.fromarray(grid).save(temporary, format="PNG")
+        Image.fromarray(grid.squeeze(-1) if grid.shape[-1] == 1 else grid).save(temporary, format="PNG", pnginfo=signed)
     return out
 
 
+def check_picture(path: Path) -> None:
+    """Check that a grid may be written there: nothing there, or an earlier grid.
+
+    Raises:
+        QuantDMError: it cannot be written, or is a file that `generate_grid` did not make.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    real = check_output(path)
+    if not real.exists():
+        return
+    key, value = SIGNATURE
+    try:
+        with Image.open(real) as found:
+            ours = found.format == "PNG" and found.info.get(key) == value
+    except (OSError, UnidentifiedImageError, ValueError):
+        ours = False
+    if not ours:
+        raise QuantDMError(f"{path}: exists and is no grid of `quantdm generate`; move it away or choose another path")
+
+
 def image_grid(images: torch.Tensor, columns: int) -> np.ndarray:
-    """Lay uint8 images [N, 3, H, W] out row by row; return uint8 [rows * H, columns * W, 3]."""
+    """Lay uint8 images [N, C, H, W] out row by row; return uint8 [rows * H, columns * W, C]."""
     n, c, h, w = images.shape
     rows = -(-n // columns)
     canvas = torch.zeros(rows * columns, c, h, w, dtype=torch.uint8)
@@ -60,6 +90,7 @@ def evaluate_model(
     model: str, *, reference: str | None, images: int, seeds: tuple[int, ...], steps: int | None, protocol: str | None
 ) -> dict[str, Any]:
     """Measure a pipeline by name, in the dtype that is fast here."""
+    check_draws(images, seeds)
     dtype = getattr(torch, fast_dtype())
     pipe = load_pipeline(model, torch_dtype=dtype)
     full = None if reference is None else load_pipeline(reference, torch_dtype=dtype)

@@ -61,8 +61,14 @@ def import_(
     from quantdm.denoisers.inventory import list_layers
     from quantdm.hub.importer.published import import_recipe, import_trials
     from quantdm.pipelines.skeleton import open_skeleton
+    from quantdm.recipe import check_recipe_path
     from quantdm.runs.store import TrialStore
 
+    store = TrialStore(out)
+    if out.suffix in (".yaml", ".yml"):
+        check_recipe_path(out)
+    else:
+        store.check_own()
     layers = list_layers(open_skeleton(model))
     if out.suffix in (".yaml", ".yml"):
         recipe = import_recipe(file, layers, model=model)
@@ -70,8 +76,9 @@ def import_(
         for note in recipe.provenance.notes:
             typer.echo(f"  {note}")
         return
-    store = TrialStore(out)
-    for key, trial in import_trials(file, layers):
+    trials = list(import_trials(file, layers))
+    store.check_own({key for key, _ in trials})
+    for key, trial in trials:
         store.put(key, trial)
     typer.echo(f"trials: {out}  ({len(store)} records)")
 

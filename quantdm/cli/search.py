@@ -142,8 +142,10 @@ def select(
     by: Annotated[str, typer.Option(help="Which explanation chooses: additive, tree or graph.")] = "additive",
 ) -> None:
     """Choose a recipe of another size from a run's attributions (predicted, not measured)."""
+    from quantdm.recipe import check_recipe_path
     from quantdm.runs.resize import select_recipe
     from quantdm.runs.run import Run
 
+    check_recipe_path(out)
     recipe = select_recipe(Run.open(run_dir), target_bits=target_bits, by=by)
     typer.echo(f"recipe: {recipe.save(out)}  ({recipe.avg_bits:.4f} bits per weight)")

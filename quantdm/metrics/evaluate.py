@@ -8,6 +8,7 @@ from quantdm.errors import QuantDMError
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, compare, compare_real, count_blank, draw_samples
 from quantdm.metrics.statistics import mean_and_sd, totals
+from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 
@@ -39,10 +40,13 @@ def evaluate(
         was measured.
 
     Raises:
-        QuantDMError: no seeds, NaN or infinite pixels or features, or no image that shows anything.
+        QuantDMError: fewer than two images, no seeds, a pipeline that makes no images from this protocol, NaN or
+            infinite pixels or features, or no image that shows anything.
     """
-    if not seeds:
-        raise QuantDMError("seeds: got none, expected at least one base seed, e.g. (101, 102, 103)")
+    check_draws(num_images, seeds)
+    for each in (pipe, reference):
+        if each is not None:
+            check_generates(each, protocol)
     extractor = load_extractor(protocol.features)
     rows = []
     for seed in seeds:
@@ -59,3 +63,15 @@ def evaluate(
         **totals(rows),
         "protocol": {**asdict(draw), "features": protocol.features, "flavour": "Frechet distance, eigvalsh, float64"},
     }
+
+
+def check_draws(num_images: int, seeds: Sequence[int]) -> None:
+    """Check that draws can be measured.
+
+    Raises:
+        QuantDMError: fewer than two images per draw, or no draw.
+    """
+    if num_images < 2:
+        raise QuantDMError(f"images: got {num_images}, expected 2 or more: a Frechet distance compares spreads, too")
+    if not len(seeds) or min(seeds) < 0:
+        raise QuantDMError(f"seeds: got {list(seeds)}, expected one whole number or more, none of them negative")

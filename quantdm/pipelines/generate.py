@@ -12,6 +12,7 @@ from torch import nn
 from quantdm.denoisers.calls import Call, record_calls
 from quantdm.errors import QuantDMError
 from quantdm.machine import seeded
+from quantdm.pipelines.checks import check_generates, pixels_of
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol
 
@@ -53,10 +54,11 @@ def generate(
         progress: called with the number of images done after every batch.
 
     Returns:
-        float32 images [N, 3, H, W] in [0, 1] on the CPU.
+        float32 images [N, C, H, W] in [0, 1] on the CPU, one channel (grey) or three.
 
     Raises:
-        QuantDMError: the pipeline takes no such condition, or a pixel is NaN or infinite (names the seed).
+        QuantDMError: `check_generates` refuses the pipeline, there are no seeds, what comes out are no images, or a
+            pixel is NaN or infinite (names the seed).
     """
     return generate_flagged(
         pipe, protocol, seeds, steps=steps, first=first, batch_size=batch_size, progress=progress
@@ -75,12 +77,10 @@ def generate_flagged(
     progress: Callable[[int], object] | None = None,
 ) -> Generated:
     """Generate as `generate` does, and say which images a safety checker flagged (they come back black)."""
+    check_generates(pipe, protocol)
+    if not len(seeds):
+        raise QuantDMError("images: got no seeds, expected one or more, one per image")
     accepted = inspect.signature(pipe.__call__).parameters
-    if protocol.argument not in accepted:
-        raise QuantDMError(
-            f"protocol: {type(pipe).__name__} takes no {protocol.argument!r}; expected a protocol whose argument is "
-            "one of " + ", ".join(a for a in ("prompt", "class_labels") if a in accepted)
-        )
     images, flagged = [], []
     for start in range(0, len(seeds), batch_size):
         batch = list(seeds[start : start + batch_size])
@@ -97,7 +97,7 @@ def generate_flagged(
                 settings[side] = protocol.resolution
         with seeded(batch[0], devices_of(pipe)):
             out: Any = pipe(**settings)  # pyright: ignore[reportCallIssue]
-        images.append(torch.from_numpy(out.images).permute(0, 3, 1, 2).float())
+        images.append(pixels_of(pipe, out))
         flagged.append(_flags(out, len(batch)))
         check_pixels(images[-1], batch)
         if progress is not None:

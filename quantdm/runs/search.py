@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quantdm.files import check_output
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject, look_at
@@ -58,6 +59,7 @@ def search(
         QuantDMError: target out of reach (the range is stated), too few trials, no protocol, a run directory that
             belongs to another run or to another pipeline (the difference is named).
     """
+    check_output(run_dir, folder=True)  # before anything is opened
     subject = look_at(pipe, example_inputs=example_inputs)
     run, subject = start_run(
         subject,

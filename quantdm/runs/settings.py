@@ -9,6 +9,7 @@ from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError
 from quantdm.hub.size import ExportSize
 from quantdm.machine import fast_dtype
+from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
@@ -33,6 +34,12 @@ class Effort:
     verify_images: int = 500
     noise_images: int = 16
 
+    def __post_init__(self) -> None:
+        least = {"label_images": 2, "label_steps": 1, "verify_images": 2, "noise_images": 1}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
+
 
 FULL, QUICK = Effort(), Effort(80, 5, 100, 4)
 
@@ -53,6 +60,7 @@ def make_settings(
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
     free = subject.dtype_is_free
+    check_generates(subject.pipe, protocol or default_protocol(subject.name))
     return RunSettings(
         model=subject.name,
         location=subject.location or "",

@@ -1,11 +1,11 @@
 """The trial store: one JSON file per trial, named by the hash of everything that determines its label."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from quantdm.errors import QuantDMError
-from quantdm.files import read_json, write_json
+from quantdm.files import check_output, read_json, write_json
 
 TRIAL_VERSION = 1
 
@@ -33,6 +33,28 @@ class TrialStore:
     def put(self, key: str, record: dict[str, Any]) -> None:
         """Keep a finished trial."""
         write_json(self.path(key), {"version": TRIAL_VERSION, "key": key, **record})
+
+    def check_own(self, keys: Collection[str] | None = None) -> None:
+        """Check that trials may be put here: the folder can be written and holds nothing but trials of these keys.
+
+        Args:
+            keys: those that will be put (None: not known yet, trials of any key may be there).
+
+        Raises:
+            QuantDMError: a file in its place, no permission, or other files or trials in it.
+        """
+        real = check_output(self.folder, folder=True)
+        for path in sorted(real.iterdir()) if real.is_dir() else ():
+            if not self._is_trial(path) or (keys is not None and path.stem not in keys):
+                raise QuantDMError(
+                    f"{self.folder}: holds {path.name}, which is none of these trials; choose an empty or new directory"
+                )
+
+    def _is_trial(self, path: Path) -> bool:
+        try:
+            return path.suffix == ".json" and self.get(path.stem) is not None
+        except QuantDMError:
+            return False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for path in sorted(self.folder.glob("*.json")):
