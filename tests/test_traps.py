@@ -165,7 +165,6 @@ CASTS = {
     "to": lambda model: model.to(torch.bfloat16),
     "to with a device": lambda model: model.to("cpu", torch.bfloat16),
     "bfloat16": lambda model: model.bfloat16(),
-    "type": lambda model: model.type(torch.bfloat16),
     "there and back": lambda model: model.half().float().to(dtype=torch.bfloat16),
 }
 
