@@ -1,6 +1,7 @@
 """A run directory: the corridor laid out on disk, with a manifest that says what it is a run of."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ class Run:
         folder = Path(folder)
         manifest = folder / "run.json"
         check_replaceable(folder / "recipe.yaml")
-        if manifest.is_file():
+        if os.path.isfile(manifest):
             run = cls.open(folder)
             # The dtype was the first machine's choice; a resumed run keeps it.
             settings = settings.model_copy(update={"dtype": run.settings.dtype})
@@ -98,7 +99,7 @@ class Run:
             QuantDMError: no run there, or one of another version.
         """
         manifest = Path(folder) / "run.json"
-        if not manifest.is_file():
+        if not os.path.isfile(manifest):
             raise QuantDMError(f"no run in {folder}: {manifest.name} is missing; start one with `quantdm search`")
         try:
             return cls(folder, RunSettings.model_validate(read_json(manifest, version=RUN_VERSION)))
