@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations, cycle
 
 import pytest
@@ -20,8 +21,10 @@ from quantdm import (
     export_pipeline,
     get_denoiser,
     list_layers,
+    load_correction,
     load_pipeline,
     load_protocol,
+    load_recipe,
     write_report,
 )
 from quantdm.corridor.demo import correct_run
@@ -34,11 +37,12 @@ from quantdm.metrics.statistics import spread
 from quantdm.pipelines import generate as generating
 from quantdm.pipelines.generate import generate, image_generators
 from quantdm.pipelines.subject import look_at
+from quantdm.recipe import weights_digest
 from quantdm.report.charts import MARKS
 from quantdm.report.insights import MIXES
 from quantdm.report.sections import ROW_NAMES, SHORT_NAMES
 from quantdm.runs import final
-from quantdm.runs.correct import activation_spec_of
+from quantdm.runs.correct import activation_spec_of, correct_recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.run import Run
@@ -236,11 +240,66 @@ def test_the_report_is_one_file_that_needs_no_network(measured):
 
 def test_a_run_exports_what_it_chose(measured, tmp_path):
     run, summary, _ = measured
-    folder = export_run(run, tmp_path / "out")
+    said = []
+    folder = export_run(run, tmp_path / "out", say=said.append)
     size = denoiser_bytes(folder, load_pipeline(folder))
     recipe = next(row for row in summary["rows"] if row["name"] == "recipe")
     assert size == recipe["denoiser_bytes"]
-    assert (folder / "correction.safetensors").is_file()
+    assert not (folder / "correction.safetensors").exists()  # it belongs to activations that this recipe has not
+    assert "left out" in said[0]
+    assert "6-bit activations" in said[0]
+    assert load_recipe(folder / "recipe.yaml").activations is None
+    assert "| recipe |" in write_card(folder, summary=run.path("summary.json")).read_text()
+
+
+def test_an_exported_correction_was_fitted_for_the_recipe_beside_it(measured, tmp_path):
+    run, _, _ = measured
+    said = []
+    folder = export_run(run, tmp_path / "out", corrected=True, say=said.append)
+    recipe, correction = load_recipe(folder / "recipe.yaml"), load_correction(folder / "correction.safetensors")
+    assert recipe.activations == correction.activations == activation_spec_of(get_denoiser(load_pipeline(folder)), 6)
+    assert correction.weights == weights_digest(recipe.layers)
+    assert recipe.correction == "correction.safetensors"
+    assert "6 bits" in said[0]
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert config["quantization_config"]["activations"] == recipe.activations.model_dump(mode="json")
+    write_card(folder, summary=run.path("summary.json"))
+    (folder / "correction.safetensors").unlink()
+    (folder / "README.md").unlink()
+    with pytest.raises(QuantDMError, match="measured other recipes"):  # without its correction it is another one
+        write_card(folder, summary=run.path("summary.json"))
+
+
+def test_a_correction_for_another_recipe_is_not_exported(measured, tmp_path):
+    run, _, _ = measured
+    recipe = load_recipe(run.path("recipe.yaml"))
+    path = run.path("correction.safetensors")
+    unknown = replace(load_correction(path), weights="", activations=None)
+    old = unknown.save(tmp_path / "old.safetensors")  # as quantdm 0.1 wrote it
+    assert load_correction(old).weights == ""
+    six = recipe.model_copy(update={"activations": load_correction(path).activations})
+    for other, file, expected in (
+        (recipe, path, "fitted for 6-bit activations .* the recipe has activations that are not quantized"),
+        (six.override(["*.to_q=uniform-channel-4"]), path, "other weights"),
+        (six, old, "does not say which recipe"),
+    ):
+        with pytest.raises(QuantDMError, match=expected):
+            export_pipeline("digits-dit", other, tmp_path / "out", correction=file)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_correction_that_is_fitted_anew_replaces_the_old_one_only_when_it_is_whole(measured, tmp_path, monkeypatch):
+    run, _, _ = measured
+    copy = Run(shutil.copytree(run.folder, tmp_path / "run"), run.settings)
+    before = copy.path("correction.safetensors").read_bytes()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quantdm.runs.correct.fit_correction", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        correct_recipe(copy, bits=6, images=4)
+    assert copy.path("correction.safetensors").read_bytes() == before
 
 
 def test_six_bit_activations_change_images_and_come_off(dit):

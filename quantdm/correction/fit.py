@@ -73,8 +73,7 @@ def fit_correction(
             prediction_type=config.prediction_type,
             model=model,
             variant=variant or "both+variance",
-        )
-    correction = correction.fitted_for(recipe)
+        ).fitted_for(recipe)
     if variant is not None:
         return correction
     assert distance is not None

@@ -1,6 +1,7 @@
 """Everything that `quantdm inspect` knows of a pipeline, an export or a recipe, as a record."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def inspect_target(
 
 def _open(where: str, rules: Recipe | None) -> dict[str, nn.Module]:
     """Return the denoiser (named "") and the further parts that are or may be quantized."""
-    local = Path(where).is_dir() or where in known_pipelines()
+    local = os.path.isdir(where) or where in known_pipelines()
     if not local or not (Path(pipeline_path(where)) / "model_index.json").is_file():
         if rules is not None and rules.components:
             raise QuantDMError(f"inspect: the recipe has components, and {where} is no directory of a pipeline")
@@ -144,7 +145,7 @@ def _sqnr_db(part: nn.Module, layer: Any, scheme: Scheme) -> float | None:
 
 def _file_bytes(where: str, parts: dict[str, nn.Module]) -> int | None:
     """Return the size of the denoiser's (and the shown parts') weight files, where the pipeline lies on this disk."""
-    folder = Path(where if Path(where).is_dir() else EMBEDDED / where)
+    folder = Path(where if os.path.isdir(where) else EMBEDDED / where)
     names = [next((n for n in DENOISER_NAMES if (folder / n).is_dir()), ""), *(name for name in parts if name)]
     sizes = [path.stat().st_size for name in names for path in (folder / name).glob("*.safetensors")]
     return sum(sizes) or None

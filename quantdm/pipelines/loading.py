@@ -1,5 +1,6 @@
 """Open pipelines: embedded ones by name, others by directory or hub id."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -35,11 +36,11 @@ def pipeline_path(name_or_path: str | Path) -> str:
     if name in known_pipelines():
         return str(EMBEDDED / name)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, it is quiet about names that are too long or may not be looked at
         if not (path / "model_index.json").is_file():
             raise QuantDMError(f"pipeline: {path} has no model_index.json; expected a directory of save_pretrained")
         return str(path)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.isfile(path.parent):
         return name
     raise QuantDMError(
         f"pipeline: got {name!r}, expected a directory, a hub id OWNER/NAME or an embedded pipeline; "
@@ -71,7 +72,7 @@ def load_pipeline(
     path = pipeline_path(name_or_path)
     try:
         with _no_loading_bars():
-            folder = Path(path if Path(path).is_dir() else DiffusionPipeline.download(path, variant=variant))
+            folder = Path(path if os.path.isdir(path) else DiffusionPipeline.download(path, variant=variant))
             variant = variant or stored_variant(folder)
             packed = check_stored(folder, variant)
             dtype = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype or torch.float32

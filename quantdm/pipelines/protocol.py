@@ -1,5 +1,6 @@
 """What images are asked for when a denoiser is measured: conditions, steps, guidance, features. Data, not code."""
 
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Literal
@@ -47,14 +48,14 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
         QuantDMError: no such file, not YAML, unknown keys or wrong types.
     """
     candidates = [d / f"{name_or_path}.yaml" for d in _directories()] + [Path(name_or_path)]
-    path = next((p for p in candidates if p.is_file()), None)
+    path = next((p for p in candidates if os.path.isfile(p)), None)
     if path is None:
         raise QuantDMError(
             f"protocol: got {str(name_or_path)!r}, expected a YAML file or one of {', '.join(known_protocols())}"
         )
     try:
         return Protocol.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise QuantDMError(f"protocol {path}: not YAML ({' '.join(str(error).split())})") from None
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])

@@ -1,5 +1,6 @@
 """A model without its weights: built on the meta device from class and configuration, wherever they are stored."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ def open_skeleton(name_or_path: str | Path) -> nn.Module:
 
 def _denoiser_config(name: str) -> dict[str, Any]:
     path = Path(name).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):
         return read_json(path)
-    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+    if os.path.isfile(path / "config.json") and not os.path.isfile(path / "model_index.json"):
         return read_json(path / "config.json")
     where = pipeline_path(name)
     index = read_json(_file(where, "model_index.json"))
@@ -50,7 +51,7 @@ def _denoiser_config(name: str) -> dict[str, Any]:
 
 
 def _file(where: str, file: str) -> Path:
-    if Path(where).is_dir():
+    if os.path.isdir(where):
         return Path(where) / file
     try:
         return Path(hf_hub_download(where, file))

@@ -1,5 +1,6 @@
 """Read recipe files: plain YAML only, every problem with its line and what to do."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -54,14 +55,14 @@ def _load(path: Path, above: tuple[Path, ...]) -> RecipeFile:
     if base.resolve() in chain:
         circle = " -> ".join(p.name for p in (*chain, base.resolve()))
         raise QuantDMError(f"{where}: extends: the files extend each other ({circle}); remove one of these lines")
-    if not base.is_file():
+    if not os.path.isfile(base):
         raise QuantDMError(f"{where}: extends: no file {base}; a relative path starts at the recipe's own directory")
     return extended(_load(base, chain), content)
 
 
 def _read(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
     """Return a file's plain data and the line on which every key stands."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise QuantDMError(f"recipe: no file {path}")
     if path.stat().st_size > MAX_BYTES:
         raise QuantDMError(f"{what}: has {path.stat().st_size:,} bytes, expected {MAX_BYTES:,} or less; use patterns")
@@ -72,7 +73,7 @@ def _read(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
         loader = _Loader(text)
         node = loader.get_single_node()
         record = None if node is None else _build(loader, node, (), lines, what)
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise QuantDMError(f"{what}: not YAML ({error}); save it as UTF-8 text") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -1,6 +1,7 @@
 """A run directory: the corridor laid out on disk, with a manifest that says what it is a run of."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ class Run:
         check_output(folder, folder=True)
         folder = Path(folder)
         check_replaceable(folder / "recipe.yaml")
-        if (folder / MANIFEST).is_file():
+        if os.path.isfile(folder / MANIFEST):
             run = cls.open(folder)
             if keep_dtype:
                 settings = settings.model_copy(update={"dtype": run.settings.dtype})
@@ -118,7 +119,7 @@ class Run:
             QuantDMError: no run there, or one of another version.
         """
         manifest = Path(folder) / MANIFEST
-        if not manifest.is_file():
+        if not os.path.isfile(manifest):
             raise QuantDMError(f"no run in {folder}: {manifest.name} is missing; start one with `quantdm search`")
         try:
             return cls(folder, RunSettings.model_validate(read_json(manifest, version=RUN_VERSION)))

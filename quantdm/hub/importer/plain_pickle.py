@@ -5,6 +5,7 @@ safetensors), and it is no way to load anything else: what names a class or func
 """
 
 import io
+import os
 import pickle
 import pickletools
 from pathlib import Path
@@ -37,12 +38,12 @@ def read_plain_pickle(path: str | Path) -> Any:
         QuantDMError: no such file, too big, damaged, or it holds anything but plain data; what it asks for is named.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise QuantDMError(f"{path}: no such file")
     if path.stat().st_size > MAX_BYTES:
         raise QuantDMError(f"{path}: has {path.stat().st_size:,} bytes, expected {MAX_BYTES:,} or less")
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         _check_memo(data)
         return _plain(_PlainUnpickler(io.BytesIO(data), encoding="utf-8").load())
     except QuantDMError as error:
