@@ -37,15 +37,7 @@ def solve_knapsack(values: Sequence[Floats], bits: Sequence[Ints], budget: int) 
     and the loss stays far below what the values mean (the tests hold it under 1e-6 of the range).
     Returns the item of every class.
     """
-    start, steps = hull_steps(values, bits)
-    spent = sum(int(bit[item]) for bit, item in zip(bits, start, strict=True))
-    assert spent <= budget
-    rate = 0.0  # λ: the price of a bit at which the hull solution stops fitting
-    for step in steps:
-        spent += step.extra
-        if spent > budget:
-            rate = step.rate
-            break
+    rate = _critical_rate(values, bits, budget)
     best = fill_budget(values, bits, budget)
     reached = sum(float(value[item]) for value, item in zip(values, best, strict=True))
     priced = [value - rate * bit for value, bit in zip(values, bits, strict=True)]
@@ -54,7 +46,38 @@ def solve_knapsack(values: Sequence[Floats], bits: Sequence[Ints], budget: int) 
     slack = bound - reached + 1e-12 * (abs(bound) + abs(reached))
     kept = [np.flatnonzero(price >= top - slack) for price, top in zip(priced, tops, strict=True)]
     kept = [keep[_undominated(value[keep], bit[keep])] for keep, value, bit in zip(kept, values, bits, strict=True)]
-    # A state: bits spent, value, value lost against the bound. Classes with one item come first: they branch nothing.
+    losses = [top - price for top, price in zip(tops, priced, strict=True)]
+    found = _search_kept(kept, values, bits, losses, slack, budget)
+    if found is None or found[0] < reached:
+        return best
+    return found[1]
+
+
+def _critical_rate(values: Sequence[Floats], bits: Sequence[Ints], budget: int) -> float:
+    """Return λ, the price of a bit at which the hull solution stops fitting; 0 where everything fits."""
+    start, steps = hull_steps(values, bits)
+    spent = sum(int(bit[item]) for bit, item in zip(bits, start, strict=True))
+    assert spent <= budget
+    for step in steps:
+        spent += step.extra
+        if spent > budget:
+            return step.rate
+    return 0.0
+
+
+def _search_kept(
+    kept: Sequence[Ints],
+    values: Sequence[Floats],
+    bits: Sequence[Ints],
+    losses: Sequence[Floats],
+    slack: float,
+    budget: int,
+) -> tuple[float, Ints] | None:
+    """Return the best value over the kept items and the item of every class; None when no state is left.
+
+    A state is: bits spent, value, value lost against the bound (`losses` per item, `slack` in all).
+    """
+    # classes with one item come first: they branch nothing
     order = sorted(range(len(kept)), key=lambda index: (len(kept[index]), index))
     least_after = np.cumsum([0] + [int(bits[index][kept[index]].min()) for index in reversed(order)])[::-1]
     cost, gain, lost = np.zeros(1, dtype=np.int64), np.zeros(1), np.zeros(1)
@@ -63,21 +86,19 @@ def solve_knapsack(values: Sequence[Floats], bits: Sequence[Ints], budget: int) 
         keep = kept[index]
         new_cost = (cost[:, None] + bits[index][keep]).ravel()
         new_gain = (gain[:, None] + values[index][keep]).ravel()
-        new_lost = (lost[:, None] + (tops[index] - priced[index][keep])).ravel()
+        new_lost = (lost[:, None] + losses[index][keep]).ravel()
         fits = np.flatnonzero((new_lost <= slack) & (new_cost <= budget - least_after[place + 1]))
         fits = _thinned(fits[_undominated(new_gain[fits], new_cost[fits])], new_lost)
         if not len(fits):
-            return best
+            return None
         trail.append((fits // len(keep), keep[fits % len(keep)]))
         cost, gain, lost = new_cost[fits], new_gain[fits], new_lost[fits]
-    state = int(np.argmax(gain))
-    if gain[state] < reached:
-        return best
-    for place in range(len(order) - 1, -1, -1):
-        parents, items = trail[place]
-        best[order[place]] = items[state]
+    state = last = int(np.argmax(gain))
+    choice = np.empty(len(kept), dtype=np.int64)
+    for index, (parents, items) in zip(reversed(order), reversed(trail), strict=True):
+        choice[index] = items[state]
         state = int(parents[state])
-    return best
+    return float(gain[last]), choice
 
 
 def hull_steps(values: Sequence[Floats], bits: Sequence[Ints]) -> tuple[Ints, list[Step]]:

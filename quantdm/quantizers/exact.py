@@ -97,7 +97,7 @@ def _layers(
 def _layer(sums: _Sums, best: Array, earlier: Index, needed: Index, bound: Array) -> tuple[Array, Index]:
     """Add a cluster: D [R, m + 1] of the next layer from `best`, and the best m; -1 where a place was left out."""
     R, size = best.shape
-    counts, values, squares = sums.counts.ravel(), sums.values.ravel(), sums.squares.ravel()
+    flat = _Sums(sums.counts.ravel(), sums.values.ravel(), sums.squares.ravel())
     start = (best - sums.squares).ravel()
     alive = np.isfinite(best)
     first, last = alive.argmax(axis=1), size - 1 - alive[:, ::-1].argmax(axis=1)
@@ -112,27 +112,35 @@ def _layer(sums: _Sums, best: Array, earlier: Index, needed: Index, bound: Array
             low = np.maximum(np.maximum(places[lines, i - stride], earlier[lines, i]), first[lines])
             after = places[lines, np.minimum(i + stride, size)]
             high = np.minimum(np.where(after < 0, size, after), np.minimum(last[lines], i))
-            low = np.minimum(low, high)
-            length = high - low + 1
-            begin = length.cumsum() - length
-            row = lines * size
-            m = np.arange(begin[-1] + length[-1])
-            m += np.repeat(row + low - begin, length)
-            count = np.repeat(counts[row + i], length)
-            count -= counts.take(m)
-            np.maximum(count, LEAST_COUNT, out=count)
-            total = np.repeat(values[row + i], length)
-            total -= values.take(m)
-            total *= total
-            total /= count
-            error = start.take(m)
-            error -= total
-            least = np.minimum.reduceat(error, begin)
-            hits = np.flatnonzero(error == np.repeat(least, length))
-            places[lines, i] = m[hits[np.searchsorted(hits, begin)]] - row
-            least += squares[row + i]
+            least, m = _least_of_ranges(flat, start, lines * size, i, np.minimum(low, high), high)
+            places[lines, i] = m
             result[lines, i] = least
             over = least > bound[lines]
             np.minimum.at(dead, lines[over], i[over])
         stride //= 2
     return result, places[:, :size]
+
+
+def _least_of_ranges(flat: _Sums, start: Array, row: Index, i: Index, low: Index, high: Index) -> tuple[Array, Index]:
+    """Return the least error of each place i over the last cuts m from `low` to `high`, and the first such m.
+
+    All ranges lie in one array, one after the other. `row` is where a place's row begins in the flat sums; `start` is
+    the error up to m less the sum of squares there.
+    """
+    length = high - low + 1
+    begin = length.cumsum() - length
+    m = np.arange(begin[-1] + length[-1])
+    m += np.repeat(row + low - begin, length)
+    count = np.repeat(flat.counts[row + i], length)
+    count -= flat.counts.take(m)
+    np.maximum(count, LEAST_COUNT, out=count)
+    total = np.repeat(flat.values[row + i], length)
+    total -= flat.values.take(m)
+    total *= total
+    total /= count
+    error = start.take(m)
+    error -= total
+    least = np.minimum.reduceat(error, begin)
+    hits = np.flatnonzero(error == np.repeat(least, length))
+    least += flat.squares[row + i]
+    return least, m[hits[np.searchsorted(hits, begin)]] - row

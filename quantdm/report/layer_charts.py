@@ -15,6 +15,7 @@ from quantdm.report.figures import (
     RECIPE,
     ROW,
     RULE,
+    Canvas,
     as_percent,
     bits_strength,
     chart,
@@ -42,46 +43,53 @@ def sensitivity(space: SearchSpace, groups: Sequence[Group], learned: NDArray[np
     panels = 1 if learned is None else 2
     with chart(0.95 + 0.33 * len(groups), f"Sensitivity per {title}") as canvas:
         found = canvas.axes(1, panels, squeeze=False, sharey=True, width_ratios=(1.7, 1)[:panels])[0]
-        axes, sizes = found[0], widths(space)
-        top = float(least_error(space, sizes[0]).max())
-        floor = top * FLOOR
-        step = 0.74 / len(sizes)
-        for n, width in enumerate(sizes):
-            hue = tint(INK, bits_strength(width))
-            error = np.maximum(least_error(space, width), floor)
-            for row, group in enumerate(groups):
-                y = row + (n - (len(sizes) - 1) / 2) * step
-                box = _box(axes, error[group.members], y, 0.7 * step, hue)
-                median = float(np.median(error[group.members]))
-                canvas.hover(
-                    box, f"{group.name}, {width} bits: median {percent(median)} of {len(group.members)} layers"
-                )
-            axes.plot([], [], "s", ms=6, color=hue, label=f"{width} bits")
-        axes.set_xscale("log")
-        lowest = max(float(least_error(space, sizes[-1]).min()), floor)
-        axes.set_xlim(lowest / 1.6, top * 1.6)
-        axes.grid(axis="x")
-        axes.set_title("Measured: error of the output when one layer is quantized")
-        axes.set_xlabel("share of the output's energy (log scale, best method at each bit-width)")
-        axes.legend(loc="lower left", ncols=len(sizes), bbox_to_anchor=(0.0, 1.0), borderaxespad=0.0, columnspacing=1.2)
-        axes.set_title(axes.get_title("left"), pad=22)
-        rows_of(axes, [short_name(group.name) for group in groups])
-        as_percent(axes.xaxis, log=True)
+        _measured_panel(canvas, found[0], space, groups)
+        rows_of(found[0], [short_name(group.name) for group in groups])
+        as_percent(found[0].xaxis, log=True)
         if learned is not None:
-            other = found[1]
-            for row, group in enumerate(groups):
-                box = _box(other, learned[group.members], row, 0.42, RECIPE)
-                canvas.hover(box, f"{group.name}: median {float(np.median(learned[group.members])):.3g}")
-            low, high = min(0.0, float(learned.min())), max(0.0, float(learned.max()))
-            pad = 0.04 * max(high - low, 1e-9)
-            other.set_xlim(low - pad, high + pad)
-            other.axvline(0, color=FAINT, lw=0.8, zorder=0)
-            other.grid(axis="x")
-            other.set_title(f"Learned: worth of {sizes[-1]} instead of {sizes[0]} bits", pad=22)
-            other.set_xlabel("gain in −log FID per layer, as explained")
-            other.tick_params(axis="y", length=0)
-            other.spines["left"].set_visible(False)
+            _learned_panel(canvas, found[1], widths(space), groups, learned)
     return canvas.svg
+
+
+def _measured_panel(canvas: Canvas, axes: Any, space: SearchSpace, groups: Sequence[Group]) -> None:
+    sizes = widths(space)
+    top = float(least_error(space, sizes[0]).max())
+    floor = top * FLOOR
+    step = 0.74 / len(sizes)
+    for n, width in enumerate(sizes):
+        hue = tint(INK, bits_strength(width))
+        error = np.maximum(least_error(space, width), floor)
+        for row, group in enumerate(groups):
+            y = row + (n - (len(sizes) - 1) / 2) * step
+            box = _box(axes, error[group.members], y, 0.7 * step, hue)
+            median = float(np.median(error[group.members]))
+            canvas.hover(box, f"{group.name}, {width} bits: median {percent(median)} of {len(group.members)} layers")
+        axes.plot([], [], "s", ms=6, color=hue, label=f"{width} bits")
+    axes.set_xscale("log")
+    lowest = max(float(least_error(space, sizes[-1]).min()), floor)
+    axes.set_xlim(lowest / 1.6, top * 1.6)
+    axes.grid(axis="x")
+    axes.set_title("Measured: error of the output when one layer is quantized")
+    axes.set_xlabel("share of the output's energy (log scale, best method at each bit-width)")
+    axes.legend(loc="lower left", ncols=len(sizes), bbox_to_anchor=(0.0, 1.0), borderaxespad=0.0, columnspacing=1.2)
+    axes.set_title(axes.get_title("left"), pad=22)
+
+
+def _learned_panel(
+    canvas: Canvas, axes: Any, sizes: Sequence[int], groups: Sequence[Group], learned: NDArray[np.float64]
+) -> None:
+    for row, group in enumerate(groups):
+        box = _box(axes, learned[group.members], row, 0.42, RECIPE)
+        canvas.hover(box, f"{group.name}: median {float(np.median(learned[group.members])):.3g}")
+    low, high = min(0.0, float(learned.min())), max(0.0, float(learned.max()))
+    pad = 0.04 * max(high - low, 1e-9)
+    axes.set_xlim(low - pad, high + pad)
+    axes.axvline(0, color=FAINT, lw=0.8, zorder=0)
+    axes.grid(axis="x")
+    axes.set_title(f"Learned: worth of {sizes[-1]} instead of {sizes[0]} bits", pad=22)
+    axes.set_xlabel("gain in −log FID per layer, as explained")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
 
 
 def _box(axes: Any, values: NDArray[np.float64], y: float, height: float, hue: str) -> Any:
