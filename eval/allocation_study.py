@@ -5,6 +5,7 @@
 The trials cover random mixes and the frontiers of all three sizes. Surrogates are fitted once; at every size their
 candidates are verified on images of their own, the best by measurement becomes the recipe, and recipe and baselines
 are measured on three draws of noises that neither the trials nor the verification saw. Run it again to go on.
+With --scores-only the trials are measured and the surrogates judged, and the rows stay as they were measured.
 Result: eval/results/allocation_PIPELINE.json and recipes/PIPELINE-BITSbit-{a16,a6}.yaml.
 """
 
@@ -23,8 +24,8 @@ from quantdm.hub.size import ExportSize
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
-from quantdm.pipelines.subject import look_at
-from quantdm.recipe import Provenance, Recipe
+from quantdm.pipelines.subject import Subject, look_at
+from quantdm.recipe import Provenance, Recipe, load_recipe
 from quantdm.runs import final
 from quantdm.runs.choose import candidate_choices
 from quantdm.runs.correct import activation_spec_of
@@ -50,7 +51,9 @@ def main() -> None:
     parser.add_argument("model", choices=["digits-dit", "digits-sd"])
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--scores-only", action="store_true", help="keep the rows; count their sizes anew")
     arguments = parser.parse_args()
+    path = ROOT / "eval" / "results" / f"allocation_{arguments.model}.json"
     run, subject = start_run(look_at(arguments.model), arguments.run_dir, target_bits=3.0, trials=TRIALS)
     describe(run, subject)
     bank = build_bank(run, subject)
@@ -59,32 +62,59 @@ def main() -> None:
         run_trials(run, engine, space, targets=SIZES, proposers=tuple(SURROGATES))
         choices, y = load_trials(run, space)
         fitted = fit_surrogates(run, space, choices, y)
-        attributions = explain(run, fitted)
-        fits = held_out(run)
-        export_size = ExportSize(subject.pipe)
-        result: dict[str, Any] = {
-            "version": 1,
-            "model": arguments.model,
-            "trials": len(y),
-            "surrogates": fits,
-            "sizes": {},
-        }
-        spec = activation_spec_of(subject.denoiser, ACTIVATION_BITS)
-        block_scores = score_blocks(fitted["graph"])
-        for size in SIZES:
-            candidates = candidate_choices(run, space, attributions, block_scores, target_bits=size)
-            rows = measure_size(run, engine, space, candidates, size, spec, export_size)
-            result["sizes"][f"{size:g}"] = rows
-            result |= {
-                "sampling_noise": final.sampling_noise(engine, final.final_draws(run, images=1000)),
-                "machine": f"{platform.machine()}, {run.settings.dtype}",
-                "versions": versions(),
-                "date": datetime.date.today().isoformat(),
-                "protocol": "1000 images x 20 steps per draw, draws 101-103; labels 300 images x 8 steps, draw 0",
-            }
-            write_json(ROOT / "eval" / "results" / f"allocation_{arguments.model}.json", result)
+        scores = {"surrogates": held_out(run), "trials": len(y), "scores_measured": measured_where(run)}
+        if arguments.scores_only:
+            result = read_json(path, version=1) | scores
+            result["sizes"] = recounted(result["sizes"], arguments.model, ExportSize(subject.pipe))
+        else:
+            result = {"version": 1, "model": arguments.model, **scores, "sizes": {}}
+            measure_sizes(run, engine, subject, space, fitted, result, path)
         result["surrogates"] |= {"ceiling": ceiling(run, engine, space, choices, y)}
-        write_json(ROOT / "eval" / "results" / f"allocation_{arguments.model}.json", result)
+        write_json(path, result)
+
+
+def measure_sizes(
+    run: Run,
+    engine: Engine,
+    subject: Subject,
+    space: SearchSpace,
+    fitted: dict[str, Any],
+    result: dict[str, Any],
+    path: Path,
+) -> None:
+    """Verify and measure the recipe and its baselines at every size; `result` is written after each."""
+    attributions, block_scores = explain(run, fitted), score_blocks(fitted["graph"])
+    spec, export_size = activation_spec_of(subject.denoiser, ACTIVATION_BITS), ExportSize(subject.pipe)
+    for size in SIZES:
+        candidates = candidate_choices(run, space, attributions, block_scores, target_bits=size)
+        result["sizes"][f"{size:g}"] = measure_size(run, engine, space, candidates, size, spec, export_size)
+        result |= {
+            "sampling_noise": final.sampling_noise(engine, final.final_draws(run, images=1000)),
+            **measured_where(run),
+            "protocol": "1000 images x 20 steps per draw, draws 101-103; labels 300 images x 8 steps, draw 0",
+        }
+        write_json(path, result)
+
+
+def measured_where(run: Run) -> dict[str, Any]:
+    """Return machine, versions and date."""
+    return {
+        "machine": f"{platform.machine()}, {run.settings.dtype}",
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def recounted(sizes: dict[str, Any], model: str, export_size: ExportSize) -> dict[str, Any]:
+    """Return the rows with the bytes that an export writes; None where the configuration was not kept."""
+    for size, rows in sizes.items():
+        recipe = load_recipe(ROOT / "recipes" / f"{model}-{float(size):.1f}bit-a16.yaml").layers
+        known = {"fp": None, "recipe": recipe, "recipe A6": recipe}
+        for row in rows:
+            if row["name"] == "uniform":
+                known["uniform"] = dict.fromkeys(recipe, row["note"])
+            row["denoiser_bytes"] = export_size.of(known[row["name"]]) if row["name"] in known else None
+    return sizes
 
 
 def held_out(run: Run) -> dict[str, Any]:
