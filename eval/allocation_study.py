@@ -79,16 +79,21 @@ def main() -> None:
             candidates = candidate_choices(run, space, attributions, block_scores, target_bits=size)
             rows = measure_size(run, engine, space, candidates, size, spec, rest)
             result["sizes"][f"{size:g}"] = rows
-            result |= {
-                "sampling_noise": final.sampling_noise(engine, final.final_draws(run, images=1000)),
-                "machine": f"{platform.machine()}, {settings.dtype}",
-                "versions": versions(),
-                "date": datetime.date.today().isoformat(),
-                "protocol": "1000 images x 20 steps per draw, draws 101-103; labels 300 images x 8 steps, draw 0",
-            }
+            result |= circumstances(run, engine)
             write_json(ROOT / "eval" / "results" / f"allocation_{arguments.model}.json", result)
         result["surrogates"] |= {"ceiling": ceiling(run, engine, space, choices, y)}
         write_json(ROOT / "eval" / "results" / f"allocation_{arguments.model}.json", result)
+
+
+def circumstances(run: Run, engine: Engine) -> dict[str, Any]:
+    """Return what the figures depend on besides the model: noise of sampling, machine, versions, date, protocol."""
+    return {
+        "sampling_noise": final.sampling_noise(engine, final.final_draws(run, images=1000)),
+        "machine": f"{platform.machine()}, {run.settings.dtype}",
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+        "protocol": "1000 images x 20 steps per draw, draws 101-103; labels 300 images x 8 steps, draw 0",
+    }
 
 
 def held_out(run: Run) -> dict[str, Any]:
