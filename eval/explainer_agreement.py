@@ -22,7 +22,15 @@ from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 from quantdm.runs.trials import label_draw, label_of, load_trials
 from quantdm.runs.verify import verify
-from quantdm.surrogates import agreement, agreement_with_truth, attribute, explain_by_shapley, explain_by_swaps
+from quantdm.surrogates import (
+    Attribution,
+    SearchSpace,
+    agreement,
+    agreement_with_truth,
+    attribute,
+    explain_by_shapley,
+    explain_by_swaps,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 SWAPS, SAMPLES = 60, 16
@@ -39,9 +47,7 @@ def main() -> None:
     choices, y = load_trials(run, space)
     recipe = load_recipe(ROOT / "recipes" / f"{arguments.model}-3.0bit-a16.yaml")
     reference = space.choice_of(recipe.config)
-    rng = np.random.default_rng(0)
-    layer = rng.integers(0, len(space.layers), SWAPS)
-    option = (reference[layer] + rng.integers(1, len(space.options), SWAPS)) % len(space.options)
+    layer, option = swaps_of(space, reference)
     swapped = np.tile(reference, (SWAPS, 1))
     swapped[np.arange(SWAPS), layer] = option
     configs = {str(index): space.config(row).to_labels() for index, row in enumerate((reference, *swapped))}
@@ -49,13 +55,7 @@ def main() -> None:
         figures = verify(run, engine, configs, [label_draw(run)], "swap one layer a time")
     measured = np.array([label_of(rows[0]) for rows in figures.values()])
     delta = measured[1:] - measured[0]
-
-    explained = {}
-    for name, kind in SURROGATES.items():
-        surrogate = kind(space, random_state=run.settings.seed).fit(choices, y)
-        explained[f"{name}: own"] = attribute(surrogate)
-        explained[f"{name}: swap one"] = explain_by_swaps(surrogate, choices, samples=SAMPLES)
-        explained[f"{name}: Shapley"] = explain_by_shapley(surrogate, choices, samples=SAMPLES)
+    explained = explain_all(run, space, choices, y)
     truth = {
         name: agreement_with_truth(attribution, layer, option, delta, reference=reference)
         for name, attribution in explained.items()
@@ -75,6 +75,24 @@ def main() -> None:
         print(
             f"{name:<22} Spearman with measured swaps {row['values']:.3f}, of layer importance {row['importance']:.3f}"
         )
+
+
+def swaps_of(space: SearchSpace, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draw SWAPS layers and for each an option that the reference [L] does not have there."""
+    rng = np.random.default_rng(0)
+    layer = rng.integers(0, len(space.layers), SWAPS)
+    return layer, (reference[layer] + rng.integers(1, len(space.options), SWAPS)) % len(space.options)
+
+
+def explain_all(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, Attribution]:
+    """Fit every surrogate and explain it in every way."""
+    explained = {}
+    for name, kind in SURROGATES.items():
+        surrogate = kind(space, random_state=run.settings.seed).fit(choices, y)
+        explained[f"{name}: own"] = attribute(surrogate)
+        explained[f"{name}: swap one"] = explain_by_swaps(surrogate, choices, samples=SAMPLES)
+        explained[f"{name}: Shapley"] = explain_by_shapley(surrogate, choices, samples=SAMPLES)
+    return explained
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""How the embedded reference pipelines are trained; started by eval/train_reference.py."""
