@@ -84,7 +84,7 @@ def tiny_pipeline(channels):
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=10, norm_num_groups=2,
+        patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=2,
     )  # fmt: skip
     vae = AutoencoderKL(
         in_channels=channels, out_channels=channels, block_out_channels=(8, 8, 8), latent_channels=4,
