@@ -35,6 +35,34 @@ def test_links_and_commands_exist(page):
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
 
 
+def citations() -> dict[str, str]:
+    """Return file -> its text on one line, without the marks of comments, so that a citation may run over a line."""
+    sources = [path for room in ("quantdm", "tests", "eval") for path in sorted((ROOT / room).rglob("*.py"))]
+    return {str(path.relative_to(ROOT)): re.sub(r"\s*\n[\s#]*", " ", path.read_text()) for path in sources}
+
+
+def test_every_page_that_the_code_names_is_in_the_project():
+    """A reader finds what a comment cites: by its path from the root. In code a page's name stands in quotes alone."""
+    named = 0
+    for file, text in citations().items():
+        for quote, page, end in re.findall(r"([\"']?)([\w./-]+\.md)\b([\"']?)", text):
+            in_code = quote and quote == end
+            named += 1
+            assert (ROOT / page).is_file() or (in_code and (ROOT / "docs" / page).is_file()), f"{file} names {page}"
+    assert named > 20
+
+
+def test_every_section_that_the_code_cites_is_a_heading():
+    cited = 0
+    for file, text in citations().items():
+        for page, rest in re.findall(r"(?<![\w/])(docs/\w+\.md), (?=[A-Z])(.{1,60})", text):
+            headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+            cited += 1
+            found = [heading for heading in headings if re.match(rf"{re.escape(heading)}\b", rest)]
+            assert found, f"{file} cites {page}, {rest}"
+    assert cited > 10
+
+
 @pytest.fixture(scope="module")
 def support():
     """The script that writes the support page, and the names of the tests that stand behind it."""

@@ -83,7 +83,7 @@ def correct_run(
             test_runs=_runs_of(run, 60, TEST_DRAWS, images),
             distance=distance,
             # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
-            # noise is explained (correction.md, When not to correct).
+            # noise is explained (docs/method.md, When not to correct).
             explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
             model=run.settings.model,
             recipe=joint,
