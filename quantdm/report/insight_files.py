@@ -16,6 +16,7 @@ from quantdm.report.insights import Group, group_layers, insights, one_more_bit,
 from quantdm.report.records import MADE_BY, read_records
 from quantdm.surrogates import SearchSpace
 
+Floats = NDArray[np.float64]
 FOLDER, RECORD, INSIGHTS_VERSION = "insights", "insights.json", 1
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the distribution over a group's layers: range, quartiles, median
 
@@ -40,15 +41,7 @@ def save_insights(run_dir: str | Path) -> list[Path]:
     source, values = explanation[0], explanation[1].values
     learned = width_value(space, values)
     folder = Path(run_dir) / FOLDER
-    drawings = {
-        **{
-            f"sensitivity_per_{by}.svg": layer_charts.sensitivity(space, ordered_groups(space, by)[0], learned, title)
-            for by, title in (("op_type", "operation type"), ("block", "block"))
-        },
-        "methods.svg": charts.methods(space, values),
-        "bits_per_op_type.svg": layer_charts.shares_per_type(space, choice),
-        "bits_per_layer.svg": layer_charts.bits_per_layer(space, choice),
-    }
+    drawings = _drawings(space, choice, values, learned)
     bits = space.gather(space.bits, choice)[0] / space.num_weights
     narrow, wide = widths(space)[0], widths(space)[-1]
     graphs = {
@@ -73,6 +66,19 @@ def save_insights(run_dir: str | Path) -> list[Path]:
     }
     write_json(folder / RECORD, record)
     return [folder / name for name in (RECORD, *drawings, *graphs)]
+
+
+def _drawings(space: SearchSpace, choice: NDArray[np.int64], values: Floats, learned: Floats) -> dict[str, str]:
+    """Return file name -> SVG of every chart."""
+    return {
+        **{
+            f"sensitivity_per_{by}.svg": layer_charts.sensitivity(space, ordered_groups(space, by)[0], learned, title)
+            for by, title in (("op_type", "operation type"), ("block", "block"))
+        },
+        "methods.svg": charts.methods(space, values),
+        "bits_per_op_type.svg": layer_charts.shares_per_type(space, choice),
+        "bits_per_layer.svg": layer_charts.bits_per_layer(space, choice),
+    }
 
 
 def _row(space: SearchSpace, choice: NDArray[np.int64], learned: NDArray[np.float64], group: Group) -> dict[str, Any]:
