@@ -14,7 +14,8 @@ from quantdm.schemes import DEFAULT_OPTIONS
 from quantdm.surrogates import BlockScores, SearchSpace
 from tests.architectures import DIGITS, PUBLIC
 
-FLOOR, LABEL_NOISE = 0.02, 0.06  # fid_fp of two equal models, and the noise of log fid_fp: performance.md section 5
+# fid_fp of two equal models, and the noise of log fid_fp (docs/method.md, What was measured)
+FLOOR, LABEL_NOISE = 0.02, 0.06
 METHOD_EFFECT = {("uniform", "channel"): 1.0, ("kmeans", "channel"): 0.5, ("kmeans", "tensor"): 1.6}
 
 

@@ -27,7 +27,7 @@ LABELS = {
     "kmeans_all-3": "kmeans-tensor-3",
     "kmeans_all-4": "kmeans-tensor-4",
 }
-# What the reference splits, and which layers it leaves out (method.md section 2): quantizers in all.
+# What the reference splits, and which layers it leaves out (docs/method.md, Splitting at long skips): quantizers.
 REFERENCE = {
     "pixart-xl-2": (None, None, 287),
     "hunyuan-dit": ("blocks.skip_linear", "time_extra_emb.pooler", 487),

@@ -12,7 +12,8 @@ from quantdm.denoisers.names import op_type_of, stage_of
 from quantdm.errors import QuantDMError
 from tests.architectures import PUBLIC
 
-# The public configurations (values that differ from the classes' defaults) and the table of spec/method.md.
+# The public configurations (values that differ from the classes' defaults) and the table of docs/method.md, Layers and
+# the cost in bits:
 # layers, weights, and per operation type the seams of the layers that read a concatenated long skip. In a U-Net the
 # seam is the width of the main path: what the previous resnet (or, after the mid block, the widest level) puts out.
 SDXL_SEAMS = [1280, 1280, 1280, 1280, 640, 640, 640, 320, 320]

@@ -8,7 +8,7 @@ from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError, nearest
 from quantdm.recipe import ActivationSpec
 
-# Layers that stay at 8 bits (method.md section 9), as globs on operation types; see `default_keep_8bit`.
+# Layers that stay at 8 bits (docs/method.md, Activations), as globs on operation types; see `default_keep_8bit`.
 KEEP_8BIT: tuple[str, ...] = (
     "conv_in",
     "conv_out",

@@ -9,7 +9,7 @@ def fake_quantize(x: torch.Tensor, bits: int, dims: int | tuple[int, ...] = -1) 
     """Round `x` to 2^bits levels between its minimum and maximum over `dims`, asymmetrically.
 
     Returns a new tensor of the same shape and dtype; computed in fp32. `dims=-1` is one range per token, `dims=(2, 3)`
-    one per (sample, channel) map. Source: Qua2SeDiMo section 4 (dynamic min-max), method.md section 9.
+    one per (sample, channel) map. Source: Qua2SeDiMo (arXiv 2412.14628), section 4.
     """
     with torch.no_grad():
         levels = 2**bits - 1

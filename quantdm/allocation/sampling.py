@@ -60,7 +60,7 @@ def sample_frontier(
     seed: int,
     allow_fewer: bool = False,
 ) -> Ints:
-    """Draw `count` distinct choices [T, L] near the frontier (performance.md section 5).
+    """Draw `count` distinct choices [T, L] near the frontier (docs/method.md, Sampled trials and the label).
 
     What each option loses against the best of its layer under `values` [L, O] (larger is better, e.g. minus the
     one-layer noise errors) is multiplied by log-normal noise of standard deviation `noise`, half of it shared by the

@@ -26,7 +26,7 @@ _scratch = threading.local()
 
 
 def _scratch_out(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-    """Return a reusable CPU buffer: fresh large temporaries cost page faults (performance.md section 2).
+    """Return a reusable CPU buffer: fresh large temporaries cost page faults.
 
     Only without autograd, which would keep the weight for the backward pass, and never between inference modes.
     """

@@ -84,7 +84,7 @@ def correct_run(run: Run, engine: Engine, recipe: Recipe, activations: Activatio
         test_runs=[runner(draw) for draw in draws(60, TEST_DRAWS, images)],
         distance=distance,
         # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation noise
-        # is explained (correction.md, When not to correct).
+        # is explained (docs/method.md, When not to correct).
         explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
         model=settings.model,
     )

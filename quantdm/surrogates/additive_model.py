@@ -15,7 +15,7 @@ FOLDS, MIN_TRIALS = 5, 10
 WHY = "five folds need at least two held-out trials each"
 ADDITIVE_VERSION = 4
 PRECISE, ROUGH = 1e-8, 1e-4  # relative fall of the loss at which a fit ends
-NOISE_SD = 0.1  # unit of the penalty: label noise of log(fid_fp), performance.md section 5
+NOISE_SD = 0.1  # unit of the penalty: order of the label noise of log(fid_fp)
 # Standard deviations, in log units, by which the parts of a layer's weight may differ before the data speak. Chosen on
 # 160 trials of each reference pipeline: without "pair" the rank correlation near the budget falls by 0.015 to 0.02.
 PRIOR = {"type": 0.6, "band": 0.4, "cell": 0.3, "layer": 0.5, "method": 0.4, "width": 0.4, "option": 0.2, "pair": 0.4}

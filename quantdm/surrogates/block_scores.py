@@ -1,7 +1,8 @@
 """The graph surrogate's score of every assignment of every block, and its projection onto single layers.
 
 The hop score of a configuration is a sum over roots (and, at hop 0, over layers), each of which depends on the layers
-in its in-neighbourhood only. So the score of (block, assignment) is found by enumeration; method.md section 5.
+in its in-neighbourhood only. So the score of (block, assignment) is found by enumeration (docs/method.md,
+Explanation).
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Pooled features of a choice: additive sums over layers, per operation type and depth band.
 
-Raw one-hot columns per layer over-fit a few hundred rows (method.md section 5); shares per (operation type x depth
-band) are shared between models and few. Every feature is s_f = sum over layers of c_f[l, choice_l], taken as it is or
-as log s_f, so anything that is linear in s_f splits exactly over layers and options.
+Raw one-hot columns per layer over-fit a few hundred rows (docs/method.md, Surrogates); shares per (operation type x
+depth band) are shared between models and few. Every feature is s_f = sum over layers of c_f[l, choice_l], taken as it
+is or as log s_f, so anything that is linear in s_f splits exactly over layers and options.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The network of the graph surrogate (method.md section 5): encoder, GATv2 layers, root read-out per hop, regressor."""
+"""The network of the graph surrogate: encoder, GATv2 layers, root read-out per hop, regressor."""
 
 import numpy as np
 import torch

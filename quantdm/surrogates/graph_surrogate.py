@@ -32,7 +32,7 @@ WHY = "five folds rank at least four held-out trials each, and a fifth of the re
 
 
 class GraphSurrogate:
-    """Rank configurations with GATv2 layers on the traced graph (method.md section 5).
+    """Rank configurations with GATv2 layers on the traced graph (docs/method.md, Surrogates).
 
     The prediction is intercept + mean over folds of sum_m w_m · (‖h_G^m‖₁ - μ_m) / σ_m: hop scores, exactly additive
     over the roots of blocks, so what predicts is what is explained. w_m >= 0 weighs the hops by how they explain

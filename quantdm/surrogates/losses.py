@@ -61,7 +61,7 @@ def soft_rank(s: Tensor) -> Tensor:
 def relevance(y: ArrayLike, known: ArrayLike) -> NDArray[np.float64]:
     """Return r = 50 · clip((y - q20) / (max - q20), 0, 1), with q20 and max of the labels `known`.
 
-    `known` are the training labels, so nothing about held-out trials enters (method.md section 5).
+    `known` are the training labels, so nothing about held-out trials enters (docs/method.md, Nested held-out scores).
     """
     labels = np.asarray(known, dtype=np.float64)
     low, high = np.quantile(labels, 0.2), labels.max()

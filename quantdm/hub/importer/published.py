@@ -1,8 +1,8 @@
 """Configurations and trials that were published for the reference implementation, as recipes and trial records.
 
 A configuration maps "model.<module path>.weight_quantizer" to "<method>-<bits>"; the second half of a split weight is
-"..._0". Module paths are those of diffusers 0.29, or of the LDM code base for Stable Diffusion 1.5. See method.md
-section 8.
+"..._0". Module paths are those of diffusers 0.29, or of the LDM code base for Stable Diffusion 1.5. See
+docs/method.md, Published configurations.
 """
 
 import math
