@@ -8,14 +8,18 @@ from typing import Any
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
 from quantdm.denoisers.inventory import list_layers
+from quantdm.files import check_replaceable
+from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.report import write_report
 from quantdm.report.insight_files import save_insights
+from quantdm.report.page import REPORT_FILE
 from quantdm.runs import final
 from quantdm.runs.choose import choose
 from quantdm.runs.correct import activation_spec_of, correct_run
 from quantdm.runs.explain import explain, fit_surrogates
+from quantdm.runs.run import Run
 from quantdm.runs.search import open_engine, start_run
 from quantdm.runs.settings import FULL_TRIALS, QUICK_TRIALS
 from quantdm.runs.stages import build_bank, describe, measure_space
@@ -48,6 +52,7 @@ def demo(
     folder = run_dir or Path("runs") / f"{Path(model).name}-{target_bits:g}bit{'-quick' if quick else ''}"
     trials = QUICK_TRIALS if quick else FULL_TRIALS
     pipe, run = start_run(model, folder, target_bits=target_bits, trials=trials, seed=seed, quick=quick)
+    _check_places(run)
     denoiser = get_denoiser(pipe)
     layers = list_layers(denoiser)
     weights = sum(layer.num_weights for layer in layers)
@@ -84,3 +89,9 @@ def demo(
     say(f"report:  {report}")
     say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     return summary
+
+
+def _check_places(run: Run) -> None:
+    """Check, before anything is computed, that the last stages may write what they make."""
+    check_export_path(run.path("export"), run.settings.model, apart_from=run.folder)
+    check_replaceable(run.path(REPORT_FILE))
