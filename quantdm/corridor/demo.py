@@ -7,11 +7,14 @@ from typing import Any
 
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
+from quantdm.files import check_replaceable
+from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import Recipe
 from quantdm.report import write_report
 from quantdm.report.insight_files import save_insights
+from quantdm.report.page import REPORT_FILE
 from quantdm.runs import final
 from quantdm.runs.choose import choose
 from quantdm.runs.correct import activation_spec_of, correct_run
@@ -60,6 +63,7 @@ def demo(
         seed=seed,
         effort=QUICK if quick else FULL,
     )
+    _check_places(run)
     weights = sum(layer.num_weights for layer in subject.layers)
     say(f"      {len(subject.layers)} layers, {weights:,} quantizable weights; run directory {run.folder}")
     with Engine(run, subject, workers=workers) as engine:
@@ -106,3 +110,9 @@ def _measure(run: Run, engine: Engine, space: SearchSpace, recipe: Recipe, say: 
     rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(subject.pipe))
     final.save_grids(run, engine, jobs, draws[0])
     return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
+
+
+def _check_places(run: Run) -> None:
+    """Check, before anything is computed, that the last stages may write what they make."""
+    check_export_path(run.path("export"), run.location, apart_from=run.folder)
+    check_replaceable(run.path(REPORT_FILE))

@@ -6,7 +6,7 @@ import numpy as np
 
 from quantdm.allocation import select, select_lambda
 from quantdm.allocation.candidates import BASELINE, baseline_choices, mean_of_standardised
-from quantdm.files import YAML_COMMENT, digest, read_json, write_json, write_text
+from quantdm.files import YAML_COMMENT, check_replaceable, digest, read_json, write_json, write_text
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd, totals
@@ -36,6 +36,7 @@ def choose(
         digest(fitted, explained, run.settings.model_dump(mode="json", exclude={"location"})),
     )
     if not is_current(path, inputs):
+        check_replaceable(run.path("recipe.yaml"))  # one that was changed by hand is nobody's to replace
         found = _select(run, engine, space, attributions, graph)
         run.path("recipe.yaml").unlink(missing_ok=True)  # first: a selection never stands beside another's recipe
         write_json(path, {"version": RECORD_VERSION, "inputs": inputs, **found})

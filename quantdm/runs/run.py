@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
-from quantdm.files import check_output, check_replaceable, read_json, write_json
+from quantdm.files import check_output, read_json, write_json
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.seen import Seen, differences
 from quantdm.pipelines.subject import Subject, reopen
@@ -89,12 +89,11 @@ class Run:
             keep_dtype: whether a run that goes on keeps the dtype that the first machine chose.
 
         Raises:
-            QuantDMError: the folder holds a run of other settings (they are named), a recipe that was changed by hand,
-                or files that are no run; or it cannot be written.
+            QuantDMError: the folder holds a run of other settings (they are named), or files that are no run; or it
+                cannot be written.
         """
         check_output(folder, folder=True)
         folder = Path(folder)
-        check_replaceable(folder / "recipe.yaml")
         if os.path.isfile(folder / MANIFEST):
             run = cls.open(folder)
             if keep_dtype:
