@@ -86,7 +86,7 @@ def make_run(folder: Path, space: SearchSpace, *, model: str = "digits-dit") -> 
     """Write every record of a finished run."""
     rng = np.random.default_rng(1)
     settings = RunSettings(
-        model=model, location="", seen=SEEN, options=space.labels, target_bits=3.2, trials=24, seed=0,
+        model=model, location=model, seen=SEEN, options=space.labels, target_bits=3.2, trials=24, seed=0,
         protocol=load_protocol("digits-dit"), label_images=100, label_steps=6, verify_images=200, noise_images=4,
         dtype="float32",
     )  # fmt: skip

@@ -9,6 +9,7 @@ from quantdm import load_protocol
 from quantdm.cli.main import main
 from quantdm.files import write_json
 from quantdm.runs.run import RunSettings
+from tests.report_run import SEEN
 from tests.test_writers import snapshot
 
 # A complete command; each option in turn gets every bad value of its kind.
@@ -77,7 +78,7 @@ def places(tmp_path, monkeypatch):
     )
     (tmp_path / "empty-pipe" / "model_index.json").write_text("")
     settings = RunSettings(
-        model="digits-dit", fingerprint="0" * 16, options=("uniform-channel-4",), target_bits=4.5, trials=30, seed=0,
+        model="digits-dit", location="digits-dit", seen=SEEN, options=("uniform-channel-4",), target_bits=4.5, trials=30, seed=0,
         protocol=load_protocol("digits-dit"), label_images=2, label_steps=1, verify_images=2, noise_images=1,
         dtype="float32",
     )  # fmt: skip

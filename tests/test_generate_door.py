@@ -56,11 +56,11 @@ def test_text_to_image_pipelines_are_taken(name):
     check_generates(bare(name), PROMPT)
 
 
-def test_an_inpainting_pipeline_is_refused_by_every_stage_before_it_runs(sd, tmp_path, monkeypatch):
+def test_an_inpainting_pipeline_is_refused_by_every_stage_before_it_runs(sd, tmp_path):
     pipe = StableDiffusionInpaintPipeline(**sd.components, requires_safety_checker=False)
     protocol = load_protocol("digits-sd")
     called = []
-    monkeypatch.setattr(type(pipe.unet), "forward", lambda *_, **__: called.append(1))
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: called.append(1))
     for stage in (
         lambda: generate(pipe, protocol, [0], steps=1),
         lambda: evaluate(pipe, protocol=protocol, num_images=2, seeds=[1], steps=1),
@@ -69,6 +69,7 @@ def test_an_inpainting_pipeline_is_refused_by_every_stage_before_it_runs(sd, tmp
     ):
         with pytest.raises(QuantDMError, match="needs a picture"):
             stage()
+    handle.remove()
     assert not called
     assert not list(tmp_path.iterdir())
     pipe.save_pretrained(tmp_path / "inpaint")

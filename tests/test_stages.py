@@ -11,6 +11,7 @@ from quantdm import QuantDMError, Recipe, get_denoiser, load_pipeline, load_reci
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR, baseline_choices, mean_of_standardised
 from quantdm.correction import load_correction
 from quantdm.files import read_json
+from quantdm.pipelines.subject import look_at
 from quantdm.runs import choose as choosing
 from quantdm.runs import explain as explaining
 from quantdm.runs import final
@@ -100,7 +101,7 @@ def test_reopened_surrogates_explain_and_choose_as_the_fitted_ones(run, space, f
     assert read_json(run.path("attribution.json")) == before
     selection = read_json(run.path("selection.json"))
     run.path("selection.json").unlink()
-    with Engine(run, pipe=dit) as engine:  # it measures nothing: the candidates are those that were verified
+    with Engine(run, look_at(dit)) as engine:  # it measures nothing: the candidates are those that were verified
         assert choosing.choose(run, engine, space, attributions, fitted["graph"]) == finished[1]
     assert read_json(run.path("selection.json")) == selection
 
@@ -109,7 +110,8 @@ def test_a_recipe_that_was_changed_by_hand_stays_and_claims_no_figures(run, spac
     recipe = finished[1]
     name = next(iter(recipe.layers))
     other = "uniform-channel-2" if recipe.layers[name] != "uniform-channel-2" else "kmeans-channel-4"
-    recipe.model_copy(update={"layers": {**recipe.layers, name: other}}).save(run.path("recipe.yaml"))
+    edited = recipe.model_copy(update={"layers": {**recipe.layers, name: other}})
+    run.path("recipe.yaml").write_text(edited.to_yaml())
     again = run_search(run.folder, workers=1)
     assert again.layers[name] == load_recipe(run.path("recipe.yaml")).layers[name] == other
     assert again.provenance.measured == {}
@@ -129,7 +131,7 @@ def by_hand(run, record):
 def test_a_recipe_of_patterns_is_corrected_as_the_weights_that_it_means(run, space, dit):
     recipe = by_hand(run, {"default": "uniform-channel-4", "patterns": {"*.attn1.*": "uniform-channel-2"}})
     assert recipe.layers == {}  # that is what was measured before: nothing quantized
-    with Engine(run, pipe=dit) as engine:
+    with Engine(run, look_at(dit)) as engine:
         path = correct_run(run, engine, recipe, activation_spec_of(get_denoiser(dit), 6), images=8)
         worse = load_correction(path).measured["none"]
         before = path.stat().st_mtime_ns
@@ -158,7 +160,10 @@ def test_the_rows_of_a_recipe_of_patterns_are_of_the_weights_that_it_means(run, 
 def test_a_recipe_that_quantizes_further_parts_is_refused_where_only_the_denoiser_is_measured(run, space, dit):
     recipe = by_hand(run, {"default": "kmeans-channel-4", "components": {"vae": {"default": "uniform-channel-8"}}})
     spec = activation_spec_of(get_denoiser(dit), 6)
-    with Engine(run, pipe=dit) as engine, pytest.raises(QuantDMError, match=r"also quantizes vae.*take its components"):
+    with (
+        Engine(run, look_at(dit)) as engine,
+        pytest.raises(QuantDMError, match=r"also quantizes vae.*take its components"),
+    ):
         correct_run(run, engine, recipe, spec, images=8)
     with pytest.raises(QuantDMError, match="also quantizes vae"):
         final.final_jobs(run, space, recipe, spec, None)
@@ -167,7 +172,7 @@ def test_a_recipe_that_quantizes_further_parts_is_refused_where_only_the_denoise
 def test_a_recipe_of_other_layers_is_refused(run, space, dit):
     recipe = Recipe(model="digits-dit", layers=dict.fromkeys(space.layer_names[1:], "kmeans-channel-4"))
     spec = activation_spec_of(get_denoiser(dit), 6)
-    with Engine(run, pipe=dit) as engine, pytest.raises(QuantDMError, match="no scheme for 1 layers"):
+    with Engine(run, look_at(dit)) as engine, pytest.raises(QuantDMError, match="no scheme for 1 layers"):
         correct_run(run, engine, recipe, spec, images=8)
 
 
@@ -216,7 +221,7 @@ def test_pooled_values_weigh_every_explanation_alike_and_are_no_ranks():
 
 
 def test_sampling_noise_of_few_draws_has_no_spread(run, dit):
-    with Engine(run, pipe=dit) as engine:
+    with Engine(run, look_at(dit)) as engine:
         draws = [final.Draw(base, 4, 2) for base in (70, 71, 72)]
         three, two, one = (final.sampling_noise(engine, draws[:n]) for n in (3, 2, 1))
     assert three["sd"] > 0
