@@ -78,8 +78,8 @@ def places(tmp_path, monkeypatch):
     )
     (tmp_path / "empty-pipe" / "model_index.json").write_text("")
     settings = RunSettings(
-        model="digits-dit", location="digits-dit", seen=SEEN, options=("uniform-channel-4",), target_bits=4.5, trials=30,
-        seed=0,
+        model="digits-dit", location="digits-dit", seen=SEEN, options=("uniform-channel-4",), target_bits=4.5,
+        trials=30, seed=0,
         protocol=load_protocol("digits-dit"), label_images=2, label_steps=1, verify_images=2, noise_images=1,
         dtype="float32",
     )  # fmt: skip
