@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from quantdm.errors import QuantDMError
+from quantdm.quantizers.columns import BLOCK, ColumnTables
 from quantdm.quantizers.moments import Moments
 
 DAMPING = 0.01  # of the mean diagonal, raised tenfold until the factorization succeeds
-BLOCK = 128  # columns whose errors are handed on together
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +58,12 @@ def feedback_codes(matrix: Tensor, table: Tensor, length: int, factor: InputFact
 
     Lines are C or 1; a group is `length` consecutive columns (all of them where there is one group).
     """
-    down = table[:, :, 0] > table[:, :, -1]
-    flip = (down.long() * (table.shape[2] - 1)).t().contiguous()  # [groups, lines]; only tables of 2^b entries descend
-    table = torch.where(down[:, :, None], table.flip(2), table)
+    tables = ColumnTables(table)
     G, n = factor.order.shape
-    C, lines = len(matrix), len(table)
+    C = len(matrix)
     columns = matrix.view(G, C // G, n).transpose(1, 2)  # [G, n, c]
     columns = columns.gather(1, factor.order[:, :, None].expand(-1, -1, C // G))
-    group = factor.order // length if table.shape[1] > 1 else torch.zeros_like(factor.order)
-    middle = ((table[:, :, 1:] + table[:, :, :-1]) / 2).transpose(0, 1).contiguous()  # [groups, lines, k - 1]
-    values = table.transpose(0, 1).contiguous()
+    group = factor.order // length if table.shape[1] > 1 else None
     error = torch.empty_like(columns)
     codes = torch.empty(G, n, C // G, dtype=torch.uint8, device=matrix.device)
     for first in range(0, n, BLOCK):
@@ -80,24 +76,8 @@ def feedback_codes(matrix: Tensor, table: Tensor, length: int, factor: InputFact
             if j > first:
                 share = factor.factor[:, first:j, j].unsqueeze(1)
                 target = torch.baddbmm(target, share, error[:, first:j])
-            kept, code = _nearest(target.reshape(lines, -1).contiguous(), middle, values, flip, group[:, j])
+            kept, code = tables.nearest(target.reshape(tables.lines, -1), None if group is None else group[:, j])
             codes[:, j] = code.view(G, -1)
             error[:, j] = columns[:, j] - kept.view(G, -1)
     result = torch.empty_like(codes).scatter_(1, factor.order[:, :, None].expand(-1, -1, C // G), codes)
     return result.transpose(1, 2).reshape(C, n)
-
-
-def _nearest(target: Tensor, middle: Tensor, values: Tensor, flip: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the entries nearest to `target` [lines, count], and their codes, under the tables of one column.
-
-    `group` [G] is the column's group of weights in each convolution group; they differ where the order does.
-    """
-    lines = len(target)
-    if len(group) == 1 or len(values) == 1:
-        at, entries, turned = middle[group[0]], values[group[0]], flip[group[0]]
-    else:  # each convolution group has an order of its own
-        line = torch.arange(lines, device=group.device)
-        of_line = group.repeat_interleave(lines // len(group))
-        at, entries, turned = middle[of_line, line], values[of_line, line], flip[of_line, line]
-    codes = torch.searchsorted(at, target)
-    return entries.gather(1, codes), codes ^ turned[:, None]

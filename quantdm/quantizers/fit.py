@@ -9,12 +9,16 @@ from quantdm.errors import QuantDMError
 from quantdm.quantizers import kmeans, log2, shared, uniform
 from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
 from quantdm.quantizers.moments import Moments, check_moments
+from quantdm.quantizers.objective import OutputError
 from quantdm.quantizers.packing import pack_codes
+from quantdm.quantizers.refine import evaluate, lesser, refine
 from quantdm.quantizers.rows import row_blocks, row_layout
 from quantdm.quantizers.sorted_rows import SortedRows, sort_rows
 from quantdm.quantizers.tables import nearest_codes, round_codebook
 from quantdm.quantizers.weight import QuantizedWeight, factor_of, halves, parameters_of, tables_of
 from quantdm.schemes import Scheme
+
+SWEEPS = 4  # rounds of refit and descent after the feedback; most of the gain comes in the first two
 
 
 def quantize_weight(
@@ -25,18 +29,19 @@ def quantize_weight(
     name: str = "weight",
     moments: Moments | None = None,
     exact: bool = False,
+    sweeps: int = SWEEPS,
 ) -> QuantizedWeight:
     """Quantize one weight [C_out, C_in/groups, *kernel] of any float dtype.
 
     `split` is the input channel at which a long-skip concatenation is seamed; `name` appears in errors. `moments` are
     those of the layer's whole input; a calibrated scheme needs them, others ignore them. `exact` asks for the optimal
-    codebooks of rows, at some ten times the time.
+    codebooks of rows, at some ten times the time. `sweeps` rounds of refit and descent follow error feedback (0: none).
 
     Raises:
         QuantDMError: NaN or infinite weights, not a float tensor of two or more dimensions, `split` outside dim 1, a
             calibrated scheme without moments, or moments of another layer.
     """
-    return quantize_options(weight, (scheme,), split=split, name=name, moments=moments, exact=exact)[0]
+    return quantize_options(weight, (scheme,), split=split, name=name, moments=moments, exact=exact, sweeps=sweeps)[0]
 
 
 def quantize_options(
@@ -47,6 +52,7 @@ def quantize_options(
     name: str = "weight",
     moments: Moments | None = None,
     exact: bool = False,
+    sweeps: int = SWEEPS,
 ) -> list[QuantizedWeight]:
     """Quantize one weight under every scheme, in their order.
 
@@ -70,14 +76,14 @@ def quantize_options(
         factor = factor_of(half)
         half = half.mul(1 / factor).contiguous()  # exact: the factor is a power of two
         inputs = moments.part(columns) if calibrated and moments is not None else None
-        for i, parameters in _fit_half(half, schemes, inputs, name, exact=exact):
+        for i, parameters in _fit_half(half, schemes, inputs, name, exact=exact, sweeps=sweeps):
             parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=weight.device)
             stored[i] |= {key + suffix: parameters[key] for key in parameters_of(schemes[i])}
     return [QuantizedWeight(s, shape, split, weight.dtype, t) for s, t in zip(schemes, stored, strict=True)]
 
 
 def _fit_half(
-    half: Tensor, schemes: Sequence[Scheme], moments: Moments | None, name: str, *, exact: bool
+    half: Tensor, schemes: Sequence[Scheme], moments: Moments | None, name: str, *, exact: bool, sweeps: int
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Yield (index of the scheme, its stored tensors) for one quantizer's matrix [C, n]."""
     kinds = [(s.granularity, s.group_size, s.calibration is not None) for s in schemes]
@@ -102,12 +108,30 @@ def _fit_half(
                 parameters = _fit(schemes[i], blocks, weights, ordered, half.shape, exact=exact)
             if schemes[i].calibration == "feedback" and moments is not None:
                 inputs = inputs or factorize(moments, name)
-                length = row_layout(half.shape[0], half.shape[1], schemes[i])[2]
-                codes = feedback_codes(half, tables_of(schemes[i], parameters), length, inputs)
+                start = _round(schemes[i], blocks, parameters, half.shape[1]).view(half.shape)
+                parameters, codes = _fed_back(half, schemes[i], parameters, start, inputs, moments, sweeps)
             else:
                 codes = _round(schemes[i], blocks, parameters, half.shape[1])
             parameters["codes"] = pack_codes(codes.reshape(-1), schemes[i].bits)
             yield i, parameters
+
+
+def _fed_back(
+    half: Tensor,
+    scheme: Scheme,
+    parameters: dict[str, Tensor],
+    rounded: Tensor,
+    inputs: InputFactor,
+    moments: Moments,
+    sweeps: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return parameters and codes [C, n] after error feedback, where it beats rounding, and `sweeps` of refinement."""
+    length = row_layout(half.shape[0], half.shape[1], scheme)[2]
+    error = OutputError(half, moments.second)
+    codes = feedback_codes(half, tables_of(scheme, parameters), length, inputs)
+    found = [evaluate(error, scheme, parameters, each, length) for each in (codes, rounded)]
+    best = refine(error, scheme, lesser(*found), length, sweeps=sweeps)
+    return best.parameters, best.codes
 
 
 def _rows(matrix: Tensor, scheme: Scheme) -> list[Tensor]:

@@ -55,6 +55,14 @@ def scales_of(scale: Tensor, scale_step: Tensor | None) -> Tensor:
     return scale.float() * steps.view(scale.shape)
 
 
+def stored_scales(scale: Tensor, scale_step: Tensor | None) -> Tensor:
+    """Return scales as they are stored: fp16, or the nearest int8 multiples of the steps of their chunks."""
+    if scale_step is None:
+        return scale.half()
+    steps = scale_step.float().repeat_interleave(CHUNK)[: scale.numel()].view(scale.shape)
+    return torch.round(scale / steps).clamp_(-TOP, TOP).to(torch.int8)
+
+
 def encode(rows: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """Return the uint8 codes [R, n] of rows [R, n] under float32 scales [R] and the ascending table [k]."""
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
