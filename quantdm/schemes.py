@@ -145,12 +145,26 @@ def _default_table(granularity: str) -> Table:
     return "fp16" if granularity in ("tensor", "shared") else "int8"
 
 
-# The search space of the paper, here at 2, 3 and 4 bits.
-DEFAULT_OPTIONS: tuple[Scheme, ...] = tuple(
+# The search space of the paper at 2, 3 and 4 bits, which needs no calibration.
+PAPER_OPTIONS: tuple[Scheme, ...] = tuple(
     Scheme(method=method, bits=bits, granularity=granularity)  # pyright: ignore[reportArgumentType]
     for method, granularity in (("uniform", "channel"), ("kmeans", "channel"), ("kmeans", "tensor"))
     for bits in (2, 3, 4)
 )
+# What is searched by default: the same with error feedback, one table per tensor under the scales of its channels, and
+# more bits for the few layers that need them.
+DEFAULT_OPTIONS: tuple[Scheme, ...] = tuple(
+    Scheme(method=method, bits=bits, granularity=granularity, calibration="feedback")  # pyright: ignore
+    for method, granularity, widths in (
+        ("uniform", "channel", (2, 3, 4, 5, 6, 8)),
+        ("kmeans", "channel", (2, 3, 4)),
+        ("kmeans", "tensor", (2, 3, 4)),
+        ("kmeans", "shared", (2, 3, 4)),
+    )
+    for bits in widths
+)
+# One scheme everywhere, without calibration: what results are compared with.
+COMPARED: tuple[Scheme, ...] = (Scheme(method="uniform", bits=4), Scheme(method="kmeans", bits=4))
 
 
 class QuantConfig(Mapping[str, Scheme | None]):

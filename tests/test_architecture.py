@@ -23,7 +23,7 @@ ROWS = (
     ("modules",),
     ("activations",),
     ("metrics",),
-    ("correction",),
+    ("correction", "tuning"),
     ("hub",),
     ("surrogates",),
     ("allocation",),

@@ -34,7 +34,7 @@ def export_run(run: Run, folder: str | Path, *, corrected: bool = False, say: Ca
     layers, parts = load_space(run).layers, run.settings.seen.denoisers
     labels = joint_config(recipe, layers, parts).to_labels()
     recipe, correction, note = _pair(run, recipe, labels, corrected)
-    bank = WeightBank.open(run.path("bank"), layers, run.settings.schemes)
+    bank = WeightBank.open(run.path("bank"), layers, run.settings.bank_schemes)
     inputs = {part: parse_inputs(record) for part, record in run.settings.seen.example_inputs.items()}
     if note:
         say(note)

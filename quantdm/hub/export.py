@@ -65,11 +65,15 @@ def export_pipeline(
 
 
 def configuration_digest(
-    labels: Mapping[str, str | None], activations: Mapping[str, Any] | None, correction: str | Path | None
+    labels: Mapping[str, str | None],
+    activations: Mapping[str, Any] | None,
+    correction: str | Path | None,
+    tuned: str | Path | None = None,
 ) -> str:
-    """Return the hash of what determines an export's images: schemes, activations, correction (its file)."""
+    """Return the hash of what determines an export's images: schemes, activations, correction and tuning (files)."""
     spec = None if activations is None else dict(activations)
-    return digest(weights_digest(labels), spec, None if correction is None else tensors_digest(correction))
+    parts = [weights_digest(labels), spec, None if correction is None else tensors_digest(correction)]
+    return digest(*parts, *([] if tuned is None else [tensors_digest(tuned)]))
 
 
 def lossless_dtype(pipe: DiffusionPipeline) -> torch.dtype:

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantdm.quantizers import shared
 from quantdm.quantizers.descent import descend
 from quantdm.quantizers.objective import OutputError
-from quantdm.quantizers.refit import ScaleFit, Segments, TableFit, solve
+from quantdm.quantizers.refit import ScaleFit, Segments, TableFit, places, solve
 from quantdm.quantizers.tables import round_codebook
 from quantdm.quantizers.uniform import MAX_ZERO, MIN_SCALE
 from quantdm.quantizers.weight import tables_of
@@ -40,7 +40,7 @@ class Fitted:
 def evaluate(error: OutputError, scheme: Scheme, parameters: Parameters, codes: Tensor, length: int) -> Fitted:
     """Decode codes [C, n] under stored parameters and say what they are worth."""
     table = tables_of(scheme, parameters)
-    decoded = _tables(codes, table, length).decode(table)
+    decoded = places(codes, table, length).decode(table)
     return Fitted(parameters, codes, decoded, error.of_rows(decoded))
 
 
@@ -91,17 +91,6 @@ def _refits(scheme: Scheme) -> tuple[Refit, ...]:
     return (_refit_scale,) if scheme.symmetric or scheme.method == "log2" else (_refit_grid, _refit_scale)
 
 
-def _tables(codes: Tensor, table: Tensor, length: int) -> TableFit:
-    """Return where in tables [lines, groups, k] the entry of every weight lies."""
-    lines, groups, k = table.shape
-    place = codes.long().contiguous()
-    if lines > 1:
-        place += torch.arange(lines, device=codes.device)[:, None] * (groups * k)
-    if groups > 1:
-        place += torch.arange(codes.shape[1], device=codes.device) // length * k
-    return TableFit(place, (lines, groups, k))
-
-
 def _sorted(theta: Tensor, fit: TableFit) -> tuple[Tensor, Tensor, Tensor]:
     """Return tables in ascending order, that order, and the codes of the weights then."""
     order = theta.argsort(dim=2, stable=True)
@@ -112,7 +101,7 @@ def _sorted(theta: Tensor, fit: TableFit) -> tuple[Tensor, Tensor, Tensor]:
 def _refit_tables(error: OutputError, scheme: Scheme, now: Fitted, length: int) -> tuple[Parameters, Tensor]:
     """Refit the codebooks of rows, groups or the tensor."""
     table = tables_of(scheme, now.parameters)
-    fit = _tables(now.codes, table, length)
+    fit = places(now.codes, table, length)
     theta, order, codes = _sorted(solve(error, fit, table).clamp(1 - LARGEST, LARGEST - 1), fit)
     if scheme.table != "int8":
         return {**now.parameters, "codebook": theta.half()}, codes
@@ -141,7 +130,7 @@ def _refit_scale(error: OutputError, scheme: Scheme, now: Fitted, length: int) -
     """Refit the steps of grids whose shape stays."""
     old = now.parameters["scale"]
     unit = tables_of(scheme, {**now.parameters, "scale": torch.ones_like(old)})
-    fit = ScaleFit((_tables(now.codes, unit, length).decode(unit),), _segments(old, length))
+    fit = ScaleFit((places(now.codes, unit, length).decode(unit),), _segments(old, length))
     scale = solve(error, fit, old.float()[:, :, None])[:, :, 0].clamp(-LARGEST, LARGEST)
     good = scale.abs() >= MIN_SCALE if scheme.symmetric else scale >= MIN_SCALE
     return {**now.parameters, "scale": torch.where(good, scale, old.float()).half()}, now.codes
@@ -152,7 +141,7 @@ def _refit_shared_table(error: OutputError, scheme: Scheme, now: Fitted, length:
     scale = shared.scales_of(now.parameters["scale"], now.parameters.get("scale_step"))
     gain = _segments(scale, length).spread(scale, now.codes.shape[1]).expand_as(now.decoded)
     codebook = now.parameters["codebook"].float()
-    fit = replace(_tables(now.codes, codebook, length), gain=gain)
+    fit = replace(places(now.codes, codebook, length), gain=gain)
     theta, _, codes = _sorted(solve(error, fit, codebook).clamp(1 - LARGEST, LARGEST - 1), fit)
     return {**now.parameters, "codebook": theta.half()}, codes
 
@@ -161,6 +150,6 @@ def _refit_shared_scale(error: OutputError, scheme: Scheme, now: Fitted, length:
     """Refit the scales under the one table; those of groups stay multiples of their steps."""
     codebook = now.parameters["codebook"].float()
     scale = shared.scales_of(now.parameters["scale"], now.parameters.get("scale_step"))
-    fit = ScaleFit((_tables(now.codes, codebook, length).decode(codebook),), _segments(scale, length))
+    fit = ScaleFit((places(now.codes, codebook, length).decode(codebook),), _segments(scale, length))
     found = solve(error, fit, scale[:, :, None])[:, :, 0]
     return {**now.parameters, "scale": shared.stored_scales(found, now.parameters.get("scale_step"))}, now.codes

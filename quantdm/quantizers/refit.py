@@ -86,6 +86,17 @@ class TableFit:
         return sums.to(values.dtype).view(self.shape)
 
 
+def places(codes: Tensor, table: Tensor, length: int) -> TableFit:
+    """Return where in tables [lines, groups, k] the entry of every code [C, n] lies."""
+    lines, groups, k = table.shape
+    place = codes.long().contiguous()
+    if lines > 1:
+        place += torch.arange(lines, device=codes.device)[:, None] * (groups * k)
+    if groups > 1:
+        place += torch.arange(codes.shape[1], device=codes.device) // length * k
+    return TableFit(place, (lines, groups, k))
+
+
 def solve(error: OutputError, fit: ScaleFit | TableFit, theta: Tensor, *, steps: int = STEPS) -> Tensor:
     """Return the theta that conjugate gradients reach from the start `theta` [lines, groups, m].
 

@@ -17,6 +17,7 @@ from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
 from quantdm.machine import cores, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, weight_error
+from quantdm.quantizers.fit import SWEEPS
 from quantdm.runs.weights import weight_reader
 from quantdm.schemes import Scheme
 
@@ -42,11 +43,13 @@ class WeightBank:
         options: Sequence[Scheme],
         *,
         cache_bytes: int = CACHE_BYTES,
+        sweeps: int = SWEEPS,
     ) -> None:
         self.folder = Path(folder)
         self.layers = {layer.name: layer for layer in layers}
         self.options = tuple(options)
         self.cache_bytes = cache_bytes
+        self.sweeps = sweeps
         self._files: dict[str, Path] = {}
         self._loaded: dict[str, dict[str, QuantizedWeight]] = {}
         self._errors: dict[str, dict[str, float]] = {}
@@ -133,11 +136,13 @@ class WeightBank:
     def _path(self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> Path:
         parts: list[Any] = [BANK_VERSION, layer.name, [scheme.label for scheme in self.options], layer.split, weight]
         if moments is not None:
-            parts += [moments.second, moments.count]
+            parts += [moments.second, moments.count, self.sweeps]
         return self.folder / f"{digest(*parts)}.safetensors"
 
     def _write(self, path: Path, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> None:
-        quantized = quantize_options(weight, self.options, split=layer.split, name=layer.name, moments=moments)
+        quantized = quantize_options(
+            weight, self.options, split=layer.split, name=layer.name, moments=moments, sweeps=self.sweeps
+        )
         tensors, errors = {}, {}
         for scheme, item in zip(self.options, quantized, strict=True):
             tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
@@ -167,6 +172,7 @@ class WeightBank:
                     {k.split("/", 1)[1]: v for k, v in tensors.items() if k.split("/", 1)[0] == scheme.label},
                 )
                 for scheme in self.options
+                if f"{scheme.label}/codes" in tensors or f"{scheme.label}/codes.0" in tensors
             }
             self._errors[name] = meta["errors"]
         return self._loaded[name]
@@ -202,17 +208,28 @@ class WeightBank:
     @contextmanager
     def applied(self, denoiser: nn.Module, config: Mapping[str, Scheme | None]) -> Iterator[nn.Module]:
         """Point the denoiser's weights at the bank's while the context is open; only pointers move."""
-        originals: list[tuple[nn.Parameter, torch.Tensor]] = []
-        try:
-            for name, scheme in config.items():
-                if scheme is not None:
-                    parameter = denoiser.get_parameter(f"{name}.weight")
-                    originals.append((parameter, parameter.data))
-                    parameter.data = self.dense(name, scheme, parameter.dtype, parameter.device)
+        quantized = ((name, scheme) for name, scheme in config.items() if scheme is not None)
+        with pointed(denoiser) as point:
+            for name, scheme in quantized:
+                point(f"{name}.weight", lambda dtype, device, n=name, s=scheme: self.dense(n, s, dtype, device))
             yield denoiser
-        finally:
-            for parameter, data in reversed(originals):  # two names may share one parameter
-                parameter.data = data
+
+
+@contextmanager
+def pointed(module: nn.Module) -> Iterator[Callable[[str, Callable[[torch.dtype, torch.device], torch.Tensor]], None]]:
+    """Yield a function that points a parameter at other values, made in its dtype and on its device, until the end."""
+    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+
+    def point(name: str, make: Callable[[torch.dtype, torch.device], torch.Tensor]) -> None:
+        parameter = module.get_parameter(name)
+        originals.append((parameter, parameter.data))
+        parameter.data = make(parameter.dtype, parameter.device)
+
+    try:
+        yield point
+    finally:
+        for parameter, data in reversed(originals):  # two names may share one parameter
+            parameter.data = data
 
 
 class _Gate:

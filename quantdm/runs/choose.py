@@ -6,6 +6,7 @@ import numpy as np
 
 from quantdm.allocation import select, select_lambda
 from quantdm.allocation.candidates import BASELINE, baseline_choices, mean_of_standardised
+from quantdm.allocation.pruning import dominated, prune
 from quantdm.files import YAML_COMMENT, check_replaceable, digest, read_json, write_json, write_text
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
@@ -46,15 +47,19 @@ def choose(
     return _as_it_is(run, load_recipe(run.path("recipe.yaml")), space, selection["configs"][selection["chosen"]])
 
 
+def verification_draws(run: Run) -> list[Draw]:
+    """Return the noises on which candidates are compared."""
+    settings = run.settings
+    return [Draw(settings.seed * 1000 + 2 + i, settings.verify_images, settings.protocol.steps) for i in range(2)]
+
+
 def _select(
     run: Run, engine: Engine, space: SearchSpace, attributions: dict[str, Attribution], graph: GraphSurrogate
 ) -> dict[str, Any]:
     """Measure every candidate and return which was best, their figures and their configurations."""
-    settings = run.settings
     candidates = candidate_choices(run, space, attributions, score_blocks(graph))
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
-    draws = [Draw(settings.seed * 1000 + 2 + i, settings.verify_images, settings.protocol.steps) for i in range(2)]
-    figures = verify(run, engine, configs, draws, f"verify: {len(configs)} candidates")
+    figures = verify(run, engine, configs, verification_draws(run), f"verify: {len(configs)} candidates")
     summary = {
         name: {
             "avg_bits": float(space.avg_bits(candidates[name])[0]),
@@ -126,15 +131,18 @@ def candidate_choices(
     """
     budget = target_bits or run.settings.target_bits
     choices, y = load_trials(run, space)
-    found = {name: select(space, a.values, target_bits=budget) for name, a in attributions.items()}
+    barred = dominated(space)
+    found = {name: select(space, a.values, target_bits=budget, forbidden=barred) for name, a in attributions.items()}
     sensitivity = select(space, -space.noise_error, target_bits=budget)
     found["sensitivity"] = sensitivity
     fits = np.flatnonzero(space.avg_bits(choices) <= budget)
     if len(fits):
         found["best sampled"] = choices[fits[np.argmax(y[fits])]]
     zero, blocks = block_scores
-    found["graph, whole blocks"] = select(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
-    found["lambda mode"], _ = select_lambda(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
+    whole = select(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
+    found["graph, whole blocks"] = prune(space, whole)[0]
+    priced, _ = select_lambda(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
+    found["lambda mode"] = prune(space, priced)[0]
     mixed = mean_of_standardised([a.values for a in attributions.values()])
-    found["mean of surrogates"] = select(space, mixed, target_bits=budget)
+    found["mean of surrogates"] = select(space, mixed, target_bits=budget, forbidden=barred)
     return found | baseline_choices(space, budget)

@@ -10,7 +10,7 @@ from torch import nn
 from quantdm.activations import default_keep_8bit
 from quantdm.correction import Correction, fit_correction, load_correction, step_table
 from quantdm.errors import QuantDMError, told
-from quantdm.files import digest, read_json, write_json
+from quantdm.files import digest, read_json, tensors_digest, write_json
 from quantdm.metrics import batched, frechet_distance
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
@@ -21,6 +21,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job, configured
 from quantdm.runs.labels import labels_of
 from quantdm.runs.run import Run
+from quantdm.runs.tune import used_tuning
 
 
 def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
@@ -62,7 +63,8 @@ def correct_run(
     labels = labels_of(recipe, engine.subject.layers, engine.subject.part_names)
     path, record = run.path("correction.safetensors"), run.path("correction_steps.json")
     spec = None if activations is None else activations.model_dump(mode="json")
-    key = digest(weights_digest(labels), spec, images)
+    tuned = used_tuning(run)
+    key = digest(weights_digest(labels), spec, images, *([] if tuned is None else [tensors_digest(tuned)]))
     whole = path.is_file() and record.is_file()
     if not anew and whole and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
@@ -72,8 +74,9 @@ def correct_run(
     def distance(images_a: torch.Tensor, images_b: torch.Tensor) -> float:
         return frechet_distance(*(batched(evaluator.extractor, x) for x in (images_a, images_b)))
 
-    job = Job(Draw(0, 0, 0), labels, spec)
-    weights_only = Job(Draw(0, 0, 0), labels)
+    weights = None if tuned is None else str(tuned)
+    job = Job(Draw(0, 0, 0), labels, spec, tuned=weights)
+    weights_only = Job(Draw(0, 0, 0), labels, tuned=weights)
     joint = Recipe(model=recipe.model, layers=labels, activations=activations)
     with told(f"correction of {job.description}"):
         correction = fit_correction(

@@ -22,6 +22,7 @@ from quantdm.pipelines.subject import Subject
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.run import Run
+from quantdm.runs.tuned import TunedWeights
 from quantdm.schemes import QuantConfig
 
 NOISE_CALLS = 4  # timesteps of the one-layer noise error: from the middle, the extreme ones rank worse
@@ -35,11 +36,12 @@ class Job:
     labels: dict[str, str | None] | None = None
     activations: dict[str, Any] | None = None
     correction: str | None = None
+    tuned: str | None = None
 
     @property
     def key(self) -> str:
         """Everything that determines the figures, except the run's own settings."""
-        return digest(asdict(self))
+        return digest({key: value for key, value in asdict(self).items() if key != "tuned" or value is not None})
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Job":
@@ -56,7 +58,8 @@ class Job:
             mix = f"{labels[0]} everywhere" if len(labels) == 1 else f"a mix of {', '.join(labels)}"
             weights = f"{mix} over {len(self.labels)} layers (configuration {digest(self.labels)})"
         activations = "" if self.activations is None else f", {self.activations['bits']}-bit activations"
-        return weights + activations + ("" if self.correction is None else ", corrected sampler")
+        tuned = "" if self.tuned is None else ", tuned"
+        return weights + tuned + activations + ("" if self.correction is None else ", corrected sampler")
 
 
 class Evaluator:
@@ -69,7 +72,7 @@ class Evaluator:
         self.extractor = load_extractor(self.protocol.features)
         self._calls: dict[str, list[Call]] | None = None
         self._references: dict[Draw, Samples] = {}
-        self.bank = WeightBank.open(run.path("bank"), subject.layers, run.settings.schemes)
+        self.bank = WeightBank.open(run.path("bank"), subject.layers, run.settings.bank_schemes)
 
     @cached_property
     def pipe(self) -> DiffusionPipeline:
@@ -169,7 +172,12 @@ def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job) -> Iterator[
         if job.labels is not None:
             config = QuantConfig.from_labels(job.labels)
             check_layers(config, bank.layers, what="configuration")  # a layer left out would be measured unquantized
-            stack.enter_context(bank.applied(join_weights(denoisers), config))
+            if job.tuned is None:
+                stack.enter_context(bank.applied(join_weights(denoisers), config))
+            else:
+                tuned = TunedWeights.load(job.tuned)
+                tuned.check(job.labels)
+                stack.enter_context(tuned.applied(join_weights(denoisers)))
         if job.activations is not None:
             for denoiser in denoisers.values():
                 set_activation_bits_(denoiser, ActivationSpec.model_validate(job.activations))

@@ -1,6 +1,7 @@
 """The final measurement of a run: the result rows on noises that the search never saw, and the summary."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -22,7 +23,7 @@ from quantdm.runs.labels import label_bits, labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
-from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
+from quantdm.schemes import COMPARED, ORIGINAL_BITS, QuantConfig, Scheme
 from quantdm.surrogates import SearchSpace
 
 GRID_IMAGES = 40
@@ -36,7 +37,12 @@ def final_draws(run: Run, *, images: int, count: int = 3) -> list[Draw]:
 
 
 def final_jobs(
-    run: Run, space: SearchSpace, recipe: Recipe, activations: ActivationSpec, correction: str | None
+    run: Run,
+    space: SearchSpace,
+    recipe: Recipe,
+    activations: ActivationSpec,
+    correction: str | None,
+    tuned: str | None = None,
 ) -> dict[str, tuple[Job, str]]:
     """Return row name -> (job without its draw, note) of the result table.
 
@@ -54,9 +60,11 @@ def final_jobs(
     )
     chosen = labels_of(recipe, space.layers, run.settings.seen.denoisers)
     note = selection["chosen"] if chosen == configs[selection["chosen"]] else "changed by hand"
-    uniform_4, kmeans_4 = (Scheme(method=method, bits=4) for method in ("uniform", "kmeans"))
+    uniform_4, kmeans_4 = COMPARED
     draw = Draw(0, 0, 0)  # replaced by every final draw
     spec = activations.model_dump(mode="json")
+    note += "" if tuned is None else ", tuned"
+    untuned = {} if tuned is None else {"recipe-untuned": (Job(draw, chosen), "before tuning")}
     return {
         "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
         "uniform-w4": (Job(draw, space_config(space, uniform_4)), f"{uniform_4} everywhere"),
@@ -64,9 +72,10 @@ def final_jobs(
         "uniform-next-width": (Job(draw, configs[uniform]), uniform.removeprefix(BASELINE)),
         "least-weight-error": (Job(draw, configs[LEAST_WEIGHT_ERROR]), "knapsack on weight errors"),
         "sensitivity-same-size": (Job(draw, configs["sensitivity"]), "knapsack on one-layer noise errors"),
-        "recipe": (Job(draw, chosen), note),
-        "recipe+a6": (Job(draw, chosen, spec), "6-bit activations"),
-        "recipe+a6+correction": (Job(draw, chosen, spec, correction), "6-bit activations, corrected sampler"),
+        **untuned,
+        "recipe": (Job(draw, chosen, tuned=tuned), note),
+        "recipe+a6": (Job(draw, chosen, spec, tuned=tuned), "6-bit activations"),
+        "recipe+a6+correction": (Job(draw, chosen, spec, correction, tuned), "6-bit activations, corrected sampler"),
     }
 
 
@@ -85,11 +94,7 @@ def measure_rows(
 ) -> list[dict[str, Any]]:
     """Measure every row on every draw; return one record per row: means, deviations, counts, size of the files."""
     store = TrialStore(run.path("final"))
-    work = {
-        (name, draw): Job(draw, job.labels, job.activations, job.correction)
-        for name, (job, _) in jobs.items()
-        for draw in draws
-    }
+    work = {(name, draw): replace(job, draw=draw) for name, (job, _) in jobs.items() for draw in draws}
     with bar(len(work), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
         found = {key: store.get(run_key(run, job)) for key, job in work.items()}
         todo = [key for key, record in found.items() if record is None]
@@ -126,14 +131,15 @@ def _row(
 
 def _configuration(job: Job) -> str | None:
     """Return what a row measured as one hash, so that an export finds its own figures; None: full precision."""
-    return None if job.labels is None else configuration_digest(job.labels, job.activations, job.correction)
+    if job.labels is None:
+        return None
+    return configuration_digest(job.labels, job.activations, job.correction, job.tuned)
 
 
 def run_key(run: Run, job: Job) -> str:
-    """Return the key of a final measurement; a refitted correction makes a new one."""
-    if job.correction is None:
-        return job.key
-    return digest(job.key, tensors_digest(job.correction))
+    """Return the key of a final measurement; a new correction or tuning makes a new one."""
+    files = [file for file in (job.correction, job.tuned) if file is not None]
+    return digest(job.key, *map(tensors_digest, files)) if files else job.key
 
 
 def row_bits(space: SearchSpace, job: Job) -> int:
@@ -161,7 +167,7 @@ def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw:
     """
     few, path = Draw(draw.base_seed, GRID_IMAGES, draw.steps), run.path("samples.safetensors")
     shown = {name: jobs[name][0] for name in GRID_ROWS}
-    work = {name: Job(few, job.labels, job.activations, job.correction) for name, job in shown.items()}
+    work = {name: replace(job, draw=few) for name, job in shown.items()}
     inputs = digest({name: run_key(run, job) for name, job in work.items()})
     if path.is_file() and load_tensors(path)[1].get("inputs") == inputs:
         return

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
+from quantdm.allocation.pruning import prune
 from quantdm.allocation.sampling import sample_configs, sample_frontier
 from quantdm.surrogates import SearchSpace, attribute
 from quantdm.surrogates.attribution import Explainable
@@ -58,7 +59,7 @@ def propose(
             )
             for place, table in enumerate(values)
         ]
-        pool = np.concatenate(pools)
+        pool = prune(space, np.concatenate(pools))
         ranks = np.stack([rankdata(surrogate.predict(pool)) for surrogate in surrogates])
         hope = ranks.mean(axis=0) + ranks.std(axis=0)
         for row in pool[np.argsort(-hope, kind="stable")]:

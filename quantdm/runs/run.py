@@ -14,7 +14,7 @@ from quantdm.files import check_output, read_json, write_json
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.seen import Seen, differences
 from quantdm.pipelines.subject import Subject, reopen
-from quantdm.schemes import Scheme
+from quantdm.schemes import COMPARED, Scheme
 
 RUN_VERSION = 2
 MANIFEST, SNAPSHOT = "run.json", "subject"
@@ -42,12 +42,19 @@ class RunSettings(BaseModel):
     label_steps: int
     verify_images: int
     noise_images: int
+    calibration_images: int = 16  # what runs before 0.3 had, whose manifests do not say
+    sweeps: int = 0
     dtype: Literal["bfloat16", "float16", "float32"]
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """The options as schemes (the option axis)."""
         return tuple(Scheme.parse(label) for label in self.options)
+
+    @property
+    def bank_schemes(self) -> tuple[Scheme, ...]:
+        """The options, and the schemes without calibration that every result is compared with."""
+        return tuple(dict.fromkeys((*self.schemes, *COMPARED)))
 
     @property
     def torch_dtype(self) -> torch.dtype:

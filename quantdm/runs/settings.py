@@ -14,6 +14,7 @@ from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
+from quantdm.quantizers.fit import SWEEPS
 from quantdm.runs.run import RunSettings
 from quantdm.schemes import DEFAULT_OPTIONS, Scheme
 
@@ -26,22 +27,26 @@ class Effort:
     """How much is measured in a search.
 
     `label_images` at `label_steps` per trial, `verify_images` per draw for each of the best candidates, `noise_images`
-    for the one-layer noise errors.
+    for the one-layer noise errors. Calibrated options see the inputs of `calibration_images` trajectories of the
+    protocol's steps and are refined in up to `sweeps` rounds.
     """
 
     label_images: int = 300
     label_steps: int = 8
     verify_images: int = 500
     noise_images: int = 16
+    calibration_images: int = 64
+    sweeps: int = SWEEPS
 
     def __post_init__(self) -> None:
         least = {"label_images": 2, "label_steps": 1, "verify_images": 2, "noise_images": 1}
+        least |= {"calibration_images": 1, "sweeps": 0}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
 
 
-FULL, QUICK = Effort(), Effort(80, 5, 100, 4)
+FULL, QUICK = Effort(), Effort(80, 5, 100, 4, 16, 1)
 
 
 def make_settings(

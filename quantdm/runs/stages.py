@@ -18,8 +18,7 @@ from quantdm.surrogates import SearchSpace
 
 RECORD_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
-# Images whose trajectories calibrate, and their base seed: outside those of every draw.
-CALIBRATION_IMAGES, CALIBRATION_SEED = 16, 900
+CALIBRATION_SEED = 900  # base seed of the trajectories that calibrate: outside those of every draw
 
 
 # ------------------------------------------------------------------------------------------------------ layers, bank
@@ -33,8 +32,8 @@ def describe(run: Run, subject: Subject) -> None:
 
 
 def build_bank(run: Run, subject: Subject) -> WeightBank:
-    """Write bank/: every layer under every option; calibrated options see the inputs of CALIBRATION_IMAGES images."""
-    bank = WeightBank(run.path("bank"), subject.layers, run.settings.schemes)
+    """Write bank/: every layer under every option, and under the schemes that results are compared with."""
+    bank = WeightBank(run.path("bank"), subject.layers, run.settings.bank_schemes, sweeps=run.settings.sweeps)
     moments = calibrate(run, subject) if bank.calibrated else None
     with bar(sum(layer.num_weights for layer in subject.layers), "bank: weights x options") as progress:
         return bank.build(subject.weights, moments=moments, progress=progress.update)
@@ -44,9 +43,9 @@ def calibrate(run: Run, subject: Subject) -> Mapping[str, Moments]:
     """Write moments/: the second moments of the inputs of every layer along sampling trajectories."""
     settings = run.settings
     first = (settings.seed * 1000 + CALIBRATION_SEED) * 10**6
-    seeds = range(first, first + CALIBRATION_IMAGES)
+    seeds = range(first, first + settings.calibration_images)
     with subject.recording(subject.pipe) as recorded:
-        generate(subject.pipe, settings.protocol, seeds, steps=settings.label_steps)
+        generate(subject.pipe, settings.protocol, seeds, steps=settings.protocol.steps)
     found: dict[str, Mapping[str, Moments]] = {}
     for part, module in subject.denoisers.items():
         names = [layer.name for layer in subject.part_layers[part]]

@@ -1,0 +1,137 @@
+"""The tuning of a run's recipe: trained along full-precision trajectories, kept if it measurably helps."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quantdm.denoisers.calls import Call
+from quantdm.files import digest, read_json, write_json
+from quantdm.hub.export import lossless_dtype
+from quantdm.metrics.samples import Draw
+from quantdm.metrics.statistics import mean_and_sd
+from quantdm.pipelines.generate import generate
+from quantdm.pipelines.subject import Subject
+from quantdm.progress import bar
+from quantdm.quantizers import QuantizedWeight
+from quantdm.recipe import Recipe, weights_digest
+from quantdm.recipe.joint import SEPARATOR, split_name
+from quantdm.runs.choose import verification_draws
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.evaluator import Job
+from quantdm.runs.labels import labels_of
+from quantdm.runs.run import Run
+from quantdm.runs.tuned import TUNED_FILE, TunedWeights
+from quantdm.schemes import Scheme
+from quantdm.tuning import Tuned, TuneSettings, tune
+
+TUNING_VERSION = 1
+TUNING_FILE = "tuning.json"
+TRAIN_SEED, HELD_OUT_SEED = 910, 920  # base seeds of the trajectories: outside those of every draw
+HELD_OUT_IMAGES = 32
+
+
+def tune_run(run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *, images: int) -> Path | None:
+    """Write tuned.safetensors and tuning.json; return the former's path if the tuned recipe is better, else None.
+
+    It is better if its fid_fp is lower on every draw of the verification. A tuning of the same recipe and settings is
+    kept, an interrupted one goes on.
+
+    Args:
+        images: full-precision trajectories that are trained on.
+
+    Raises:
+        QuantDMError: the recipe does not fit the denoiser or quantizes further parts of the pipeline.
+    """
+    subject = engine.subject
+    labels = labels_of(recipe, subject.layers, subject.part_names)
+    path, record = run.path(TUNED_FILE), run.path(TUNING_FILE)
+    inputs = digest(weights_digest(labels), vars(settings), images, run.settings.sweeps)
+    if not (record.is_file() and read_json(record, version=TUNING_VERSION)["inputs"] == inputs and path.is_file()):
+        start = time.monotonic()
+        found = _train(run, engine, labels, settings, images, inputs)
+        seconds = round(time.monotonic() - start, 1)
+        _joined(found).save(path)
+        figures = _compare(run, engine, labels, path)
+        better = all(b["fid_fp"] < a["fid_fp"] for a, b in zip(figures["untuned"], figures["tuned"], strict=True))
+        write_json(
+            record,
+            {
+                "version": TUNING_VERSION,
+                "inputs": inputs,
+                "settings": vars(settings) | {"images": images},
+                "curve": {part: tuned.curve for part, tuned in found.items()},
+                "figures": {name: mean_and_sd(rows) for name, rows in figures.items()},
+                "used": better and any(tuned.helps for tuned in found.values()),
+                "seconds": seconds,
+            },
+        )
+    return used_tuning(run)
+
+
+def used_tuning(run: Run) -> Path | None:
+    """Return the tuned weights of a run, if it has some that are better than the untuned ones."""
+    record = run.path(TUNING_FILE)
+    used = record.is_file() and read_json(record, version=TUNING_VERSION)["used"]
+    return run.path(TUNED_FILE) if used else None
+
+
+def _train(
+    run: Run, engine: Engine, labels: Mapping[str, str | None], settings: TuneSettings, images: int, inputs: str
+) -> dict[str, Tuned]:
+    """Tune every denoiser on its own calls."""
+    subject, bank = engine.subject, engine.local.bank
+    calls, held_out = (
+        _record(run, subject, seed, count) for seed, count in ((TRAIN_SEED, images), (HELD_OUT_SEED, HELD_OUT_IMAGES))
+    )
+    found: dict[str, Tuned] = {}
+    with bar(settings.steps * len(subject.part_names), "tune: steps") as progress:
+        for part in subject.part_names:
+            weights: dict[str, QuantizedWeight] = {}
+            for name, label in labels.items():
+                owner, own = split_name(name, subject.part_names)
+                if owner == part and label is not None:
+                    weights[own] = bank.get(name, Scheme.parse(label))
+            found[part] = tune(
+                subject.denoisers[part],
+                weights,
+                calls[part],
+                held_out[part],
+                settings,
+                others_dtype=lossless_dtype(subject.pipe),
+                checkpoint=run.path(f"tuning-{digest(inputs, part)}.safetensors"),
+                progress=progress.update,
+            )
+    return found
+
+
+def _record(run: Run, subject: Subject, seed: int, images: int) -> dict[str, list[Call]]:
+    """Return every denoiser's calls along full-precision trajectories."""
+    first = (run.settings.seed * 1000 + seed) * 10**6
+    with subject.recording(subject.pipe) as recorded:
+        generate(subject.pipe, run.settings.protocol, range(first, first + images))
+    return {part: recording.calls for part, recording in recorded.items()}
+
+
+def _joined(found: Mapping[str, Tuned]) -> TunedWeights:
+    """Return what was tuned under joint names."""
+    weights, others = {}, {}
+    for number, (part, tuned) in enumerate(found.items()):
+        prefix = f"{part}{SEPARATOR}" if number else ""
+        weights |= {prefix + name: weight for name, weight in tuned.weights.items()}
+        others |= {prefix + name: value for name, value in tuned.others.items()}
+    return TunedWeights(weights, others)
+
+
+def _compare(run: Run, engine: Engine, labels: dict[str, str | None], path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Measure the recipe without and with its tuning on the draws of the verification."""
+    draws: list[Draw] = verification_draws(run)
+    jobs = [Job(draw, labels, tuned=tuned) for tuned in (None, str(path)) for draw in draws]
+    rows: list[dict[str, Any]] = [{}] * len(jobs)
+    with bar(len(jobs), "tune: compare") as progress:
+        for _ in engine.map("prepare", draws):
+            pass
+        for index, result in engine.map("measure", jobs):
+            rows[index] = result
+            progress.update()
+    return {"untuned": rows[: len(draws)], "tuned": rows[len(draws) :]}
