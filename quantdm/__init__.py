@@ -9,6 +9,7 @@ from quantdm.activations import set_activation_bits_
 from quantdm.allocation import select
 from quantdm.correction import Correction, apply_correction, fit_correction, load_correction, remove_correction
 from quantdm.corridor.demo import demo
+from quantdm.corridor.run import run
 from quantdm.denoisers.analysis import trace_graph
 from quantdm.denoisers.graph import Graph
 from quantdm.denoisers.inventory import LayerRecord, list_layers
@@ -67,6 +68,7 @@ __all__ = [
     "quantize_weight",
     "register",
     "remove_correction",
+    "run",
     "search",
     "select",
     "set_activation_bits_",

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from quantdm.cli.main import app, main
 
 COMMANDS = (
-    "demo", "inspect", "bank", "search", "fit", "explain", "select", "apply", "correct", "generate", "evaluate",
-    "export", "report", "doctor",
+    "demo", "run", "tune", "inspect", "bank", "search", "fit", "explain", "select", "apply", "correct", "generate",
+    "evaluate", "export", "report", "doctor",
 )  # fmt: skip
 
 

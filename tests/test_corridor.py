@@ -27,7 +27,6 @@ from quantdm import (
     load_recipe,
     write_report,
 )
-from quantdm.corridor.demo import correct_run
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
 from quantdm.hub.export import lossless_dtype
@@ -42,7 +41,7 @@ from quantdm.report.charts import MARKS
 from quantdm.report.insights import MIXES
 from quantdm.report.sections import ROW_NAMES, SHORT_NAMES
 from quantdm.runs import final
-from quantdm.runs.correct import activation_spec_of, correct_recipe
+from quantdm.runs.correct import activation_spec_of, correct_recipe, correct_run
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.run import Run

@@ -1,6 +1,5 @@
 """Sub-commands of the search: the whole of it, and stage by stage."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,22 +17,6 @@ from quantdm.cli.app import (
     app,
     given_inputs,
 )
-
-
-@app.command(epilog="Example: quantdm demo --model digits-sd --target-bits 3.0")
-def demo(
-    model: Annotated[str, typer.Option(help="Embedded pipeline: digits-dit or digits-sd.")] = "digits-dit",
-    target_bits: Annotated[float, typer.Option(help="Average bits per weight, overhead included.")] = 3.0,
-    run_dir: Annotated[Path | None, typer.Option(help="Run directory (default: runs/MODEL-BITSbit).")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Every stage with fewer trials and images: two minutes.")
-    ] = False,
-    seed: Seed = 0,
-) -> None:
-    """Run everything on an embedded pipeline: search, recipe, export, report. Run it again to go on."""
-    from quantdm.corridor.demo import demo
-
-    demo(model, target_bits=target_bits, run_dir=run_dir, quick=quick, seed=seed, say=typer.echo)
 
 
 @app.command(epilog="Example: quantdm bank digits-dit --run-dir runs/mine --target-bits 3.0")

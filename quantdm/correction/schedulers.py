@@ -15,7 +15,12 @@ _CORRECTED: dict[type, type[CorrectedScheduler]] = {
     DDIMScheduler: CorrectedDDIMScheduler,
     DDPMScheduler: CorrectedDDPMScheduler,
 }
-_PLAIN = {corrected: plain for plain, corrected in _CORRECTED.items()}
+_PLAIN: dict[type, type] = {corrected: plain for plain, corrected in _CORRECTED.items()}
+
+
+def is_served(scheduler: SchedulerMixin) -> bool:
+    """Say whether a scheduler, corrected already or not, can be corrected."""
+    return _PLAIN.get(type(scheduler), type(scheduler)) in _CORRECTED
 
 
 def apply_correction(

@@ -25,8 +25,8 @@ MADE_BY = {
     "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
     "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
     "correction.safetensors": "quantdm correct --run-dir RUN_DIR",
-    "summary.json": "quantdm demo MODEL --run-dir RUN_DIR",
-    "samples.safetensors": "quantdm demo MODEL --run-dir RUN_DIR",
+    "summary.json": "quantdm run MODEL --run-dir RUN_DIR",
+    "samples.safetensors": "quantdm run MODEL --run-dir RUN_DIR",
 }
 
 

@@ -19,6 +19,7 @@ ROW_NAMES = {
     "uniform-next-width": "One scheme everywhere, next width",
     "least-weight-error": "Least weight error, same size",
     "sensitivity-same-size": "One-layer sensitivities, same size",
+    "recipe-untuned": "Recipe before tuning",
     "recipe": "Recipe",
     "recipe+a6": "Recipe, A6",
     "recipe+a6+correction": "Recipe, A6, corrected",
@@ -27,6 +28,7 @@ SHORT_NAMES = {
     "fp": "full precision",
     "uniform-next-width": "best uniform",
     "recipe": "recipe",
+    "recipe+a6": "A6",
     "recipe+a6+correction": "A6, corrected",
 }
 

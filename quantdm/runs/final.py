@@ -23,6 +23,7 @@ from quantdm.runs.labels import label_bits, labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
+from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
 from quantdm.schemes import COMPARED, ORIGINAL_BITS, QuantConfig, Scheme
 from quantdm.surrogates import SearchSpace
 
@@ -64,6 +65,7 @@ def final_jobs(
     draw = Draw(0, 0, 0)  # replaced by every final draw
     spec = activations.model_dump(mode="json")
     note += "" if tuned is None else ", tuned"
+    corrected = Job(draw, chosen, spec, correction, tuned), "6-bit activations, corrected sampler"
     untuned = {} if tuned is None else {"recipe-untuned": (Job(draw, chosen), "before tuning")}
     return {
         "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
@@ -75,7 +77,7 @@ def final_jobs(
         **untuned,
         "recipe": (Job(draw, chosen, tuned=tuned), note),
         "recipe+a6": (Job(draw, chosen, spec, tuned=tuned), "6-bit activations"),
-        "recipe+a6+correction": (Job(draw, chosen, spec, correction, tuned), "6-bit activations, corrected sampler"),
+        **({} if correction is None else {"recipe+a6+correction": corrected}),
     }
 
 
@@ -166,7 +168,8 @@ def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw:
     Grids of the same jobs that are there are kept.
     """
     few, path = Draw(draw.base_seed, GRID_IMAGES, draw.steps), run.path("samples.safetensors")
-    shown = {name: jobs[name][0] for name in GRID_ROWS}
+    names = [name if name in jobs else "recipe+a6" for name in GRID_ROWS]  # not every sampler can be corrected
+    shown = {name: jobs[name][0] for name in names}
     work = {name: replace(job, draw=few) for name, job in shown.items()}
     inputs = digest({name: run_key(run, job) for name, job in work.items()})
     if path.is_file() and load_tensors(path)[1].get("inputs") == inputs:
@@ -195,10 +198,19 @@ def write_summary(
         },
         "fid_floor": real_floor(protocol) if protocol.real else None,
         "fp_noise": noise,
+        "tuning": tuning_of(run),
         "rows": rows,
     }
     write_json(run.path("summary.json"), summary)
     return summary
+
+
+def tuning_of(run: Run) -> dict[str, Any] | None:
+    """Return what a summary says about the tuning: its settings, held-out curve, figures, and whether it is used."""
+    if not run.path(TUNING_FILE).is_file():
+        return None
+    record = read_json(run.path(TUNING_FILE), version=TUNING_VERSION)
+    return {key: record[key] for key in ("settings", "curve", "figures", "used", "seconds")}
 
 
 def summary_of(run: Run) -> dict[str, Any]:

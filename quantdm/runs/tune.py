@@ -14,7 +14,7 @@ from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import Subject
 from quantdm.progress import bar
 from quantdm.quantizers import QuantizedWeight
-from quantdm.recipe import Recipe, weights_digest
+from quantdm.recipe import Recipe, load_recipe, weights_digest
 from quantdm.recipe.joint import SEPARATOR, split_name
 from quantdm.runs.choose import verification_draws
 from quantdm.runs.engines.local import Engine
@@ -67,6 +67,13 @@ def tune_run(run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *
             },
         )
     return used_tuning(run)
+
+
+def tune_recipe(run: Run, settings: TuneSettings, *, images: int) -> Path | None:
+    """Tune the recipe of a run that has chosen one, see `tune_run`."""
+    recipe = load_recipe(run.path("recipe.yaml"))
+    with Engine(run, run.open_subject()) as engine:
+        return tune_run(run, engine, recipe, settings, images=images)
 
 
 def used_tuning(run: Run) -> Path | None:

@@ -1,0 +1,95 @@
+"""Sub-commands that walk the whole way, and the tuning alone."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantdm.cli.app import (
+    ExampleInputs,
+    Model,
+    ProtocolFile,
+    RunDir,
+    Seed,
+    TargetBits,
+    TargetBytes,
+    app,
+    given_inputs,
+)
+
+
+@app.command(epilog="Example: quantdm demo --model digits-sd --target-bits 3.0")
+def demo(
+    model: Annotated[str, typer.Option(help="Embedded pipeline: digits-dit or digits-sd.")] = "digits-dit",
+    target_bits: Annotated[float, typer.Option(help="Average bits per weight, overhead included.")] = 3.0,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory (default: runs/MODEL-BITSbit).")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Every stage with fewer trials and images: two minutes.")
+    ] = False,
+    seed: Seed = 0,
+) -> None:
+    """Run everything on an embedded pipeline: search, recipe, export, report. Run it again to go on."""
+    from quantdm.corridor.demo import demo
+
+    demo(model, target_bits=target_bits, run_dir=run_dir, quick=quick, seed=seed, say=typer.echo)
+
+
+@app.command(epilog="Example: quantdm run digits-sd --target-bits 3.0 --effort quick")
+def run(
+    model: Model,
+    target_bits: TargetBits = None,
+    target_bytes: TargetBytes = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory (default: runs/MODEL-SIZE).")] = None,
+    effort: Annotated[str, typer.Option(help="quick, normal or thorough.")] = "normal",
+    trials: Annotated[int | None, typer.Option(min=1, help="Measured configurations (default: the effort's).")] = None,
+    options: Annotated[str | None, typer.Option(help="Schemes that every layer may take, with commas between.")] = None,
+    protocol: ProtocolFile = None,
+    seed: Seed = 0,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
+    tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.")] = True,
+    example_inputs: ExampleInputs = None,
+) -> None:
+    """Make your own pipeline small: search, tune, measure, export, report. Run it again to go on."""
+    from quantdm.corridor.run import run
+    from quantdm.pipelines.protocol import load_protocol
+    from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+
+    run(
+        model,
+        target_bits=target_bits,
+        target_bytes=target_bytes,
+        run_dir=run_dir,
+        effort=effort,
+        trials=trials,
+        options=DEFAULT_OPTIONS if options is None else [Scheme.parse(label) for label in options.split(",")],
+        protocol=None if protocol is None else load_protocol(protocol),
+        seed=seed,
+        workers=workers,
+        tuned=tune,
+        example_inputs=given_inputs(example_inputs),
+        say=typer.echo,
+    )
+
+
+@app.command(epilog="Example: quantdm tune --run-dir runs/mine --steps 1000")
+def tune(
+    run_dir: RunDir,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
+    images: Annotated[int, typer.Option(min=1, help="Full-precision trajectories to train on.")] = 128,
+    rows: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,
+) -> None:
+    """Train tables, scales, biases and norms of a run's recipe; kept if it helps beyond noise. Goes on if stopped."""
+    from quantdm.files import read_json
+    from quantdm.metrics.statistics import spread
+    from quantdm.runs.run import Run
+    from quantdm.runs.tune import TUNING_FILE, tune_recipe
+    from quantdm.tuning import TuneSettings
+
+    run = Run.open(run_dir)
+    path = tune_recipe(run, TuneSettings(steps=steps, rows=rows), images=images)
+    record = read_json(run.path(TUNING_FILE))
+    for part, curve in record["curve"].items():
+        typer.echo(f"{part}: held-out error {curve[0][1]:.4g} -> {min(loss for _, loss in curve):.4g}")
+    for name, figures in record["figures"].items():
+        typer.echo(f"{name:<8} fid_fp {spread(figures['mean']['fid_fp'], figures['sd']['fid_fp'])}")
+    typer.echo(f"tuned: {path}" if path else "tuned: left out, it does not help beyond noise")

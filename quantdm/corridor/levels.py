@@ -1,0 +1,37 @@
+"""How much is measured and trained on the whole way: quick, normal or thorough."""
+
+from dataclasses import dataclass
+
+from quantdm.errors import QuantDMError, nearest
+from quantdm.runs.settings import FULL, FULL_TRIALS, QUICK, QUICK_TRIALS, Effort
+from quantdm.tuning import TuneSettings
+
+
+@dataclass(frozen=True)
+class Level:
+    """Trials and their effort; images of the final rows per draw, of the correction and of the tuning; its steps."""
+
+    trials: int
+    effort: Effort
+    final_images: int
+    correction_images: int
+    tune: TuneSettings
+    tune_images: int
+
+
+LEVELS = {
+    "quick": Level(QUICK_TRIALS, QUICK, 200, 32, TuneSettings(steps=60, rows=16, every=20), 32),
+    "normal": Level(FULL_TRIALS, FULL, 1000, 128, TuneSettings(), 128),
+    "thorough": Level(400, Effort(500, 10, 1000, 32, 128, 8), 2000, 256, TuneSettings(steps=2000, every=100), 256),
+}
+
+
+def level_of(name: str) -> Level:
+    """Return a level by its name.
+
+    Raises:
+        QuantDMError: there is none of that name.
+    """
+    if name not in LEVELS:
+        raise QuantDMError(f"effort: got {name!r}; {nearest(name, LEVELS)}")
+    return LEVELS[name]

@@ -1,0 +1,174 @@
+"""The whole way of any pipeline: it walks in, a smaller one with a report walks out."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantdm.correction.schedulers import is_served
+from quantdm.corridor.export import export_run
+from quantdm.corridor.levels import Level, level_of
+from quantdm.corridor.table import show_table
+from quantdm.files import check_output, check_replaceable
+from quantdm.hub.replace import check_export_path
+from quantdm.hub.size import ExportSize, denoiser_bytes
+from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.subject import Subject, look_at
+from quantdm.recipe import Recipe
+from quantdm.report import write_report
+from quantdm.report.insight_files import save_insights
+from quantdm.report.page import REPORT_FILE
+from quantdm.runs import final
+from quantdm.runs.choose import choose
+from quantdm.runs.correct import activation_spec_of, correct_run
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.explain import explain, fit_surrogates
+from quantdm.runs.run import Run
+from quantdm.runs.search import start_run
+from quantdm.runs.stages import build_bank, describe, measure_space
+from quantdm.runs.trials import load_trials, run_trials
+from quantdm.runs.tune import tune_run
+from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+from quantdm.surrogates import SearchSpace
+
+ACTIVATION_BITS = 6
+Say = Callable[[str], object]
+
+
+def run(
+    pipe: DiffusionPipeline | str | Path,
+    *,
+    target_bits: float | None = None,
+    target_bytes: int | None = None,
+    run_dir: str | Path | None = None,
+    effort: str = "normal",
+    trials: int | None = None,
+    options: Sequence[Scheme] = DEFAULT_OPTIONS,
+    protocol: Protocol | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    tuned: bool = True,
+    example_inputs: Mapping[str, Any] | None = None,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Make a pipeline small: search, tune, correct, measure, export and report; return the summary.
+
+    The run directory ends with recipe.yaml, export/, summary.json and report.html; running it again goes on where it
+    stopped.
+
+    Args:
+        pipe: the full-precision pipeline, or its name (embedded, directory, hub id), as in `search`.
+        target_bits: average bits per quantizable weight, codebooks and scales included.
+        target_bytes: or the size of the denoiser on disk.
+        run_dir: where every stage leaves its record (None: runs/NAME-SIZE).
+        effort: "quick", "normal" or "thorough": how much is measured and trained.
+        trials: configurations whose images are measured (None: as the effort has it).
+        options, protocol, seed, workers, example_inputs: as in `search`.
+        tuned: whether the recipe is tuned; what does not help beyond noise is not kept anyway.
+        say: is told what happens.
+
+    Raises:
+        QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
+    """
+    start, level = time.monotonic(), level_of(effort)
+    level = level if trials is None else replace(level, trials=trials)
+    if run_dir is not None:
+        check_output(run_dir, folder=True)  # before anything is opened
+    say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
+    subject = look_at(pipe, example_inputs=example_inputs)
+    folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
+    started, subject = start_run(
+        subject,
+        folder,
+        target_bits=target_bits,
+        target_bytes=target_bytes,
+        trials=level.trials,
+        seed=seed,
+        options=options,
+        protocol=protocol,
+        effort=level.effort,
+    )
+    check_places(started)
+    weights = sum(layer.num_weights for layer in subject.layers)
+    say(f"       {len(subject.layers)} layers, {weights:,} quantizable weights; run directory {started.folder}")
+    with Engine(started, subject, workers=workers) as engine:
+        way = _Way(started, engine, level, say)
+        summary = way.measure(*way.search(), tuned=tuned)
+    _hand_over(started, subject, summary, say)
+    say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+    return summary
+
+
+def default_folder(name: str, target_bits: float | None, target_bytes: int | None, effort: str) -> Path:
+    """Return where a run lies if nobody says: runs/NAME-SIZE, with the effort if it is not the normal one."""
+    size = f"{target_bits:g}bit" if target_bits is not None else f"{target_bytes}bytes"
+    return Path("runs") / f"{Path(name or 'pipeline').name}-{size}{'' if effort == 'normal' else '-' + effort}"
+
+
+def check_places(run: Run) -> None:
+    """Check, before anything is computed, that the last stages may write what they make."""
+    check_export_path(run.path("export"), run.location, apart_from=run.folder)
+    check_replaceable(run.path(REPORT_FILE))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The stages between a started run and its result."""
+
+    run: Run
+    engine: Engine
+    level: Level
+    say: Say
+
+    def search(self) -> tuple[SearchSpace, Recipe]:
+        """Find the recipe, stage by stage."""
+        run, engine, say, subject = self.run, self.engine, self.say, self.engine.subject
+        say(f"[2/10] quantize every layer with {len(run.settings.options)} options")
+        describe(run, subject)
+        bank = build_bank(run, subject)
+        say("[3/10] how sensitive is each layer?")
+        space = measure_space(run, engine, subject, bank)
+        say(f"[4/10] measure {run.settings.trials} sampled configurations (processes: {engine.workers})")
+        run_trials(run, engine, space)
+        say("[5/10] learn image quality from configurations, and explain it")
+        fitted = fit_surrogates(run, space, *load_trials(run, space))
+        attributions = explain(run, fitted)
+        say("[6/10] choose and verify")
+        recipe = choose(run, engine, space, attributions, fitted["graph"])
+        say(f"       recipe: {recipe.avg_bits:.3f} bits per weight ({recipe.provenance.source})")
+        return space, recipe
+
+    def measure(self, space: SearchSpace, recipe: Recipe, *, tuned: bool) -> dict[str, Any]:
+        """Tune, add activations and the correction, and measure everything on noises that the search never saw."""
+        run, engine, level, say = self.run, self.engine, self.level, self.say
+        subject = engine.subject
+        say("[7/10] tune tables, scales, biases and norms" if tuned else "[7/10] tune: not asked for")
+        weights = tune_run(run, engine, recipe, level.tune, images=level.tune_images) if tuned else None
+        if tuned and weights is None:
+            say("       it does not help beyond noise and is left out")
+        spec = activation_spec_of(subject.denoiser, ACTIVATION_BITS)
+        correction = None
+        if is_served(subject.pipe.scheduler):
+            say("[8/10] 6-bit activations and the sampler's correction")
+            correction = str(correct_run(run, engine, recipe, spec, images=level.correction_images))
+        else:
+            say(f"[8/10] 6-bit activations; {type(subject.pipe.scheduler).__name__} is not corrected")
+        say("[9/10] measure the result on noises that the search never saw")
+        draws = final.final_draws(run, images=level.final_images)
+        jobs = final.final_jobs(run, space, recipe, spec, correction, None if weights is None else str(weights))
+        rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(subject.pipe))
+        final.save_grids(run, engine, jobs, draws[0])
+        return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
+
+
+def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say) -> None:
+    """Export, report, and print the result rows."""
+    say("[10/10] export and report")
+    export = export_run(run, run.path("export"), say=say)
+    report = write_report(run.folder)
+    save_insights(run.folder)
+    show_table(summary)
+    say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB on disk)")
+    say(f"report:  {report}")
