@@ -1,6 +1,6 @@
 """How much is measured and trained on the whole way: quick, normal or thorough."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantdm.errors import QuantDMError, nearest
 from quantdm.runs.settings import FULL, FULL_TRIALS, QUICK, QUICK_TRIALS, Effort
@@ -26,12 +26,12 @@ LEVELS = {
 }
 
 
-def level_of(name: str) -> Level:
-    """Return a level by its name.
+def level_of(name: str, *, trials: int | None = None) -> Level:
+    """Return a level by its name, with another number of trials if one is given.
 
     Raises:
         QuantDMError: there is none of that name.
     """
     if name not in LEVELS:
         raise QuantDMError(f"effort: got {name!r}; {nearest(name, LEVELS)}")
-    return LEVELS[name]
+    return LEVELS[name] if trials is None else replace(LEVELS[name], trials=trials)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,7 @@ def run(
     Raises:
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
-    start, level = time.monotonic(), level_of(effort)
-    level = level if trials is None else replace(level, trials=trials)
+    start, level = time.monotonic(), level_of(effort, trials=trials)
     if run_dir is not None:
         check_output(run_dir, folder=True)  # before anything is opened
     say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
@@ -91,14 +90,17 @@ def run(
         effort=level.effort,
     )
     check_places(started)
-    weights = sum(layer.num_weights for layer in subject.layers)
-    say(f"       {len(subject.layers)} layers, {weights:,} quantizable weights; run directory {started.folder}")
+    say(f"       {_counted(subject)}; run directory {started.folder}")
     with Engine(started, subject, workers=workers) as engine:
-        way = _Way(started, engine, level, say)
-        summary = way.measure(*way.search(), tuned=tuned)
+        summary = _Way(started, engine, level, say).walk(tuned=tuned)
     _hand_over(started, subject, summary, say)
     say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     return summary
+
+
+def _counted(subject: Subject) -> str:
+    weights = sum(layer.num_weights for layer in subject.layers)
+    return f"{len(subject.layers)} layers, {weights:,} quantizable weights"
 
 
 def default_folder(name: str, target_bits: float | None, target_bytes: int | None, effort: str) -> Path:
@@ -121,6 +123,11 @@ class _Way:
     engine: Engine
     level: Level
     say: Say
+
+    def walk(self, *, tuned: bool) -> dict[str, Any]:
+        """Search and measure; return the summary."""
+        space, recipe = self.search()
+        return self.measure(space, recipe, tuned=tuned)
 
     def search(self) -> tuple[SearchSpace, Recipe]:
         """Find the recipe, stage by stage."""
