@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantdm.denoisers.aten import COMBINES, NORMS, PRODUCTS, carried_dim
+from quantdm.denoisers.constants import MAX_ELEMENTS, Constants, map_tensors, tensors_of
 from quantdm.denoisers.weights import WeightSpec, weight_specs
 
 
@@ -45,12 +46,23 @@ class _Value:
 _UNKNOWN = _Value()
 
 
+class ForwardFailed(Exception):
+    """A forward that raised, after `reached` operations."""
+
+    def __init__(self, reached: int) -> None:
+        super().__init__(reached)
+        self.reached = reached
+
+
 def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
     """Run `model(**inputs)` on the meta device and return its raw data-flow DAG.
 
     Args:
         model: a denoiser on the meta device, in eval mode; forward hooks are added for the time of the call.
-        inputs: keyword arguments; tensors on the meta device.
+        inputs: keyword arguments; tensors on the meta device, or with values on the CPU.
+
+    Raises:
+        ForwardFailed: from what the forward raised.
     """
     specs = weight_specs(model)
     tracer = _Tracer(model, specs)
@@ -59,13 +71,16 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: scope.append(name)))
         handles.append(module.register_forward_hook(lambda _m, _a, _o: (scope.pop(), None)[1], always_call=True))
+    inputs = map_tensors(inputs, tracer.valued)
     try:
         with torch.no_grad(), tracer:
             result = model(**inputs)
+    except Exception as error:  # whatever foreign code raises
+        raise ForwardFailed(tracer.calls) from error
     finally:
         for handle in handles:
             handle.remove()
-    sources = (tracer.values.get(id(t), _UNKNOWN).source for t in _tensors(_plain(result)))
+    sources = (tracer.values.get(id(t), _UNKNOWN).source for t in tensors_of(_plain(result)))
     return Trace(specs, tuple(tracer.ops), frozenset(s for s in sources if s is not None), tracer.seams)
 
 
@@ -77,6 +92,8 @@ class _Tracer(TorchDispatchMode):
         self.ops: list[Op] = []
         self.seams: dict[str, int] = {}
         self.scope: list[str] = []
+        self.calls = 0
+        self.constants = Constants()
         self.values: dict[int, _Value] = {id(p): _Value(param=True) for p in model.parameters()}
         self.shapes = {s.name: s.shape for s in specs}
         self._node_of: dict[str, int] = {}
@@ -89,15 +106,20 @@ class _Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if any(t.is_meta for t in _tensors((args, kwargs))):  # constants that the model made on the CPU join the rest
-            args, kwargs = _to_meta(args), _to_meta(kwargs)
-        out = func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        self.calls += 1
+        out = self.constants.call(func, args, kwargs)
         name = func._schema.name.split("::")[-1]
-        outs = list(_tensors(out))
-        operands = list(_tensors((args, kwargs)))
+        outs = list(tensors_of(out))
+        operands = list(tensors_of((args, kwargs)))
         if outs or func._schema.is_mutable:
             self._record(name.removesuffix("_") if func._schema.is_mutable else name, func, args, operands, outs)
         return out
+
+    def valued(self, tensor: Tensor) -> Tensor:
+        """Return an input on the meta device; masks, ids and positions that came without values are ones."""
+        if tensor.is_meta and not tensor.is_floating_point() and tensor.numel() <= MAX_ELEMENTS:
+            tensor = torch.ones(tensor.shape, dtype=tensor.dtype)
+        return tensor if tensor.is_meta else self.constants.lift(tensor)
 
     def _record(self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], outs: list[Tensor]) -> None:
         values = [self.values.get(id(t), _UNKNOWN) for t in operands]
@@ -245,26 +267,5 @@ def _unique(nodes: Iterable[int | None]) -> list[int]:
     return list(dict.fromkeys(n for n in nodes if n is not None))
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
-
-
 def _plain(result: Any) -> Any:
     return list(result.values()) if hasattr(result, "values") and not isinstance(result, Tensor) else result
-
-
-def _to_meta(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree if tree.is_meta else tree.to("meta")
-    if isinstance(tree, dict):
-        return {key: _to_meta(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_to_meta(value) for value in tree)
-    return tree
