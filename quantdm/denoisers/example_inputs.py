@@ -62,7 +62,7 @@ def find_inputs(
             if best is None or error.reached > best[1].reached:
                 best, steps = (inputs, error), _neighbours(step, [len(values) for values in choices.values()])
     assert best is not None
-    raise failure(model, *best)
+    raise failure(model, *best) from best[1].__cause__
 
 
 def infer_inputs(model: nn.Module, config: Mapping[str, Any]) -> Inputs:

@@ -35,49 +35,147 @@ SIZES: dict[str, tuple[str, ...]] = {
     "pooled": ("pooled_projection_dim", "in_text_dim2", "text_emb_dim", "cond_embed_dim"),
     "axes": ("#axes_dims_rope", "#axes_dim_rope", "#axes_dims", "#rope_axes_dim"),
     "patch": ("patch_size.-1",),
+    "F": ("video_length",),
     "T": ("text_len", "max_text_seq_length", "num_embeddings"),
     "H": ("sample_height", "sample_size"),
     "W": ("sample_width", "sample_size.-1"),
 }  # fmt: skip
 # What the letters stand for where the configuration says nothing. No batch of one, which would be broadcast where the
 # model means something else; no size that is a usual number of channels.
-LETTERS = {"B": 2, "T": 12, "F": 4, "H": 48, "W": 48, "N": 16, "h": 4, "w": 4}
+LETTERS = {"channels": 4, "B": 2, "T": 12, "F": 4, "H": 48, "W": 48, "N": 16, "h": 4, "w": 4}
 
 IMAGE, VIDEO, FRAMES_FIRST = "float B channels H W", "float B channels F H W", "float B F channels H W"
-PACKED, SERIES, VECTOR = "float B N channels", "float B channels W", "float B channels"
-LIST = Repeat("B", "float channels 1 H W")
-LATENT_ARGUMENTS = ("sample", "hidden_states", "x")
+PACKED, SERIES, VECTOR, LAST = "float B N channels", "float B channels W", "float B channels", "float B F H W channels"
+MASKED = "float B F H W channels*2+1"  # with the condition and its mask
+PATCHES = "float B N channels 1 patch patch"
+OTHERS = (
+    MASKED, "float B N channels*patch*patch","float B N audio_acoustic_hidden_dim", Repeat("B", "float channels 1 H W"))
+LATENT_ARGUMENTS = ("sample", "hidden_states", "x", "latents")
 # Kind of the first layer that reads the latents' channels -> what the latents may be, likeliest first.
 LATENTS: dict[str, tuple[Any, ...]] = {
-    "linear": (PACKED, IMAGE, VIDEO, SERIES, VECTOR, LIST),
-    "conv1d": (SERIES, PACKED),
-    "conv2d": (IMAGE, FRAMES_FIRST, VIDEO),
-    "conv3d": (VIDEO, FRAMES_FIRST, IMAGE, LIST),
-    "": (IMAGE, VIDEO, PACKED, FRAMES_FIRST, SERIES, LIST),
+    "linear": (PACKED, IMAGE, VIDEO, SERIES, VECTOR, LAST, *OTHERS),
+    "conv1d": (SERIES, PACKED, *OTHERS),
+    "conv2d": (IMAGE, FRAMES_FIRST, VIDEO, *OTHERS),
+    "conv3d": (VIDEO, FRAMES_FIRST, IMAGE, PATCHES, *OTHERS),
+    "": (IMAGE, VIDEO, PACKED, FRAMES_FIRST, SERIES, LAST, PATCHES, *OTHERS),
 }
+TIME = ("float B",)
 MASK = (None, "ones B T", "true B T")
+TEXT = (
+    "float B T text", "float B T hidden_size", "float B N text", "float B W text", "float B T embedding_dim",
+    "float B num_text_layers T text", "float B #injection_layer_ids+1 T text", Repeat("B", "float T text"),
+)
+IMAGE_TOKENS = ("some B 4 image_dim", "some B 4 image_embed_dim", "some B 4 image_proj_dim")
+CONTROL = (
+    "float B conditioning_channels H*8 W*8", "float B N channels+extra_condition_channels", PACKED, IMAGE,
+    "float B channels+extra_conditioning_channels H W", "float B conditioning_channels F H*8 W*8",
+    Repeat("B", "float B conditioning_channels H*8 W*8"),
+)  # fmt: skip
 # Argument -> its shapes, likeliest first; None: left out, where the argument has a default (else that comes last).
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "return_dict": (False,),
-    "timestep": ("float B",),
-    "timesteps": ("float B",),
-    "encoder_hidden_states": ("float B T text",),
+    # time
+    **dict.fromkeys(("timestep", "timesteps", "t", "timestep_r", "r_timestep", "timestep_ratio"), TIME),
+    **dict.fromkeys(("decoder_noise_time", "bb_ca_time", "local_latents_time"), TIME),
+    "target_timestep": ("?flow_map float B",),
     "timestep_cond": ("float B time_cond_proj_dim",),
-    "pooled_projections": ("float B pooled",),
     "guidance": ("?guidance_embeds float B", "?guidance_embed float B"),
-    "img_ids": ("float N axes", "float N 3", "float B N axes"),
-    "txt_ids": ("float T axes", "float T 3", "float B T axes"),
-    "encoder_attention_mask": MASK,
-    "attention_mask": MASK,
+    # text
+    "encoder_hidden_states": TEXT,
+    "text_bth": ("float B T text",),
+    "cap_feats": (Repeat("B", "float T*4 text"),),
+    "encoder_hidden_states_t5": ("float B T caption_channels", "float B text_len_t5 cross_attention_dim_t5", "float B T text_embed_dim_t5"),
+    "encoder_hidden_states_2": ("float B T text_embed_2_dim",),
+    "encoder_hidden_states_1": (None, "float B T cross_attention_dim.1"),
+    "text_embedding_mask": ("ones B text_len",),
+    "text_embedding_mask_t5": ("ones B text_len_t5",),
+    "text_lens": ("ones B",),
+    "encoder_mask": ("ones B T",),
+    **dict.fromkeys(("encoder_attention_mask", "attention_mask", "encoder_hidden_states_mask"), MASK),
+    "encoder_attention_mask_2": ("?text_embed_2_dim true B T",),
+    "pooled_projections": ("float B pooled",),
+    "pooled_embeds": ("float B pooled",),
+    "pooled_text_emb": ("float B pooled",),
+    "clip_text_pooled": ("float B 1 clip_text_pooled_in_channels",),
+    "text_encoder_layers": (Repeat("num_layers+num_single_layers", "float B T text_encoder_dim"),),
+    "encoder_hidden_states_llama3": (Repeat("llama_layers.-1+1", "float B T caption_channels.1"),),
+    # images and other conditions
+    "encoder_hidden_states_image": IMAGE_TOKENS,
+    "image_embeds": IMAGE_TOKENS,
+    "image_embeddings": ("float B cross_attention_dim",),
+    "image_latents": (VIDEO,),
+    "proj_embedding": ("float B embedding_proj_dim", VECTOR),
+    "global_hidden_states": ("float B 1 global_states_input_dim", "float B global_cond_dim"),
+    "local_add_cond": ("float B local_add_cond_dim W",),
+    "context_latents": (None, "float B N channels-audio_acoustic_hidden_dim"),
     "class_labels": (
-        "?projection_class_embeddings_input_dim float B projection_class_embeddings_input_dim", "?num_class_embeds zeros B", "?num_embeds_ada_norm zeros B", "float B",
+        "?projection_class_embeddings_input_dim float B projection_class_embeddings_input_dim",
+        "?num_class_embeds zeros B", "?num_embeds_ada_norm zeros B",
     ),
     "added_cond_kwargs": (
         {
-            "text_embeds": "float B projection_class_embeddings_input_dim-addition_time_embed_dim*6",
-            "time_ids": "float B 6",
-            "resolution": "float B 2",
-            "aspect_ratio": "float B 1",
+            "text_embeds": "float B 0-addition_time_embed_dim*6+projection_class_embeddings_input_dim",
+            "time_ids": "?addition_time_embed_dim float B 6",
+            "resolution": "@use_additional_conditions float B 2",
+            "aspect_ratio": "@use_additional_conditions float B 1",
         },
     ),
+    "added_time_ids": ("float B projection_class_embeddings_input_dim/addition_time_embed_dim",),
+    "image_meta_size": ("?use_style_cond_and_image_meta_size float B 6",),
+    "style": ("?use_style_cond_and_image_meta_size zeros B",),
+    **dict.fromkeys(("original_size", "target_size", "crop_coords"), ("float B 2",)),
+    "micro_conds": ("float B 5",),
+    "fps": ("float B",),
+    "prior_token_id": ("zeros B H/patch*W/patch",),
+    "prior_token_drop": ("true B H/patch*W/patch",),
+    "input_img_latents": (Repeat("B", "float 1 channels patch*2 patch*2"),),
+    "input_image_sizes": ({0: [[0, 4]], 1: [[0, 4]]},),
+    # control
+    "controlnet_cond": CONTROL,
+    "control_type": ("float B num_control_type",),
+    "control_type_idx": (Repeat("B", "=0"),),
+    "control_hidden_states": ("float B vace_in_channels F H W",),
+    "control_context": (Repeat("B", "float control_in_dim 1 H W"),),
+    "controls_latents": ("float B latent_channels-2 F H W",),
+    "condition_mask": (None, "float B 1 F H W"),
+    "padding_mask": (None, "float 1 1 H W", "true B N"),
+    "pose_hidden_states": ("float B latent_channels F-1 H W",),
+    "face_pixel_values": ("float B 3 F*4-3 motion_encoder_size motion_encoder_size",),
+    # audio
+    "audio_hidden_states": ("float B N audio_in_channels", "float B N in_audio_dim"),
+    "audio_encoder_hidden_states": ("float B T text",),
+    "audio_num_frames": ("=N",),
+    # places
+    "img_ids": ("float N axes", "float N 3", "float B N axes"),
+    "txt_ids": ("float T axes", "float T 3", "float B T axes"),
+    "num_frames": ("=1", "=F"),
+    "height": ("=h",),
+    "width": ("=w",),
+    "img_shapes": (Repeat("B", [("=1", "=h", "=w")]), Repeat("B", ("=1", "=h", "=w"))),
+    "shape_list": (Repeat("B", [("=1", "=h", "=w")]),),
+    "img_mask": ("last B T+4 4",),
+    "image_rotary_emb": (
+        None,
+        "complex H/patch W/patch hidden_size/num_attention_heads/2",
+        ("float H/patch*W/patch attention_head_dim", "float H/patch*W/patch attention_head_dim"),
+    ),
+    "video_rotary_emb": (("float B N cross_attention_dim", "float B N cross_attention_dim"),),
+    "visual_rope_pos": (("range F", "range H/patch", "range W/patch"),),
+    "text_rope_pos": ("range T",),
+    "position_ids": (
+        "zeros N 3", "zeros T+N 3", "zeros B N 3", "zeros T+N+N 3", "zeros B H/patch*W/patch+T+1"),
+    "segment_ids": ("zeros B N",),
+    "indicator": ("zeros B N",),
+    "indices_latents": ("range F", "range B F"),
+    "input_ids": ("zeros B H W", "zeros B T"),
+    "chunk_partition": (Repeat("F", "=1"),),
+    "token_tags": ("zeros T+N+N",),
+    "timestep_indices": ("zeros T+N+N",),
+    "text_indices": ("range T",),
+    **dict.fromkeys(("video_indices", "audio_indices"), ("range N",)),
+    "text_indexes": ("range T",),
+    # names of single models
+    "inputs_embeds": ("float B 8 hidden_size",),
+    "decoder_input_tokens": ("float B N channels",),
+    "encodings_and_masks": ([("float B T d_model", "true B T")],),
 }  # fmt: skip

@@ -3,14 +3,13 @@
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantdm.denoisers.constants import MAX_ELEMENTS
 from quantdm.denoisers.input_rules import ARGUMENTS, LATENT_ARGUMENTS, LATENTS, LETTERS, SIZES, Repeat
 from quantdm.denoisers.weights import weight_specs
 
@@ -25,13 +24,13 @@ class _Sizes:
 
     config: Mapping[str, Any]
 
-    def on(self, field: str) -> bool:
-        """Say whether a field of the configuration is switched on."""
-        return bool(self.config.get(field))
+    def meets(self, condition: str, field: str) -> bool:
+        """Say whether a field of the configuration is on ("?"), off ("!") or there ("@")."""
+        return field in self.config if condition == "@" else bool(self.config.get(field)) == (condition == "?")
 
     def get(self, name: str) -> int:
         """Return a size: a number, a letter, a name of SIZES, or a field."""
-        if name.isdigit():
+        if name.lstrip("#").isdigit():
             return int(name)
         for field in SIZES.get(name, (name,)):
             if (size := self._field(field.removeprefix("#"), count=field.startswith("#"))) is not None:
@@ -107,18 +106,29 @@ def _make(rule: Any, sizes: _Sizes) -> Any:
 
 def _tensor(text: str, sizes: _Sizes) -> Tensor | int:
     words = text.split()
-    while words[0][0] in "?!":
-        if sizes.on(words[0][1:]) != (words[0][0] == "?"):
+    while words[0][0] in "?!@":
+        if not sizes.meets(words[0][0], words[0][1:]):
             raise _Unknown(words[0])
         words.pop(0)
     if words[0].startswith("="):
         return sizes.evaluate(words[0][1:])
     shape = [sizes.evaluate(word) for word in words[1:]]
-    if words[0] == "float":
-        return torch.empty(shape, device="meta")
-    dtype = torch.bool if words[0] == "true" else torch.long
-    if math.prod(shape) > MAX_ELEMENTS:
-        return torch.empty(shape, device="meta", dtype=dtype)
-    if words[0] == "range":
-        return torch.arange(math.prod(shape)).reshape(shape)
-    return torch.full(shape, int(words[0] != "zeros"), dtype=dtype)
+    return FILLS[words[0]](shape)
+
+
+def _last(shape: list[int]) -> Tensor:
+    *shape, count = shape
+    return (torch.arange(shape[-1]) >= shape[-1] - count).expand(shape)
+
+
+# What a shape begins with -> the tensor. What models read has values; images and embeddings have none.
+FILLS: dict[str, Callable[[list[int]], Tensor]] = {
+    "float": lambda shape: torch.empty(shape, device="meta"),
+    "complex": lambda shape: torch.empty(shape, device="meta", dtype=torch.complex64),
+    "some": torch.ones,
+    "zeros": lambda shape: torch.zeros(shape, dtype=torch.long),
+    "ones": lambda shape: torch.ones(shape, dtype=torch.long),
+    "range": lambda shape: torch.arange(math.prod(shape)).reshape(shape),
+    "true": lambda shape: torch.ones(shape, dtype=torch.bool),
+    "last": _last,
+}

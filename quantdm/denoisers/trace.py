@@ -1,6 +1,7 @@
 """Follow every tensor through one forward on the meta device: which weights made it, where a long skip joined it."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,7 +74,7 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         handles.append(module.register_forward_hook(lambda _m, _a, _o: (scope.pop(), None)[1], always_call=True))
     inputs = map_tensors(inputs, tracer.valued)
     try:
-        with torch.no_grad(), tracer:
+        with torch.no_grad(), _autocast_anywhere(), tracer:
             result = model(**inputs)
     except Exception as error:  # whatever foreign code raises
         raise ForwardFailed(tracer.calls) from error
@@ -82,6 +83,21 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
             handle.remove()
     sources = (tracer.values.get(id(t), _UNKNOWN).source for t in tensors_of(_plain(result)))
     return Trace(specs, tuple(tracer.ops), frozenset(s for s in sources if s is not None), tracer.seams)
+
+
+@contextmanager
+def _autocast_anywhere() -> Iterator[None]:
+    """Let a forward say `torch.autocast(x.device.type)`: there is none for the meta device, where dtypes do not matter."""
+    original = torch.autocast
+
+    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else original(device_type, *args, **kwargs)
+
+    torch.autocast = autocast  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        torch.autocast = original
 
 
 class _Tracer(TorchDispatchMode):
