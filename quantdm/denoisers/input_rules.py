@@ -34,15 +34,15 @@ SIZES: dict[str, tuple[str, ...]] = {
     ),
     "pooled": ("pooled_projection_dim", "in_text_dim2", "text_emb_dim", "cond_embed_dim"),
     "axes": ("#axes_dims_rope", "#axes_dim_rope", "#axes_dims", "#rope_axes_dim"),
-    "patch": ("patch_size.-1",),
+    "patch": ("patch_size.last",),
     "F": ("video_length",),
     "T": ("text_len", "max_text_seq_length", "num_embeddings"),
     "H": ("sample_height", "sample_size"),
-    "W": ("sample_width", "sample_size.-1"),
+    "W": ("sample_width", "sample_size.last"),
 }  # fmt: skip
 # What the letters stand for where the configuration says nothing. No batch of one, which would be broadcast where the
 # model means something else; no size that is a usual number of channels.
-LETTERS = {"channels": 4, "B": 2, "T": 12, "F": 4, "H": 48, "W": 48, "N": 16, "h": 4, "w": 4}
+LETTERS = {"channels": 4, "B": 2, "T": 12, "F": 6, "H": 48, "W": 48, "N": 16, "h": 4, "w": 4}
 
 IMAGE, VIDEO, FRAMES_FIRST = "float B channels H W", "float B channels F H W", "float B F channels H W"
 PACKED, SERIES, VECTOR, LAST = "float B N channels", "float B channels W", "float B channels", "float B F H W channels"
@@ -59,16 +59,17 @@ LATENTS: dict[str, tuple[Any, ...]] = {
     "conv3d": (VIDEO, FRAMES_FIRST, IMAGE, PATCHES, *OTHERS),
     "": (IMAGE, VIDEO, PACKED, FRAMES_FIRST, SERIES, LAST, PATCHES, *OTHERS),
 }
-TIME = ("float B",)
+TIME = ("float B", "float B F", "float B 1 F")
 MASK = (None, "ones B T", "true B T")
 TEXT = (
     "float B T text", "float B T hidden_size", "float B N text", "float B W text", "float B T embedding_dim",
-    "float B num_text_layers T text", "float B #injection_layer_ids+1 T text", Repeat("B", "float T text"),
+    "float B T num_text_layers text", "float B*F T text", "float B #injection_layer_ids+1 T text", Repeat("B", "float T text"),
 )
 IMAGE_TOKENS = ("some B 4 image_dim", "some B 4 image_embed_dim", "some B 4 image_proj_dim")
 CONTROL = (
     "float B conditioning_channels H*8 W*8", "float B N channels+extra_condition_channels", PACKED, IMAGE,
-    "float B channels+extra_conditioning_channels H W", "float B conditioning_channels F H*8 W*8",
+    "float B channels+extra_conditioning_channels H W", "float B conditioning_channels F H W",
+    "float B ctrl_conditioning_channels H*8 W*8",
     Repeat("B", "float B conditioning_channels H*8 W*8"),
 )  # fmt: skip
 # Argument -> its shapes, likeliest first; None: left out, where the argument has a default (else that comes last).
@@ -78,6 +79,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("timestep", "timesteps", "t", "timestep_r", "r_timestep", "timestep_ratio"), TIME),
     **dict.fromkeys(("decoder_noise_time", "bb_ca_time", "local_latents_time"), TIME),
     "target_timestep": ("?flow_map float B",),
+    "vision_timesteps": ("float N",),
     "timestep_cond": ("float B time_cond_proj_dim",),
     "guidance": ("?guidance_embeds float B", "?guidance_embed float B"),
     # text
@@ -91,14 +93,16 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "text_embedding_mask_t5": ("ones B text_len_t5",),
     "text_lens": ("ones B",),
     "encoder_mask": ("ones B T",),
-    **dict.fromkeys(("encoder_attention_mask", "attention_mask", "encoder_hidden_states_mask"), MASK),
+    **dict.fromkeys(("encoder_attention_mask", "encoder_hidden_states_mask"), MASK),
+    "attention_mask": (*MASK, "true B H/patch*W/patch+T+1 H/patch*W/patch+T+1"),
+    "cross_attention_kwargs": (None, {}),
     "encoder_attention_mask_2": ("?text_embed_2_dim true B T",),
     "pooled_projections": ("float B pooled",),
     "pooled_embeds": ("float B pooled",),
     "pooled_text_emb": ("float B pooled",),
     "clip_text_pooled": ("float B 1 clip_text_pooled_in_channels",),
     "text_encoder_layers": (Repeat("num_layers+num_single_layers", "float B T text_encoder_dim"),),
-    "encoder_hidden_states_llama3": (Repeat("llama_layers.-1+1", "float B T caption_channels.1"),),
+    "encoder_hidden_states_llama3": (Repeat("llama_layers.last+1", "float B T caption_channels.1"),),
     # images and other conditions
     "encoder_hidden_states_image": IMAGE_TOKENS,
     "image_embeds": IMAGE_TOKENS,
@@ -134,6 +138,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "controlnet_cond": CONTROL,
     "control_type": ("float B num_control_type",),
     "control_type_idx": (Repeat("B", "=0"),),
+    "conditioning_mask": ("float B 1 F H W",),
     "control_hidden_states": ("float B vace_in_channels F H W",),
     "control_context": (Repeat("B", "float control_in_dim 1 H W"),),
     "controls_latents": ("float B latent_channels-2 F H W",),
@@ -166,6 +171,12 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
         "zeros N 3", "zeros T+N 3", "zeros B N 3", "zeros T+N+N 3", "zeros B H/patch*W/patch+T+1"),
     "segment_ids": ("zeros B N",),
     "indicator": ("zeros B N",),
+    "latents_clean": ("?has_clean_x_embedder float B channels 1 H W",),
+    "latents_history_2x": ("?has_clean_x_embedder float B channels 2 H W",),
+    "latents_history_4x": ("?has_clean_x_embedder float B channels 16 H W",),
+    "indices_latents_clean": ("?has_clean_x_embedder range 1",),
+    "indices_latents_history_2x": ("?has_clean_x_embedder range 2",),
+    "indices_latents_history_4x": ("?has_clean_x_embedder range 16",),
     "indices_latents": ("range F", "range B F"),
     "input_ids": ("zeros B H W", "zeros B T"),
     "chunk_partition": (Repeat("F", "=1"),),

@@ -43,7 +43,7 @@ class _Sizes:
         field, _, place = field.partition(".")
         value = self.config.get(field)
         if isinstance(value, (list, tuple)) and value:
-            value = len(value) if count else value[int(place or 0)]
+            value = len(value) if count else value[-1 if place == "last" else int(place or 0)]
         return int(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
     def evaluate(self, text: str) -> int:

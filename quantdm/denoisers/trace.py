@@ -1,7 +1,6 @@
 """Follow every tensor through one forward on the meta device: which weights made it, where a long skip joined it."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantdm.denoisers.aten import COMBINES, NORMS, PRODUCTS, carried_dim
 from quantdm.denoisers.constants import MAX_ELEMENTS, Constants, map_tensors, tensors_of
+from quantdm.denoisers.on_meta import friendly_to_meta
 from quantdm.denoisers.weights import WeightSpec, weight_specs
 
 
@@ -74,7 +74,7 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         handles.append(module.register_forward_hook(lambda _m, _a, _o: (scope.pop(), None)[1], always_call=True))
     inputs = map_tensors(inputs, tracer.valued)
     try:
-        with torch.no_grad(), _autocast_anywhere(), tracer:
+        with torch.no_grad(), friendly_to_meta(), tracer:
             result = model(**inputs)
     except Exception as error:  # whatever foreign code raises
         raise ForwardFailed(tracer.calls) from error
@@ -82,22 +82,10 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         for handle in handles:
             handle.remove()
     sources = (tracer.values.get(id(t), _UNKNOWN).source for t in tensors_of(_plain(result)))
-    return Trace(specs, tuple(tracer.ops), frozenset(s for s in sources if s is not None), tracer.seams)
-
-
-@contextmanager
-def _autocast_anywhere() -> Iterator[None]:
-    """Let a forward say `torch.autocast(x.device.type)`: there is none for the meta device, where dtypes do not matter."""
-    original = torch.autocast
-
-    def autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device_type == "meta" else original(device_type, *args, **kwargs)
-
-    torch.autocast = autocast  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        yield
-    finally:
-        torch.autocast = original
+    outputs = frozenset(source for source in sources if source is not None)
+    if not outputs:
+        raise ForwardFailed(tracer.calls) from ValueError("its output depends on none of its layers")
+    return Trace(specs, tuple(tracer.ops), outputs, tracer.seams)
 
 
 class _Tracer(TorchDispatchMode):
