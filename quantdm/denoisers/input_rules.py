@@ -21,6 +21,11 @@ class Repeat:
     item: Any
 
 
+@dataclass(frozen=True)
+class New:
+    """A new object of the class that the argument is annotated with, made from fields of the configuration."""
+
+
 # name -> fields of the configuration: the first that is there and not None ("field.1": the second entry of a list)
 SIZES: dict[str, tuple[str, ...]] = {
     "channels": (
@@ -49,6 +54,7 @@ PACKED, SERIES, VECTOR, LAST = "float B N channels", "float B channels W", "floa
 MASKED = "float B F H W channels*2+1"  # with the condition and its mask
 PATCHES = "float B N channels 1 patch patch"
 OTHERS = (
+    Repeat("B", "float out_dim F H W"),
     MASKED, "float B N channels*patch*patch","float B N audio_acoustic_hidden_dim", Repeat("B", "float channels 1 H W"))
 LATENT_ARGUMENTS = ("sample", "hidden_states", "x", "latents")
 # Kind of the first layer that reads the latents' channels -> what the latents may be, likeliest first.
@@ -65,7 +71,7 @@ TEXT = (
     "float B T text", "float B T hidden_size", "float B N text", "float B W text", "float B T embedding_dim",
     "float B T num_text_layers text", "float B*F T text", "float B #injection_layer_ids+1 T text", Repeat("B", "float T text"),
 )
-IMAGE_TOKENS = ("some B 4 image_dim", "some B 4 image_embed_dim", "some B 4 image_proj_dim")
+IMAGE_TOKENS = ("some B 1 clip_img_dim", "some B 4 image_dim", "?use_img_emb some B 257 1280", "some B 4 image_embed_dim", "some B 4 image_proj_dim")
 CONTROL = (
     "float B conditioning_channels H*8 W*8", "float B N channels+extra_condition_channels", PACKED, IMAGE,
     "float B channels+extra_conditioning_channels H W", "float B conditioning_channels F H W",
@@ -77,7 +83,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "return_dict": (False,),
     # time
     **dict.fromkeys(("timestep", "timesteps", "t", "timestep_r", "r_timestep", "timestep_ratio"), TIME),
-    **dict.fromkeys(("decoder_noise_time", "bb_ca_time", "local_latents_time"), TIME),
+    **dict.fromkeys(("decoder_noise_time", "bb_ca_time", "local_latents_time", "timestep_img", "timestep_text"), TIME),
     "target_timestep": ("?flow_map float B",),
     "vision_timesteps": ("float N",),
     "timestep_cond": ("float B time_cond_proj_dim",),
@@ -145,7 +151,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "condition_mask": (None, "float B 1 F H W"),
     "padding_mask": (None, "float 1 1 H W", "true B N"),
     "pose_hidden_states": ("float B latent_channels F-1 H W",),
-    "face_pixel_values": ("float B 3 F*4-3 motion_encoder_size motion_encoder_size",),
+    "face_pixel_values": ("float B 3 F*4-3 motion_encoder_size motion_encoder_size", "float B 3 F*4-7 motion_encoder_size motion_encoder_size",),
     # audio
     "audio_hidden_states": ("float B N audio_in_channels", "float B N in_audio_dim"),
     "audio_encoder_hidden_states": ("float B T text",),
@@ -168,7 +174,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "visual_rope_pos": (("range F", "range H/patch", "range W/patch"),),
     "text_rope_pos": ("range T",),
     "position_ids": (
-        "zeros N 3", "zeros T+N 3", "zeros B N 3", "zeros T+N+N 3", "zeros B H/patch*W/patch+T+1"),
+        "zeros N 3", "zeros T+N 3", "zeros 3 T+N", "zeros B N 3", "zeros T+N+N 3", "zeros B H/patch*W/patch+T+1"),
     "segment_ids": ("zeros B N",),
     "indicator": ("zeros B N",),
     "latents_clean": ("?has_clean_x_embedder float B channels 1 H W",),
@@ -178,13 +184,41 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "indices_latents_history_2x": ("?has_clean_x_embedder range 2",),
     "indices_latents_history_4x": ("?has_clean_x_embedder range 16",),
     "indices_latents": ("range F", "range B F"),
-    "input_ids": ("zeros B H W", "zeros B T"),
+    "input_ids": ("zeros B H W", "zeros B T", "zeros T"),
     "chunk_partition": (Repeat("F", "=1"),),
     "token_tags": ("zeros T+N+N",),
     "timestep_indices": ("zeros T+N+N",),
     "text_indices": ("range T",),
     **dict.fromkeys(("video_indices", "audio_indices"), ("range N",)),
     "text_indexes": ("range T",),
+    "und_len": ("=T",),
+    "sequence_length": ("=T+N",),
+    "vision_tokens": (["float 1 channels 1 h*latent_patch_size w*latent_patch_size"],),
+    "vision_token_shapes": ([("=1", "=h", "=w")],),
+    **dict.fromkeys(("vision_sequence_indexes", "vision_mse_loss_indexes"), ("range N",)),
+    "vision_noisy_frame_indexes": (["range 1"],),
+    "condition_latents": (Repeat("B", "float in_dim-out_dim F H W"),),
+    "seq_len": ("=F*H/patch*W/patch",),
+    "offset_grid_sizes": ("ones B 3",),
+    "kv_cache": (None, New()),
+    "kv_cache_mode": (None, "'extract"),
+    "latent_image_embeds": (IMAGE,),
+    "prompt_embeds": ("float B num_text_tokens text_dim",),
+    "chunk_plucker": ("float B chunk_plucker_channels F H W",),
+    "camera_conditions": ("float B F 20",),
+    "token_type": ("zeros B N",),
+    "bb_ca": ("float B N 3",),
+    "local_latents": (PACKED,),
+    "conditioning": ({"is_in_context_conditioning": "zeros B N", "supports_local_latent": "ones B N"},),
+    "image_cond_hidden_states": ("float B N cond_in_channels",),
+    "image_cond_ids": ("?cond_in_channels float N axes",),
+    "latent_cond": ("?use_latent_condition float B N channels",),
+    "latents_history_short": ("?has_multi_term_memory_patch float B channels 2 H W",),
+    "latents_history_mid": ("?has_multi_term_memory_patch float B channels 2 H W",),
+    "latents_history_long": ("?has_multi_term_memory_patch float B channels 16 H W",),
+    "indices_latents_history_short": ("?has_multi_term_memory_patch range B 2",),
+    "indices_latents_history_mid": ("?has_multi_term_memory_patch range B 2",),
+    "indices_latents_history_long": ("?has_multi_term_memory_patch range B 16",),
     # names of single models
     "inputs_embeds": ("float B 8 hidden_size",),
     "decoder_input_tokens": ("float B N channels",),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantdm.denoisers.input_rules import ARGUMENTS, LATENT_ARGUMENTS, LATENTS, LETTERS, SIZES, Repeat
+from quantdm.denoisers.input_rules import ARGUMENTS, LATENT_ARGUMENTS, LATENTS, LETTERS, SIZES, New, Repeat
 from quantdm.denoisers.weights import weight_specs
 
 
@@ -70,12 +70,22 @@ def choices_of(model: nn.Module, config: Mapping[str, Any]) -> tuple[dict[str, l
         rules = LATENTS[_input_kind(model, sizes)] if name in LATENT_ARGUMENTS else ARGUMENTS.get(name, ())
         listed = "list[" in str(parameter.annotation).lower().partition("dict")[0]
         rules = sorted(rules, key=lambda rule: listed != isinstance(rule, (list, Repeat)) and rule is not None)
-        values = [value for rule in rules for value in _values(rule, sizes) if not (required and value is None)]
+        made = ([_new(parameter, sizes)] if isinstance(rule, New) else _values(rule, sizes) for rule in rules)
+        values = [value for values in made for value in values if not (required and value is None)]
         if values:
             choices[name] = values if required or None in rules else [*values, None]
         elif required:
             missing.append(name)
     return choices, missing
+
+
+def _new(parameter: inspect.Parameter, sizes: _Sizes) -> Any:
+    """Return what the argument is annotated with, or None where that is no class that the configuration can make."""
+    made = parameter.annotation
+    if not inspect.isclass(made):
+        return None
+    names = list(inspect.signature(made).parameters)
+    return made(**{name: sizes.config[name] for name in names}) if set(names) <= set(sizes.config) else None
 
 
 def _input_kind(model: nn.Module, sizes: _Sizes) -> str:
@@ -104,12 +114,14 @@ def _make(rule: Any, sizes: _Sizes) -> Any:
     return _tensor(rule, sizes) if isinstance(rule, str) else rule
 
 
-def _tensor(text: str, sizes: _Sizes) -> Tensor | int:
+def _tensor(text: str, sizes: _Sizes) -> Tensor | int | str:
     words = text.split()
     while words[0][0] in "?!@":
         if not sizes.meets(words[0][0], words[0][1:]):
             raise _Unknown(words[0])
         words.pop(0)
+    if words[0].startswith("'"):
+        return words[0][1:]
     if words[0].startswith("="):
         return sizes.evaluate(words[0][1:])
     shape = [sizes.evaluate(word) for word in words[1:]]

@@ -48,9 +48,9 @@ _UNKNOWN = _Value()
 
 
 class ForwardFailed(Exception):
-    """A forward that raised, after `reached` operations."""
+    """A forward that raised; `reached` says after how many layers and operations."""
 
-    def __init__(self, reached: int) -> None:
+    def __init__(self, reached: tuple[int, int]) -> None:
         super().__init__(reached)
         self.reached = reached
 
@@ -77,14 +77,14 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         with torch.no_grad(), friendly_to_meta(), tracer:
             result = model(**inputs)
     except Exception as error:  # whatever foreign code raises
-        raise ForwardFailed(tracer.calls) from error
+        raise ForwardFailed(tracer.reached) from error
     finally:
         for handle in handles:
             handle.remove()
     sources = (tracer.values.get(id(t), _UNKNOWN).source for t in tensors_of(_plain(result)))
     outputs = frozenset(source for source in sources if source is not None)
     if not outputs:
-        raise ForwardFailed(tracer.calls) from ValueError("its output depends on none of its layers")
+        raise ForwardFailed(tracer.reached) from ValueError("its output depends on none of its layers")
     return Trace(specs, tuple(tracer.ops), outputs, tracer.seams)
 
 
@@ -96,7 +96,7 @@ class _Tracer(TorchDispatchMode):
         self.ops: list[Op] = []
         self.seams: dict[str, int] = {}
         self.scope: list[str] = []
-        self.calls = 0
+        self._calls = 0
         self.constants = Constants()
         self.values: dict[int, _Value] = {id(p): _Value(param=True) for p in model.parameters()}
         self.shapes = {s.name: s.shape for s in specs}
@@ -110,7 +110,7 @@ class _Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self.calls += 1
+        self._calls += 1
         out = self.constants.call(func, args, kwargs)
         name = func._schema.name.split("::")[-1]
         outs = list(tensors_of(out))
@@ -118,6 +118,11 @@ class _Tracer(TorchDispatchMode):
         if outs or func._schema.is_mutable:
             self._record(name.removesuffix("_") if func._schema.is_mutable else name, func, args, operands, outs)
         return out
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """How far the forward has come: layers and operations."""
+        return len(self._node_of), self._calls
 
     def valued(self, tensor: Tensor) -> Tensor:
         """Return an input on the meta device; masks, ids and positions that came without values are ones."""
