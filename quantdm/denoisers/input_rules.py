@@ -56,7 +56,7 @@ PATCHES = "float B N channels 1 patch patch"
 OTHERS = (
     Repeat("B", "float out_dim F H W"),
     MASKED, "float B N channels*patch*patch","float B N audio_acoustic_hidden_dim", Repeat("B", "float channels 1 H W"))
-LATENT_ARGUMENTS = ("sample", "hidden_states", "x", "latents")
+LATENT_ARGUMENTS = ("sample", "hidden_states", "x")
 # Kind of the first layer that reads the latents' channels -> what the latents may be, likeliest first.
 LATENTS: dict[str, tuple[Any, ...]] = {
     "linear": (PACKED, IMAGE, VIDEO, SERIES, VECTOR, LAST, *OTHERS),
@@ -119,16 +119,18 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "local_add_cond": ("float B local_add_cond_dim W",),
     "context_latents": (None, "float B N channels-audio_acoustic_hidden_dim"),
     "class_labels": (
-        "?projection_class_embeddings_input_dim float B projection_class_embeddings_input_dim",
-        "?num_class_embeds zeros B", "?num_embeds_ada_norm zeros B",
+        "?class_embed_type ?projection_class_embeddings_input_dim float B projection_class_embeddings_input_dim",
+        "?num_class_embeds zeros B", "?num_embeds_ada_norm zeros B", "?class_embed_type float B",
     ),
     "added_cond_kwargs": (
         {
             "text_embeds": "float B 0-addition_time_embed_dim*6+projection_class_embeddings_input_dim",
             "time_ids": "?addition_time_embed_dim float B 6",
+            "image_embeds": "?encoder_hid_dim_type float B encoder_hid_dim",
             "resolution": "@use_additional_conditions float B 2",
             "aspect_ratio": "@use_additional_conditions float B 1",
         },
+        {"text_embeds": "float B cross_attention_dim", "image_embeds": "float B cross_attention_dim"},
     ),
     "added_time_ids": ("float B projection_class_embeddings_input_dim/addition_time_embed_dim",),
     "image_meta_size": ("?use_style_cond_and_image_meta_size float B 6",),
@@ -147,6 +149,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "conditioning_mask": ("float B 1 F H W",),
     "control_hidden_states": ("float B vace_in_channels F H W",),
     "control_context": (Repeat("B", "float control_in_dim 1 H W"),),
+    "latents": ("float B latent_channels-2 F H W",),
     "controls_latents": ("float B latent_channels-2 F H W",),
     "condition_mask": (None, "float B 1 F H W"),
     "padding_mask": (None, "float 1 1 H W", "true B N"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ _UNKNOWN = _Value()
 
 
 class ForwardFailed(Exception):
-    """A forward that raised; `reached` says after how many layers and operations."""
+    """A forward that raised; of two failures, the one that came further has the greater `reached`."""
 
-    def __init__(self, reached: tuple[int, int]) -> None:
+    def __init__(self, reached: tuple[int, list[int]]) -> None:
         super().__init__(reached)
         self.reached = reached
 
@@ -77,14 +78,14 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         with torch.no_grad(), friendly_to_meta(), tracer:
             result = model(**inputs)
     except Exception as error:  # whatever foreign code raises
-        raise ForwardFailed(tracer.reached) from error
+        raise ForwardFailed(tracer.reached(error)) from error
     finally:
         for handle in handles:
             handle.remove()
     sources = (tracer.values.get(id(t), _UNKNOWN).source for t in tensors_of(_plain(result)))
     outputs = frozenset(source for source in sources if source is not None)
     if not outputs:
-        raise ForwardFailed(tracer.reached) from ValueError("its output depends on none of its layers")
+        raise ForwardFailed((0, [])) from ValueError("its output depends on none of its layers")
     return Trace(specs, tuple(tracer.ops), outputs, tracer.seams)
 
 
@@ -96,7 +97,6 @@ class _Tracer(TorchDispatchMode):
         self.ops: list[Op] = []
         self.seams: dict[str, int] = {}
         self.scope: list[str] = []
-        self._calls = 0
         self.constants = Constants()
         self.values: dict[int, _Value] = {id(p): _Value(param=True) for p in model.parameters()}
         self.shapes = {s.name: s.shape for s in specs}
@@ -110,7 +110,6 @@ class _Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self._calls += 1
         out = self.constants.call(func, args, kwargs)
         name = func._schema.name.split("::")[-1]
         outs = list(tensors_of(out))
@@ -119,10 +118,9 @@ class _Tracer(TorchDispatchMode):
             self._record(name.removesuffix("_") if func._schema.is_mutable else name, func, args, operands, outs)
         return out
 
-    @property
-    def reached(self) -> tuple[int, int]:
-        """How far the forward has come: layers and operations."""
-        return len(self._node_of), self._calls
+    def reached(self, error: Exception) -> tuple[int, list[int]]:
+        """Say how far a forward came: after how many layers, and at which lines of code, from the outside inwards."""
+        return len(self._node_of), [line for _, line in walk_tb(error.__traceback__)]
 
     def valued(self, tensor: Tensor) -> Tensor:
         """Return an input on the meta device; masks, ids and positions that came without values are ones."""
