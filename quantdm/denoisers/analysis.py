@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from quantdm.denoisers.assembly import build_graph
-from quantdm.denoisers.example_inputs import GIVE_INPUTS, infer_inputs, to_meta
+from quantdm.denoisers.example_inputs import failure, find_inputs, meta_copy, signature, to_meta
 from quantdm.denoisers.graph import Graph
-from quantdm.denoisers.trace import Trace, trace_forward
+from quantdm.denoisers.trace import ForwardFailed, Trace, trace_forward
 from quantdm.denoisers.weights import weight_specs
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest
@@ -60,17 +60,17 @@ def analyse(denoiser: nn.Module, *, example_inputs: Mapping[str, Any] | None = N
     )
     if example_inputs is None:
         example_inputs = _GIVEN.get(network)
-    key = digest(network, None if example_inputs is None else _signature(example_inputs))
+    key = digest(network, None if example_inputs is None else signature(example_inputs))
     if key not in _CACHE:
-        copy = _meta_copy(denoiser, config)
-        inputs = infer_inputs(copy, config) if example_inputs is None else to_meta(example_inputs)
-        try:
-            trace = trace_forward(copy, dict(inputs))
-        except Exception as error:  # whatever foreign code raises
-            raise QuantDMError(
-                f"{type(denoiser).__name__}: its forward fails on the meta device with inputs {_signature(inputs)}: "
-                f"{type(error).__name__}: {error}; {GIVE_INPUTS}"
-            ) from error
+        copy = meta_copy(denoiser, config)
+        if example_inputs is None:
+            inputs, trace = find_inputs(copy, config, trace_forward)
+        else:
+            inputs = to_meta(example_inputs)
+            try:
+                trace = trace_forward(copy, dict(inputs))
+            except ForwardFailed as error:
+                raise failure(copy, inputs, error) from error.__cause__
         _CACHE[key] = Analysis(trace, build_graph(trace))
         if example_inputs is not None:
             _GIVEN[network] = inputs
@@ -89,13 +89,6 @@ def _config(denoiser: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
 
 
-def _meta_copy(denoiser: nn.Module, config: dict[str, Any]) -> nn.Module:
-    # forked: constants that the constructor draws must not move the caller's random state
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        copy = type(denoiser).from_config(dict(config))  # pyright: ignore[reportAttributeAccessIssue]
-    return copy.to("meta").eval()
-
-
 def _check_modules(denoiser: nn.Module, layers: list[str]) -> None:
     """Refuse a denoiser whose layers are not those of its configuration."""
     present = {name for name, _ in denoiser.named_modules()}
@@ -106,13 +99,3 @@ def _check_modules(denoiser: nn.Module, layers: list[str]) -> None:
             f"{type(denoiser).__name__}: {len(odd)} layers do not follow from its configuration, the first is "
             f"{odd[0]} ({nearest(odd[0], layers)}); undo fused projections (unfuse_qkv_projections) and unload adapters"
         )
-
-
-def _signature(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{list(value.shape)}"
-    if isinstance(value, Mapping):
-        return {str(k): _signature(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_signature(v) for v in value]
-    return str(value)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantdm.denoisers.aten import COMBINES, NORMS, PRODUCTS, carried_dim
+from quantdm.denoisers.constants import MAX_ELEMENTS, Constants, map_tensors, tensors_of
+from quantdm.denoisers.on_meta import friendly_to_meta
 from quantdm.denoisers.weights import WeightSpec, weight_specs
 
 
@@ -45,12 +48,23 @@ class _Value:
 _UNKNOWN = _Value()
 
 
+class ForwardFailed(Exception):
+    """A forward that raised; of two failures, the one that came further has the greater `reached`."""
+
+    def __init__(self, reached: tuple[int, list[int]]) -> None:
+        super().__init__(reached)
+        self.reached = reached
+
+
 def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
     """Run `model(**inputs)` on the meta device and return its raw data-flow DAG.
 
     Args:
         model: a denoiser on the meta device, in eval mode; forward hooks are added for the time of the call.
-        inputs: keyword arguments; tensors on the meta device.
+        inputs: keyword arguments; tensors on the meta device, or with values on the CPU.
+
+    Raises:
+        ForwardFailed: from what the forward raised.
     """
     specs = weight_specs(model)
     tracer = _Tracer(model, specs)
@@ -59,14 +73,20 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: scope.append(name)))
         handles.append(module.register_forward_hook(lambda _m, _a, _o: (scope.pop(), None)[1], always_call=True))
+    inputs = map_tensors(inputs, tracer.valued)
     try:
-        with torch.no_grad(), tracer:
+        with torch.no_grad(), friendly_to_meta(), tracer:
             result = model(**inputs)
+    except Exception as error:  # whatever foreign code raises
+        raise ForwardFailed(tracer.reached(error)) from error
     finally:
         for handle in handles:
             handle.remove()
-    sources = (tracer.values.get(id(t), _UNKNOWN).source for t in _tensors(_plain(result)))
-    return Trace(specs, tuple(tracer.ops), frozenset(s for s in sources if s is not None), tracer.seams)
+    sources = (tracer.values.get(id(t), _UNKNOWN).source for t in tensors_of(_plain(result)))
+    outputs = frozenset(source for source in sources if source is not None)
+    if not outputs:
+        raise ForwardFailed((0, [])) from ValueError("its output depends on none of its layers")
+    return Trace(specs, tuple(tracer.ops), outputs, tracer.seams)
 
 
 class _Tracer(TorchDispatchMode):
@@ -77,6 +97,7 @@ class _Tracer(TorchDispatchMode):
         self.ops: list[Op] = []
         self.seams: dict[str, int] = {}
         self.scope: list[str] = []
+        self.constants = Constants()
         self.values: dict[int, _Value] = {id(p): _Value(param=True) for p in model.parameters()}
         self.shapes = {s.name: s.shape for s in specs}
         self._node_of: dict[str, int] = {}
@@ -89,15 +110,23 @@ class _Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if any(t.is_meta for t in _tensors((args, kwargs))):  # constants that the model made on the CPU join the rest
-            args, kwargs = _to_meta(args), _to_meta(kwargs)
-        out = func(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+        out = self.constants.call(func, args, kwargs)
         name = func._schema.name.split("::")[-1]
-        outs = list(_tensors(out))
-        operands = list(_tensors((args, kwargs)))
+        outs = list(tensors_of(out))
+        operands = list(tensors_of((args, kwargs)))
         if outs or func._schema.is_mutable:
             self._record(name.removesuffix("_") if func._schema.is_mutable else name, func, args, operands, outs)
         return out
+
+    def reached(self, error: Exception) -> tuple[int, list[int]]:
+        """Say how far a forward came: after how many layers, and at which lines of code, from the outside inwards."""
+        return len(self._node_of), [line for _, line in walk_tb(error.__traceback__)]
+
+    def valued(self, tensor: Tensor) -> Tensor:
+        """Return an input on the meta device; masks, ids and positions that came without values are ones."""
+        if tensor.is_meta and not tensor.is_floating_point() and tensor.numel() <= MAX_ELEMENTS:
+            tensor = torch.ones(tensor.shape, dtype=tensor.dtype)
+        return tensor if tensor.is_meta else self.constants.lift(tensor)
 
     def _record(self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], outs: list[Tensor]) -> None:
         values = [self.values.get(id(t), _UNKNOWN) for t in operands]
@@ -245,26 +274,5 @@ def _unique(nodes: Iterable[int | None]) -> list[int]:
     return list(dict.fromkeys(n for n in nodes if n is not None))
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _tensors(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from _tensors(value)
-
-
 def _plain(result: Any) -> Any:
     return list(result.values()) if hasattr(result, "values") and not isinstance(result, Tensor) else result
-
-
-def _to_meta(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree if tree.is_meta else tree.to("meta")
-    if isinstance(tree, dict):
-        return {key: _to_meta(value) for key, value in tree.items()}
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_to_meta(value) for value in tree)
-    return tree
