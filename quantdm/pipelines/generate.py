@@ -115,6 +115,13 @@ def generate_batches(
             progress(len(batch))
 
 
+def count_calls(pipe: DiffusionPipeline, protocol: Protocol, images: int) -> int:
+    """Return how many calls of the pipeline make that many images: one batch is one call."""
+    signature = CallSignature.of(pipe)
+    alone = stands_alone(signature, protocol, output_of(signature, protocol))
+    return len(list(plan(signature, protocol, images, first=0, most=1 if alone else auto_batch(pipe, protocol))))
+
+
 @torch.no_grad()
 def _call(pipe: DiffusionPipeline, settings: dict[str, Any], batch: list[int]) -> Any:
     """Call a pipeline; what it refuses is one clear error."""

@@ -109,8 +109,8 @@ class Protocol(BaseModel):
             raise QuantDMError(f"{', '.join(new)}: known from version 2 on; write `version: 2`")
         if self.argument is None or self.guidance_scale is None or self.real not in (None, "digits"):
             raise QuantDMError(
-                f"argument {self.argument!r}, guidance_scale {self.guidance_scale}, real {self.real!r}: version 1 needs "
-                "the first two, and has no real images but digits; write `version: 2`"
+                f"argument {self.argument!r}, guidance_scale {self.guidance_scale}, real {self.real!r}: version 1 "
+                "needs the first two, and has no real images but digits; write `version: 2`"
             )
 
     @property

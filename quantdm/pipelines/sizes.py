@@ -12,7 +12,9 @@ from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol
 
 MOST_IMAGES = 250  # of one batch
-_COPIES = 8  # of the widest feature map that are alive at once: measured 2 (VAE decoders) to 7 (pixel U-Nets)
+# How many feature maps of the widest kind at full size are alive at once: measured in the decoder of SD (256 and 512
+# pixels, one and four images) 4.1 to 5.3, in U-Nets on pixels, which keep what they pass on by skips, 10 to 15.
+_OF_DECODER, _OF_UNET = 6, 16
 _USUAL_WIDTH = 256  # channels at full size where no configuration tells them: those of the decoder of SD, SDXL, FLUX
 _LEAST_BUDGET = 2**30
 
@@ -54,15 +56,16 @@ def bytes_per_image(pipe: DiffusionPipeline, protocol: Protocol) -> int:
     """Estimate the memory that one image of a batch needs beside the weights, from configurations alone.
 
     The largest of all activations are the feature maps at full size: of the decoder, whose first block of full size
-    takes those of the second width, or of a U-Net on pixels. `_COPIES` of them are alive at once.
+    takes those of the second width, or of a U-Net on pixels. Beside them latents are small.
     """
     width, height = image_size(pipe, protocol)
     decoder = next((part for name in ("vae", "vqvae", "movq") if (part := getattr(pipe, name, None)) is not None), None)
     if decoder is not None:
-        channels = max(_widths(decoder)[:2], default=_USUAL_WIDTH)
+        channels, copies = max(_widths(decoder)[:2], default=_USUAL_WIDTH), _OF_DECODER
     else:
-        channels = max((w for part in find_denoisers(pipe).values() for w in _widths(part)[:2]), default=_USUAL_WIDTH)
-    return width * height * channels * 4 * _COPIES
+        widths = [w for part in find_denoisers(pipe).values() for w in _widths(part)[:2]]
+        channels, copies = max(widths, default=_USUAL_WIDTH), _OF_UNET
+    return width * height * channels * copies * 4
 
 
 def auto_batch(pipe: DiffusionPipeline, protocol: Protocol) -> int:
