@@ -44,6 +44,8 @@ class CallSignature:
         """Read the signature of a pipeline; the parts are looked at only for what they are called."""
         parts = vars(pipe).get("_internal_dict") or {}
         decoders = any(re.search(r"vae|vq|movq|decoder|image_encoder", name) for name in parts)
+        if not callable(pipe):
+            raise QuantDMError(f"{type(pipe).__name__}: cannot be called, expected a pipeline that makes something")
         parameters = inspect.signature(pipe.__call__).parameters
         return cls(type(pipe).__name__, parameters, frozenset(_fields_of_outputs(type(pipe))), decoders)
 
