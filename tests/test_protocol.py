@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -17,7 +18,7 @@ from quantdm.cli.main import app
 from quantdm.metrics.door import check_measures
 from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.inputs import Drawn, Picture
-from quantdm.pipelines.protocol import known_protocols, protocol_schema
+from quantdm.pipelines.protocol import default_protocol, known_protocols, protocol_schema
 from quantdm.pipelines.sizes import MOST_IMAGES, auto_batch, budget, bytes_per_image, image_size
 from quantdm.runs.run import Run, RunSettings
 from tests.pipeline_kinds import PROMPTS, make, picture, sd_parts
@@ -355,6 +356,12 @@ def test_shipped_protocols_are_read_by_name_and_say_what_they_promise(name):
         assert len(set(protocol.values)) == len(protocol.values) == int(name.rpartition("-")[2])
 
 
+def test_a_pipeline_that_is_called_like_a_protocol_needs_its_own(tmp_path):
+    assert default_protocol("digits-sd") == load_protocol("digits-sd")
+    for model in ("video", "inpainting", "", str(tmp_path)):
+        refused("no protocol for model", lambda m=model: default_protocol(m))
+
+
 SERVES = {
     "text-to-image-64": lambda: load_pipeline("digits-sd"),
     "text-to-image-512": lambda: load_pipeline("digits-sd"),
@@ -381,3 +388,25 @@ def test_the_classes_of_imagenet_are_served():
     pipe = DiTPipeline(transformer, sd_parts()["vae"], DDIMScheduler())
     check_measures(pipe, load_protocol("class-conditional"))
     assert len(set(load_protocol("class-conditional").values)) == 100
+
+
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "protocol.md").read_text()
+
+
+@pytest.mark.parametrize(("index", "kind"), list(enumerate(["text-to-image", "inpainting", "ddpm"])))
+def test_the_examples_of_the_page_are_right(index, kind, tmp_path):
+    examples = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    assert len(examples) == 3
+    (tmp_path / "pictures").mkdir()
+    for name in ("room", "hall", "hole"):
+        picture(tmp_path / f"pictures/{name}.png", (40, 36))
+    (tmp_path / "p.yaml").write_text(examples[index].replace("  max_sequence_length: 128\n", ""))  # of larger encoders
+    pipe, protocol = make(kind)[0], load_protocol(tmp_path / "p.yaml")
+    check_measures(pipe, protocol)
+    if kind != "text-to-image":
+        assert generate(pipe, protocol, [1, 2], steps=2).isfinite().all()
+
+
+def test_the_page_names_every_key_and_every_shipped_protocol():
+    for name in (*Protocol.model_fields, *known_protocols()):
+        assert f"`{name}`" in PAGE, name

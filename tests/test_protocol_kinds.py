@@ -17,6 +17,10 @@ from quantdm.pipelines.drawn import CLIP_FRAMES, KINDS, draw
 from quantdm.pipelines.generate import count_calls
 from quantdm.pipelines.subject import look_at
 from quantdm.runs.evaluator import NOISE_CALLS, Evaluator
+from quantdm.runs.run import Run
+from quantdm.runs.settings import Effort, make_settings
+from quantdm.runs.stages import build_bank
+from quantdm.schemes import Scheme
 from tests.pipeline_kinds import KINDS as PIPELINES
 from tests.pipeline_kinds import make, unet
 
@@ -127,10 +131,16 @@ def test_real_images_come_from_a_folder(tmp_path):
 
 def test_sensitivities_see_every_image_where_calls_make_one(tmp_path):
     pipe, protocol = make("image-to-image")
-    evaluator = object.__new__(Evaluator)  # without a bank: only what is recorded counts
-    settings = type("Settings", (), {"seed": 0, "noise_images": 3, "label_steps": 3})
-    evaluator.run, evaluator.subject = type("Run", (), {"settings": settings}), look_at(pipe)
-    evaluator.protocol, evaluator._calls = protocol, None
+    subject, options = look_at(pipe), [Scheme.parse("uniform-channel-2"), Scheme.parse("uniform-channel-8")]
+    settings = make_settings(
+        subject, target_bits=4.0, target_bytes=None, trials=30, seed=0, options=options, protocol=protocol,
+        effort=Effort(2, 3, 2, 3),
+    )  # fmt: skip
+    run = Run.create(tmp_path / "run", settings)
+    build_bank(run, subject)
+    evaluator = Evaluator(run, subject)
+    rough, fine = evaluator.sensitivity("conv_in")
+    assert rough > 10 * fine > 0
     calls = evaluator._recorded()["unet"]
     assert len(calls) % 3 == 0
     assert 3 <= len(calls) <= 3 * NOISE_CALLS
@@ -148,7 +158,7 @@ def test_the_command_line_lays_a_video_out_as_a_row_of_frames(tmp_path):
         assert grid.size == (3 * 32, 2 * 32)
 
 
-# -------------------------------------------------------------------------------------------------------- drawn and seen
+# ------------------------------------------------------------------------------------------------------- drawn and seen
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -164,9 +174,10 @@ def test_drawn_pictures_follow_from_their_number_alone(kind):
         assert not np.array_equal(frames[0], frames[-1])
 
 
-@pytest.mark.parametrize(
-    "shape", [(4, 3, 32, 32), (4, 1, 8, 8), (4, 3, 4, 4), (4, 16, 8, 8), (4, 64, 32), (4, 4, 3, 8, 8)]
-)
+SHAPES = [(4, 3, 32, 32), (4, 1, 8, 8), (4, 3, 4, 4), (4, 16, 8, 8), (4, 64, 32), (4, 4, 3, 8, 8)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_the_pyramid_sees_blur_noise_and_shifted_colours(shape):
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     found = pyramid_features(x)

@@ -20,6 +20,7 @@ from pydantic import (
 
 from quantdm.errors import QuantDMError, nearest
 from quantdm.pipelines.inputs import Column, Constant, JsonLines, Several, Value, pictures_in, placed, resolve
+from quantdm.pipelines.loading import known_pipelines
 
 FIRST_ARGUMENTS = ("prompt", "class_labels")  # all that protocol 1 knows
 _VALUE: TypeAdapter = TypeAdapter(Value)
@@ -251,7 +252,7 @@ def default_protocol(model: str) -> Protocol:
     Raises:
         QuantDMError: there is none; says how to write one.
     """
-    if model in known_protocols():
+    if model in known_pipelines():  # a pipeline of somebody's own may be called like a shipped protocol
         return load_protocol(model)
     raise QuantDMError(
         f"no protocol for model {model or '(built in memory)'!r}; pass protocol=load_protocol('my.yaml') with the "
