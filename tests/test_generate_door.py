@@ -1,4 +1,4 @@
-"""What makes no images is refused at the door; images of one channel, and one image alone, are fine."""
+"""What makes no images or videos is refused at the door; images of one channel, and one image alone, are fine."""
 
 import diffusers
 import pytest
@@ -15,26 +15,25 @@ from quantdm.runs.settings import Effort
 
 PROMPT = Protocol(argument="prompt", values=("a",), steps=1, guidance_scale=2.0, features="digits")
 REFUSED = {
-    "makes videos": (
-        "AnimateDiffPipeline", "WanPipeline", "CogVideoXPipeline", "LTXPipeline", "MochiPipeline", "LattePipeline",
-        "SanaVideoPipeline", "HunyuanVideo15Pipeline", "StableVideoDiffusionPipeline", "VideoToVideoSDPipeline",
-        "TextToVideoSDPipeline",
-    ),
     "makes audios": ("StableAudioPipeline", "AudioLDM2Pipeline", "MusicLDMPipeline"),
     "needs a picture": (
         "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", "FluxInpaintPipeline", "FluxFillPipeline",
         "StableDiffusion3InpaintPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionUpscalePipeline",
         "StableDiffusionControlNetPipeline", "StableDiffusionInstructPix2PixPipeline", "FluxImg2ImgPipeline",
+        "VideoToVideoSDPipeline",
     ),
     "it takes no condition at all": ("DDPMPipeline", "DDIMPipeline"),
+    "argument is image": ("StableVideoDiffusionPipeline",),
     "makes image_embeds": ("KandinskyPriorPipeline",),
     "needs image_embeddings": ("StableCascadeDecoderPipeline",),
-    "takes no guidance_scale": ("HunyuanImagePipeline",),
+    "takes no guidance_scale": ("HunyuanImagePipeline", "HunyuanVideo15Pipeline"),
 }  # fmt: skip
 TAKEN = (
     "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "Flux2Pipeline",
     "FluxKontextPipeline", "PixArtAlphaPipeline", "PixArtSigmaPipeline", "HunyuanDiTPipeline", "SanaPipeline",
     "QwenImagePipeline", "Lumina2Pipeline", "ZImagePipeline", "Kandinsky3Pipeline", "IFPipeline", "CogView4Pipeline",
+    "AnimateDiffPipeline", "WanPipeline", "CogVideoXPipeline", "LTXPipeline", "MochiPipeline", "LattePipeline",
+    "SanaVideoPipeline", "TextToVideoSDPipeline",
 )  # fmt: skip
 
 
@@ -44,7 +43,7 @@ def bare(name):
 
 
 @pytest.mark.parametrize(("expected", "name"), [(kind, name) for kind, names in REFUSED.items() for name in names])
-def test_a_pipeline_that_makes_no_images_from_noise_is_refused(expected, name):
+def test_a_pipeline_that_makes_no_images_from_this_protocol_is_refused(expected, name):
     with pytest.raises(QuantDMError, match=expected) as error:
         check_generates(bare(name), PROMPT)
     assert name in str(error.value)
@@ -52,7 +51,7 @@ def test_a_pipeline_that_makes_no_images_from_noise_is_refused(expected, name):
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_text_to_image_pipelines_are_taken(name):
+def test_text_to_image_and_text_to_video_pipelines_are_taken(name):
     check_generates(bare(name), PROMPT)
 
 

@@ -77,7 +77,7 @@ def test_classifier_knows_the_test_digits_and_features_do_not_depend_on_the_batc
 
 
 def test_an_unknown_extractor_is_one_clear_error(tmp_path):
-    with pytest.raises(QuantDMError, match="expected 'digits' or 'clip:"):
+    with pytest.raises(QuantDMError, match="expected one of digits, pyramid, clip:"):
         load_extractor("inception")
     with pytest.raises(QuantDMError, match="no CLIP model"):
         load_extractor(f"clip:{tmp_path}")

@@ -12,9 +12,10 @@ from quantdm.machine import fast_dtype
 from quantdm.metrics.evaluate import check_draws, evaluate
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.checks import check_generates
-from quantdm.pipelines.generate import as_bytes, generate
+from quantdm.pipelines.generate import as_pictures, generate
 from quantdm.pipelines.loading import load_pipeline, model_name
 from quantdm.pipelines.protocol import Protocol, default_protocol, load_protocol
+from quantdm.pipelines.sizes import auto_batch
 from quantdm.progress import bar
 
 SIGNATURE = ("Software", "quantdm")  # in the PNG: what may be replaced
@@ -47,8 +48,16 @@ def generate_grid(
     check_generates(pipe, chosen)
     draw = Draw(seed, images, steps or chosen.steps)
     with bar(images, "generate") as progress:
-        pixels = generate(pipe, chosen, draw.seeds, steps=draw.steps, batch_size=50, progress=progress.update)
-    grid = image_grid(as_bytes(pixels), min(columns, images))
+        pixels = generate(
+            pipe,
+            chosen,
+            draw.seeds,
+            steps=draw.steps,
+            batch_size=min(50, auto_batch(pipe, chosen)),
+            progress=progress.update,
+        )
+    across = pixels.shape[1] if pixels.ndim == 5 else min(columns, images)  # a video is a row of frames
+    grid = image_grid(as_pictures(pixels, chosen), across)
     signed = PngInfo()
     signed.add_text(*SIGNATURE)
     with atomic_path(out) as temporary:

@@ -84,8 +84,11 @@ def import_(
 
 
 @app.command(epilog="Example: quantdm schema > recipe.schema.json")
-def schema() -> None:
-    """Print the JSON schema of recipe files, for editors and other tools."""
+def schema(
+    protocol: Annotated[bool, typer.Option("--protocol", help="Of protocol files instead of recipes.")] = False,
+) -> None:
+    """Print the JSON schema of recipe files, or of protocol files, for editors and other tools."""
+    from quantdm.pipelines.protocol import protocol_schema
     from quantdm.recipe import recipe_schema
 
-    typer.echo(json.dumps(recipe_schema(), indent=1))
+    typer.echo(json.dumps(protocol_schema() if protocol else recipe_schema(), indent=1))

@@ -135,6 +135,8 @@ def _head(recipe: Recipe, index: dict[str, Any]) -> dict[str, Any]:
 
 def _results(summary: dict[str, Any]) -> str:
     protocol, noise = summary["protocol"], summary["fp_noise"]["mean"]
+    scale = protocol["guidance_scale"]
+    guidance = "as the pipeline has it" if scale is None else f"{scale:g}"
     apart = "" if noise is None else f"; two full-precision draws of different noises are {noise:.4f} apart"
     lines = [
         "| weights | bits | denoiser | fid_fp | PSNR | FID to real images |",
@@ -148,7 +150,7 @@ def _results(summary: dict[str, Any]) -> str:
     return "\n".join(lines) + (
         f"\n\nMeans over {len(protocol['draws'])} draws of {protocol['images']} images (seeds "
         f"{', '.join(map(str, protocol['draws']))}), {protocol['steps']} steps, guidance "
-        f"{protocol['guidance_scale']:g}. `fid_fp` is the Frechet distance to the full-precision images of the same "
+        f"{guidance}. `fid_fp` is the Frechet distance to the full-precision images of the same "
         f"noises ({protocol['features']} features; {protocol['fid']}){apart}. "
         f"{_blank(summary['rows'])}Figures compare rows of this table, not other papers'."
     )

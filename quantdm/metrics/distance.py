@@ -60,6 +60,12 @@ def psnr(images: torch.Tensor, reference: torch.Tensor) -> float:
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
+def psnr_of_bytes(images: torch.Tensor, reference: torch.Tensor) -> float:
+    """Return the PSNR in dB of paired uint8 images, summed exactly, image by image; infinite for equal images."""
+    error = sum(int((a.int() - b.int()).square().sum()) for a, b in zip(images, reference, strict=True))
+    return math.inf if error == 0 else 10 * math.log10(255**2 * images.numel() / error)
+
+
 def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
     """Return |output - reference|^2 / |reference|^2 (SQNR in dB is -10 log10 of it).
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
 from quantdm.metrics import load_extractor
+from quantdm.metrics.door import check_measures
 from quantdm.metrics.samples import Draw, compare, compare_real, count_blank, draw_samples
 from quantdm.metrics.statistics import mean_and_sd, totals
-from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 
@@ -21,7 +21,7 @@ def evaluate(
     num_images: int = 1000,
     seeds: Sequence[int] = (101, 102, 103),
     steps: int | None = None,
-    batch_size: int = 250,
+    batch_size: int | Literal["auto"] = "auto",
 ) -> dict[str, Any]:
     """Measure a pipeline: Frechet distances and paired error, mean and standard deviation over seeds.
 
@@ -32,6 +32,7 @@ def evaluate(
         num_images: images per seed; compare figures of equal `num_images` only.
         seeds: base seeds, one draw each.
         steps: denoising steps (None: the protocol's).
+        batch_size: images at once at most ("auto": found from memory); figures do not depend on it.
 
     Returns:
         `rows`: one record per seed with fid_fp, psnr_fp, fid_real, agreement, seconds (those that apply), flagged and
@@ -40,13 +41,13 @@ def evaluate(
         was measured.
 
     Raises:
-        QuantDMError: fewer than two images, no seeds, a pipeline that makes no images from this protocol, NaN or
+        QuantDMError: fewer than two images, no seeds, a pipeline that cannot be measured by this protocol, NaN or
             infinite pixels or features, or no image that shows anything.
     """
     check_draws(num_images, seeds)
     for each in (pipe, reference):
         if each is not None:
-            check_generates(each, protocol)
+            check_measures(each, protocol)
     extractor = load_extractor(protocol.features)
     rows = []
     for seed in seeds:

@@ -6,26 +6,55 @@ import torch
 
 from quantdm.errors import QuantDMError
 from quantdm.metrics.classifier import load_digit_classifier
+from quantdm.metrics.pyramid import pyramid_features
 
 Extractor = Callable[[torch.Tensor], torch.Tensor]
+
+
+def known_extractors() -> tuple[str, ...]:
+    """Return what features there are, as a protocol names them."""
+    return (*_BUILT_IN, "clip:PATH_OR_HUB_ID")
+
+
+def check_extractor(name: str) -> None:
+    """Check that there is a feature extractor of that name, without loading its weights.
+
+    Raises:
+        QuantDMError: there is none; the known ones are listed.
+    """
+    path = name.removeprefix("clip:")
+    if name not in _BUILT_IN and (path == name or not path.strip()):
+        raise QuantDMError(f"features: got {name!r}, expected one of {', '.join(known_extractors())}")
+    if path != name:
+        from transformers import CLIPVisionConfig
+
+        try:
+            CLIPVisionConfig.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise QuantDMError(f"features: no CLIP model at {path!r} ({str(error).splitlines()[0]})") from None
 
 
 def load_extractor(name: str) -> Extractor:
     """Return the feature extractor of that name.
 
     Args:
-        name: "digits" (the embedded classifier, 64 features) or "clip:PATH" (the image tower of a CLIP model that
-            transformers can open, from a directory or the hub).
+        name: "digits" (the embedded classifier, 64 features), "pyramid" (statistics of colours and edges, see
+            pyramid.py; of latents, too) or "clip:PATH" (the image tower of a CLIP model that transformers can open,
+            from a directory or the hub).
 
     Raises:
         QuantDMError: unknown name, or the CLIP model cannot be opened.
     """
-    if name == "digits":
-        classifier = load_digit_classifier()
-        return torch.no_grad()(lambda images: classifier.features(images))
-    if name.startswith("clip:"):
-        return _clip_extractor(name.removeprefix("clip:"))
-    raise QuantDMError(f"features: got {name!r}, expected 'digits' or 'clip:PATH_OR_HUB_ID'")
+    check_extractor(name)
+    return _BUILT_IN[name]() if name in _BUILT_IN else _clip_extractor(name.removeprefix("clip:"))
+
+
+def _digit_extractor() -> Extractor:
+    classifier = load_digit_classifier()
+    return torch.no_grad()(lambda images: classifier.features(images))
+
+
+_BUILT_IN: dict[str, Callable[[], Extractor]] = {"digits": _digit_extractor, "pyramid": lambda: pyramid_features}
 
 
 def _clip_extractor(path: str) -> Extractor:
@@ -47,5 +76,6 @@ def _clip_extractor(path: str) -> Extractor:
 
 
 def batched(extractor: Extractor, images: torch.Tensor, batch_size: int = 500) -> torch.Tensor:
-    """Extract features batch by batch."""
-    return torch.cat([extractor(images[i : i + batch_size]) for i in range(0, len(images), batch_size)])
+    """Extract features batch by batch; images in bytes become numbers in [0, 1] batch by batch, too."""
+    batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
+    return torch.cat([extractor(each.float() / 255 if each.dtype == torch.uint8 else each) for each in batches])

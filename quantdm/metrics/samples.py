@@ -4,20 +4,25 @@ import time
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 
 from quantdm.errors import QuantDMError, told
 from quantdm.files import load_tensors, save_tensors
-from quantdm.metrics import batched, frechet_distance, load_extractor, psnr
+from quantdm.metrics import batched, frechet_distance, load_extractor
 from quantdm.metrics.classifier import load_digit_classifier
-from quantdm.metrics.distance import check_features
+from quantdm.metrics.distance import check_features, psnr_of_bytes
 from quantdm.metrics.features import Extractor
 from quantdm.pipelines.embedded.digits import digit_of, load_digit_images
-from quantdm.pipelines.generate import as_bytes, generate_flagged
+from quantdm.pipelines.generate import Generated, as_pictures, generate_batches
+from quantdm.pipelines.inputs import open_picture, pictures_in
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.text_memory import memoized_text_encoders
+
+DIGITS = "digits"  # the real images that are built in
 
 
 @dataclass(frozen=True)
@@ -36,12 +41,16 @@ class Draw:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images as a user gets them (uint8 [N, 3, H, W]), their features (float32 [N, F]) and flags (bool [N])."""
+    """Images as a user gets them (uint8 [N, C, H, W]), their features (float32 [N, F]) and flags (bool [N]).
+
+    Videos are their frames, one after another; latents are grey pictures, one channel below the other.
+    """
 
     images: torch.Tensor
     features: torch.Tensor
     seconds: float  # of generating
     flagged: torch.Tensor  # by the pipeline's safety checker, which hands out black images instead
+    frames: int = 1  # of each video
 
     @cached_property
     def constant(self) -> torch.Tensor:
@@ -52,7 +61,7 @@ class Samples:
     def save(self, path: str | Path) -> None:
         """Write the tensors to one safetensors file."""
         tensors = {"images": self.images, "features": self.features, "flagged": self.flagged}
-        save_tensors(path, tensors, {"seconds": self.seconds})
+        save_tensors(path, tensors, {"seconds": self.seconds, "frames": self.frames})
 
     @classmethod
     def load(cls, path: str | Path) -> "Samples":
@@ -64,7 +73,8 @@ class Samples:
         tensors, metadata = load_tensors(path)
         if "flagged" not in tensors:
             raise QuantDMError(f"{path}: does not say which images were flagged; delete it and run the stage again")
-        return cls(tensors["images"], tensors["features"], metadata["seconds"], tensors["flagged"])
+        found = tensors["images"], tensors["features"], metadata["seconds"], tensors["flagged"]
+        return cls(*found, frames=metadata.get("frames", 1))
 
 
 def draw_samples(
@@ -73,17 +83,18 @@ def draw_samples(
     extractor: Extractor,
     draw: Draw,
     *,
-    batch_size: int = 250,
+    batch_size: int | Literal["auto"] = "auto",
     what: str = "the pipeline",
     may_be_constant: bool = False,
 ) -> Samples:
-    """Generate one image per seed of the draw and extract its features.
+    """Generate one image (or video) per seed of the draw; of every batch only bytes and features are kept.
 
     Args:
         pipe: the pipeline.
         protocol: what is asked for.
         extractor: of the features.
         draw: the noises.
+        batch_size: images at once at most ("auto": found from memory).
         what: what makes the images, for errors.
         may_be_constant: whether images of one colour only are a result: of a configuration that is compared with sound
             images they are, and it is far from them.
@@ -92,12 +103,14 @@ def draw_samples(
         QuantDMError: NaN or infinite pixels or features, or no image that shows anything; says of what and which draw.
     """
     with told(f"draw {draw.base_seed} ({draw.images} images, {draw.steps} steps) of {what}"):
-        start = time.monotonic()
+        kept, seconds, mark = [], 0.0, time.monotonic()
         with memoized_text_encoders(pipe):
-            found = generate_flagged(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size)
-        seconds = time.monotonic() - start
-        rounded = as_bytes(found.images)
-        samples = Samples(rounded, batched(extractor, rounded.float() / 255), seconds, found.flagged)
+            for found in generate_batches(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size):
+                seconds += time.monotonic() - mark
+                kept.append(_reduced(found, protocol, extractor))
+                mark = time.monotonic()
+        images, features, flagged = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        samples = Samples(images, features, seconds, flagged, frames=len(images) // draw.images)
         check_features(samples.features)
         blank = samples.flagged if may_be_constant else samples.flagged | samples.constant
         if blank.all():
@@ -107,6 +120,16 @@ def draw_samples(
                 "pipeline with safety_checker=None, ask for other prompts, or load it in float32"
             )
     return samples
+
+
+def _reduced(
+    found: Generated, protocol: Protocol, extractor: Extractor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return bytes, features and flags of one batch, of videos those of every frame."""
+    pictures = as_pictures(found.images, protocol)
+    latents = protocol.output == "latent"
+    features = batched(extractor, found.images if latents else pictures)
+    return pictures, features, found.flagged.repeat_interleave(len(pictures) // len(found.images))
 
 
 def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
@@ -122,7 +145,7 @@ def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
             f"samples: got {tuple(samples.images.shape)} against a reference {tuple(reference.images.shape)}; "
             "both must come from the same draw"
         )
-    paired = psnr(samples.images.float() / 255, reference.images.float() / 255)
+    paired = psnr_of_bytes(samples.images, reference.images)
     return {
         "fid_fp": frechet_distance(samples.features, reference.features),
         "psnr_fp": None if paired == float("inf") else paired,
@@ -141,28 +164,47 @@ def compare_real(samples: Samples, protocol: Protocol) -> dict[str, float]:
     """Compare samples with real images where the protocol names some.
 
     Returns:
-        fid_real: Frechet distance to the real test images. agreement: share of images that the classifier takes for
-        the digit that was asked for; absent where a value of the protocol names no digit. Empty if the protocol names
-        no real images.
+        fid_real: Frechet distance to the real images: the test digits, or the pictures of a folder, scaled and cropped
+        to the size of the samples. agreement: share of images that the classifier takes for the digit that was asked
+        for; absent where the real images are no digits, or a condition names none. Empty if the protocol names no real
+        images.
     """
     if protocol.real is None:
         return {}
-    figures = {"fid_real": frechet_distance(samples.features, _real_features(protocol.features))}
-    digits = [digit_of(value) for value in protocol.values]
-    if None not in digits:
-        asked = torch.tensor([digits[i % len(digits)] for i in range(len(samples.images))])
+    height, width = samples.images.shape[-2:]
+    real = _real_features(protocol.features, protocol.real, (width, height))
+    figures = {"fid_real": frechet_distance(samples.features, real)}
+    digits = [digit_of(value) if isinstance(value, (str, int)) else None for value in protocol.conditions]
+    if protocol.real == DIGITS and digits and None not in digits:
+        asked = torch.tensor([digits[i // samples.frames % len(digits)] for i in range(len(samples.images))])
         classifier = load_digit_classifier()
-        said = batched(lambda x: classifier(x).argmax(1), samples.images.float() / 255)
+        said = batched(lambda x: classifier(x).argmax(1), samples.images)
         figures["agreement"] = (said == asked).float().mean().item()
     return figures
 
 
 @cache
-def _real_features(extractor_name: str) -> torch.Tensor:
-    return batched(load_extractor(extractor_name), load_digit_images("test")[0])
+def _real_features(extractor_name: str, real: str, size: tuple[int, int] | None) -> torch.Tensor:
+    """Return the features of the real images; a folder's pictures at `size`, None: that of the first of them."""
+    extractor = load_extractor(extractor_name)
+    if real == DIGITS:
+        return batched(extractor, load_digit_images("test")[0])
+    found = []
+    for path in pictures_in(Path(real)):
+        picture = open_picture(path, size)
+        size = size or picture.size
+        if picture.size != size:
+            picture = open_picture(path, size)
+        found.append(extractor(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255))
+    return torch.cat(found)
 
 
 def real_floor(protocol: Protocol) -> float:
-    """Return the Frechet distance of the real training digits to the real test digits."""
-    train = batched(load_extractor(protocol.features), load_digit_images("train")[0])
-    return frechet_distance(train, _real_features(protocol.features))
+    """Return the Frechet distance of real images to real images: training to test digits, or two halves of a folder."""
+    assert protocol.real is not None
+    if protocol.real == DIGITS:
+        train = batched(load_extractor(protocol.features), load_digit_images("train")[0])
+        return frechet_distance(train, _real_features(protocol.features, DIGITS, None))
+    side = protocol.resolution
+    features = _real_features(protocol.features, protocol.real, None if side is None else (side, side))
+    return frechet_distance(features[::2], features[1::2])

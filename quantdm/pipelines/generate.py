@@ -1,9 +1,8 @@
 """Generate images with one generator per image; record trajectories for calibration."""
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -12,9 +11,12 @@ from torch import nn
 from quantdm.denoisers.calls import Call, record_calls
 from quantdm.errors import QuantDMError
 from quantdm.machine import seeded
-from quantdm.pipelines.checks import check_generates, pixels_of
+from quantdm.pipelines.checks import check_generates, results_of
 from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.planning import arguments_of, plan, stands_alone
 from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.signature import CallSignature, output_of
+from quantdm.pipelines.sizes import auto_batch
 
 # What pipelines call the list of the images that their safety checker blanked.
 FLAGS = ("nsfw_content_detected", "nsfw_detected")
@@ -22,7 +24,7 @@ FLAGS = ("nsfw_content_detected", "nsfw_detected")
 
 @dataclass(frozen=True)
 class Generated:
-    """Images [N, 3, H, W] in [0, 1], and which of them a safety checker flagged, bool [N]."""
+    """The images of one call (as `generate` returns them), and which of them a safety checker flagged, bool [N]."""
 
     images: torch.Tensor
     flagged: torch.Tensor
@@ -40,74 +42,104 @@ def generate(
     *,
     steps: int | None = None,
     first: int = 0,
-    batch_size: int = 250,
+    batch_size: int | Literal["auto"] = "auto",
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
-    """Generate one image per seed; image i shows condition `protocol.values[(first + i) % len]`.
+    """Generate one image (or video) per seed; image i is given what the protocol says of image `first + i`.
 
     Args:
-        pipe: any pipeline that takes `prompt` or `class_labels`, `generator`, `guidance_scale`, `num_inference_steps`.
+        pipe: any pipeline that makes images or videos.
         protocol: what is asked for, the guidance scale and the default number of steps.
         seeds: one per image. Schedulers that draw noise without a generator are seeded per batch, state restored.
-        steps: number of denoising steps (None: the protocol's).
+        steps: number of denoising steps (None: the protocol's); without effect where a pipeline takes none.
         first: index of the first image.
+        batch_size: images per call of the pipeline at most ("auto": found from memory, see `auto_batch`). Videos and
+            images with pictures are made one by one in any case.
         progress: called with the number of images done after every batch.
 
     Returns:
-        float32 images [N, C, H, W] in [0, 1] on the CPU, one channel (grey) or three.
+        float32 on the CPU: images [N, C, H, W] or videos [N, F, C, H, W] in [0, 1], one channel (grey) or three;
+        latents as the pipeline has them, [N, ...].
 
     Raises:
-        QuantDMError: `check_generates` refuses the pipeline, there are no seeds, what comes out are no images, or a
-            pixel is NaN or infinite (names the seed).
+        QuantDMError: `check_generates` refuses the pipeline, it refuses its call, there are no seeds, what comes out
+            are no images, or of several sizes, or a pixel is NaN or infinite (names the seed).
     """
-    return generate_flagged(
-        pipe, protocol, seeds, steps=steps, first=first, batch_size=batch_size, progress=progress
-    ).images
+    found = [
+        batch.images
+        for batch in generate_batches(
+            pipe, protocol, seeds, steps=steps, first=first, batch_size=batch_size, progress=progress
+        )
+    ]
+    return torch.cat(found).contiguous()
 
 
-@torch.no_grad()
-def generate_flagged(
+def generate_batches(
     pipe: DiffusionPipeline,
     protocol: Protocol,
     seeds: Sequence[int],
     *,
     steps: int | None = None,
     first: int = 0,
-    batch_size: int = 250,
+    batch_size: int | Literal["auto"] = "auto",
     progress: Callable[[int], object] | None = None,
-) -> Generated:
-    """Generate as `generate` does, and say which images a safety checker flagged (they come back black)."""
-    check_generates(pipe, protocol)
+) -> Iterator[Generated]:
+    """Generate as `generate` does, and yield the images of every call as they come, in the order of the seeds."""
+    check_generates(pipe, protocol, files=False)
     if not len(seeds):
         raise QuantDMError("images: got no seeds, expected one or more, one per image")
-    accepted = inspect.signature(pipe.__call__).parameters
-    images, flagged = [], []
-    for start in range(0, len(seeds), batch_size):
-        batch = list(seeds[start : start + batch_size])
-        values = [protocol.values[(first + start + i) % len(protocol.values)] for i in range(len(batch))]
-        settings: dict[str, Any] = {
-            protocol.argument: values,
-            "generator": image_generators(batch),
-            "num_inference_steps": steps or protocol.steps,
-            "guidance_scale": protocol.guidance_scale,
-            "output_type": "np",
-        }
-        for side in ("height", "width"):
-            if protocol.resolution is not None and side in accepted:
-                settings[side] = protocol.resolution
-        with seeded(batch[0], devices_of(pipe)):
-            out: Any = pipe(**settings)  # pyright: ignore[reportCallIssue]
-        images.append(pixels_of(pipe, out))
-        flagged.append(_flags(out, len(batch)))
-        check_pixels(images[-1], batch)
+    signature = CallSignature.of(pipe)
+    output = output_of(signature, protocol)
+    alone = stands_alone(signature, protocol, output)
+    most = 1 if alone else auto_batch(pipe, protocol) if batch_size == "auto" else batch_size
+    if most < 1:
+        raise QuantDMError(f"batch_size: got {most}, expected one image or more, or 'auto'")
+    shape = None
+    for call in plan(signature, protocol, len(seeds), first=first, most=most):
+        batch = list(seeds[call.start : call.start + call.count])
+        settings = arguments_of(
+            pipe, signature, protocol, call, generators=image_generators(batch), steps=steps or protocol.steps,
+            output=output, alone=alone,
+        )  # fmt: skip
+        out = _call(pipe, settings, batch)
+        images = results_of(pipe, out, output, len(batch))
+        check_pixels(images, batch)
+        if shape not in (None, images.shape[1:]):
+            raise QuantDMError(
+                f"images: got {tuple(images.shape[1:])} with seed {batch[0]} after {tuple(shape or ())}, expected one "
+                "size: give all rows pictures of one size, or a resolution"
+            )
+        shape = images.shape[1:]
+        yield Generated(images, _flags(out, len(batch)))
         if progress is not None:
             progress(len(batch))
-    return Generated(torch.cat(images).contiguous(), torch.cat(flagged))
+
+
+def count_calls(pipe: DiffusionPipeline, protocol: Protocol, images: int) -> int:
+    """Return how many calls of the pipeline make that many images: one batch is one call."""
+    signature = CallSignature.of(pipe)
+    alone = stands_alone(signature, protocol, output_of(signature, protocol))
+    return len(list(plan(signature, protocol, images, first=0, most=1 if alone else auto_batch(pipe, protocol))))
+
+
+@torch.no_grad()
+def _call(pipe: DiffusionPipeline, settings: dict[str, Any], batch: list[int]) -> Any:
+    """Call a pipeline; what it refuses is one clear error."""
+    with seeded(batch[0], devices_of(pipe)):
+        try:
+            return pipe(**settings)  # pyright: ignore[reportCallIssue]
+        except QuantDMError:
+            raise
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            given = ", ".join(name for name in settings if name not in ("generator", "output_type"))
+            raise QuantDMError(f"{type(pipe).__name__}: refused its call with {given}: {reason:.300}") from error
 
 
 def _flags(out: Any, count: int) -> torch.Tensor:
     found = next((list(flags) for name in FLAGS if (flags := getattr(out, name, None)) is not None), [False] * count)
-    return torch.tensor([bool(flag) for flag in found])
+    flags = [bool(flag) for flag in found]
+    return torch.tensor(flags if len(flags) == count else [any(flags)] * count)  # of the frames of one video
 
 
 def check_pixels(images: torch.Tensor, seeds: Sequence[int]) -> None:
@@ -128,6 +160,16 @@ def check_pixels(images: torch.Tensor, seeds: Sequence[int]) -> None:
 def as_bytes(images: torch.Tensor) -> torch.Tensor:
     """Return finite images in [0, 1] as uint8, as a user gets them."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def as_pictures(images: torch.Tensor, protocol: Protocol) -> torch.Tensor:
+    """Return what `generate` made as uint8 pictures [N, C, H, W].
+
+    The frames of videos follow each other; latents become grey, channels below each other: 128 is 0, 8 spans the range.
+    """
+    if protocol.output == "latent":
+        return as_bytes(0.5 + images.flatten(1, -2)[:, None] / 8)
+    return as_bytes(images.flatten(0, 1) if images.ndim == 5 else images)
 
 
 def devices_of(pipe: DiffusionPipeline) -> set[torch.device]:

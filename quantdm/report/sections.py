@@ -10,7 +10,7 @@ from quantdm.report import charts, insights
 from quantdm.report.figures import describe
 from quantdm.report.markup import esc, figure, missing, paragraph, strip_png, table
 from quantdm.report.records import Records
-from quantdm.report.wording import decimals, megabytes, percent, plus_minus
+from quantdm.report.wording import decimals, guidance, megabytes, percent, plus_minus
 
 ROW_NAMES = {
     "fp": "Full precision",
@@ -108,7 +108,8 @@ def _final_protocol(summary: dict[str, Any]) -> str:
     text = (
         f"{over} of {protocol.get('images', 0):,} images (base seeds "
         f"{', '.join(map(str, draws))}; the search never saw these noises), {protocol.get('steps')} steps, guidance "
-        f"{protocol.get('guidance_scale')}. FID: {protocol.get('fid')}; features: {protocol.get('features')}. Every "
+        f"{guidance(protocol.get('guidance_scale'))}. FID: {protocol.get('fid')}; features: "
+        f"{protocol.get('features')}. Every "
         "row gets the same initial noises, so full precision has distance 0 to itself."
     )
     if noise and noise["mean"] is not None:
@@ -160,8 +161,9 @@ def samples(records: Records) -> str:
     if not shown:
         return missing("samples.safetensors", "No sample grids")
     settings = records.settings.protocol
+    conditions = settings.conditions
     count = min(len(records.samples[name]) for name in shown)
-    across = len(settings.values) if 4 <= len(settings.values) <= 12 else 10
+    across = len(conditions) if 4 <= len(conditions) <= 12 else 10
     bands = []
     for start in range(0, count, across):
         stop = min(start + across, count)
@@ -172,13 +174,14 @@ def samples(records: Records) -> str:
             alt = f"{text}: samples {start + 1} to {stop}"
             strips.append(f'<span>{esc(text)}</span><img alt="{esc(alt)}" src="{source}">')
         bands.append(f'<div class="band">{"".join(strips)}</div>')
-    asked = ", ".join(map(str, settings.values[:10])) + (", …" if len(settings.values) > 10 else "")
+    asked = ", ".join(map(str, conditions[:10])) + (", …" if len(conditions) > 10 else "") or "nothing"
     steps = (records.summary or {}).get("protocol", {}).get("steps", settings.steps)
     uniform = records.rows.get("uniform-next-width", {}).get("note")
     also = f" Best uniform: {insights.baseline(uniform)}." if uniform else ""
     caption = (
         f"Images above each other share initial noise and condition (asked for in turn: {asked}). The first {count} "
-        f"seeds of the first final draw, {steps} steps, guidance {settings.guidance_scale}; nothing was picked.{also}"
+        f"seeds of the first final draw, {steps} steps, guidance {guidance(settings.guidance_scale)}; nothing was "
+        f"picked.{also}"
     )
     return figure("".join(bands), "Equal seeds, different weights.", caption, kind="bands")
 
@@ -256,7 +259,7 @@ def protocol(records: Records) -> str:
             (
                 "Final rows",
                 f"draws {', '.join(map(str, final.get('draws', [])))} of {final.get('images', 0):,} images, "
-                f"{final.get('steps')} steps, guidance {final.get('guidance_scale')}, scheduler: "
+                f"{final.get('steps')} steps, guidance {guidance(final.get('guidance_scale'))}, scheduler: "
                 f"{final.get('scheduler', 'not recorded')}",
             ),
             ("FID", f"{final.get('fid')}; features: {final.get('features')}"),

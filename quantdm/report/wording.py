@@ -30,6 +30,11 @@ def percent(share: float) -> str:
     return f"{value:.0f}\u00a0%" if value >= 10 else f"{value:.1f}\u00a0%" if value >= 0.1 else f"{value:.2g}\u00a0%"
 
 
+def guidance(scale: float | None) -> str:
+    """Return a guidance scale in words; None: a protocol that leaves it to the pipeline."""
+    return "as the pipeline has it" if scale is None else str(scale)
+
+
 def megabytes(count: float) -> str:
     """Return bytes in the unit that fits (1 MB = 10^6 bytes)."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -15,7 +15,7 @@ from quantdm.errors import QuantDMError, told
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
-from quantdm.pipelines.generate import generate
+from quantdm.pipelines.generate import count_calls, generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
@@ -142,7 +142,11 @@ class Evaluator:
             draw = Draw(settings.seed * 1000 + 1, settings.noise_images, settings.label_steps)
             with subject.recording(subject.pipe, dict.fromkeys(subject.part_names, ())) as counted:
                 generate(subject.pipe, self.protocol, draw.seeds[:1], steps=draw.steps)
-            wanted = {part: _middle(recording.seen) for part, recording in counted.items()}
+            calls = count_calls(subject.pipe, self.protocol, len(draw.seeds))
+            wanted = {
+                part: [call * recording.seen + i for call in range(calls) for i in _middle(recording.seen)]
+                for part, recording in counted.items()
+            }
             with subject.recording(subject.pipe, wanted) as recorded:
                 generate(subject.pipe, self.protocol, draw.seeds, steps=draw.steps)
             self._calls = {part: recording.calls for part, recording in recorded.items()}

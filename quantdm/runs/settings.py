@@ -9,7 +9,7 @@ from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError
 from quantdm.hub.size import ExportSize
 from quantdm.machine import fast_dtype
-from quantdm.pipelines.checks import check_generates
+from quantdm.metrics.door import check_measures
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
@@ -65,7 +65,7 @@ def make_settings(
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
     free = subject.dtype_is_free
-    check_generates(subject.pipe, protocol or default_protocol(subject.name))
+    check_measures(subject.pipe, protocol or default_protocol(subject.name))
     return RunSettings(
         model=subject.name,
         location=subject.location or "",

@@ -1,0 +1,27 @@
+"""The one door to everything that measures: can this pipeline make, and can these features see, what is asked for?"""
+
+from quantdm.errors import QuantDMError
+from quantdm.metrics.features import check_extractor
+from quantdm.pipelines.checks import check_generates
+from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.protocol import Protocol
+
+OF_LATENTS = "pyramid"  # the only features that latents have
+
+
+def check_measures(pipe: DiffusionPipeline, protocol: Protocol) -> None:
+    """Check, before anything is computed, that a pipeline can be measured by a protocol.
+
+    Raises:
+        QuantDMError: it makes no such images (see `check_generates`), there are no such features, or they are not of
+            what is made.
+    """
+    check_extractor(protocol.features)
+    check_generates(pipe, protocol)
+    if protocol.output == "latent" and protocol.features != OF_LATENTS:
+        raise QuantDMError(
+            f"features: got {protocol.features!r} of latents, expected {OF_LATENTS!r}; or leave output out to measure "
+            "images"
+        )
+    if protocol.output == "latent" and protocol.real is not None:
+        raise QuantDMError("real: latents cannot be compared with pictures; leave output or real out")
