@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -70,25 +71,53 @@ def load_pipeline(
             cannot be opened, or a component's config and weights do not agree on what quantdm quantized.
     """
     path = pipeline_path(name_or_path)
+    folder = fetch_pipeline(path, variant)
     try:
-        with _no_loading_bars():
-            folder = Path(path if os.path.isdir(path) else DiffusionPipeline.download(path, variant=variant))
-            variant = variant or stored_variant(folder)
-            packed = check_stored(folder, variant)
-            dtype = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype or torch.float32
-            pipe = DiffusionPipeline.from_pretrained(path, variant=variant, **{DTYPE_ARGUMENT: dtype})
-            check_opened(pipe, packed)
+        variant = variant or stored_variant(folder)
+        packed = check_stored(folder, variant)
+        pipe = open_files(path, variant, torch_dtype or torch.float32)
+        check_opened(pipe, packed)
     except QuantDMError:
         raise
     except Exception as error:  # diffusers raises whatever its readers raise: OSError, SafetensorError, ValueError, ...
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise QuantDMError(
-            f"pipeline {str(name_or_path)!r} cannot be opened: {first} "
-            f"(embedded pipelines: {', '.join(known_pipelines())})"
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
+        raise unopened(str(name_or_path), error) from error
     # from_pretrained leaves it on the CPU; a needless move to it would warn about float16
     return pipe if torch.device(device).type == "cpu" else pipe.to(device)
+
+
+def fetch_pipeline(path: str, variant: str | None = None) -> Path:
+    """Return the folder of a pipeline (see `pipeline_path`); a hub id is downloaded, unless it is in the cache.
+
+    Raises:
+        QuantDMError: it cannot be downloaded.
+    """
+    try:
+        with _no_loading_bars():
+            return Path(path if os.path.isdir(path) else DiffusionPipeline.download(path, variant=variant))
+    except Exception as error:  # the hub client raises whatever its network raises
+        raise unopened(path, error) from error
+
+
+def open_files(
+    path: str | Path,
+    variant: str | None,
+    torch_dtype: torch.dtype | Mapping[str, torch.dtype],
+    components: Mapping[str, Any] | None = None,
+) -> DiffusionPipeline:
+    """Open a pipeline with diffusers, quietly; `components` are taken as they are given instead of being loaded."""
+    dtype = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype
+    with _no_loading_bars():
+        pipe = DiffusionPipeline.from_pretrained(path, variant=variant, **{DTYPE_ARGUMENT: dtype}, **(components or {}))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def unopened(name: str, error: Exception) -> QuantDMError:
+    """Return the error that says in one line why a pipeline cannot be opened."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return QuantDMError(
+        f"pipeline {name!r} cannot be opened: {first} (embedded pipelines: {', '.join(known_pipelines())})"
+    )
 
 
 @contextmanager

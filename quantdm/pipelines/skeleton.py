@@ -9,6 +9,7 @@ import torch
 from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json
@@ -26,14 +27,47 @@ def open_skeleton(name_or_path: str | Path) -> nn.Module:
     Raises:
         QuantDMError: nothing there, no denoiser in it, or a class that diffusers has not.
     """
-    config = _denoiser_config(str(name_or_path))
+    return model_skeleton(_denoiser_config(str(name_or_path)), str(name_or_path))
+
+
+def model_skeleton(config: dict[str, Any], where: str) -> ModelMixin:
+    """Return a diffusers model on the meta device, as its configuration describes it; `where` names it in messages.
+
+    Raises:
+        QuantDMError: a class that diffusers has not.
+    """
     name = str(config.get("_class_name"))
     cls: Any = getattr(diffusers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise QuantDMError(f"{name_or_path}: its denoiser is a {name}, which diffusers {diffusers.__version__} has not")
+        raise QuantDMError(f"{where}: its denoiser is a {name}, which diffusers {diffusers.__version__} has not")
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return cls.from_config(config)  # pyright: ignore[reportAttributeAccessIssue]
+        return cls.from_config(config).to("meta").eval()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def part_skeleton(cls: type, folder: Path, dtype: torch.dtype) -> Any:
+    """Return a component of a pipeline on the meta device, as `from_pretrained` of its folder would describe it.
+
+    Args:
+        cls: a class of diffusers or transformers.
+        folder: of the component.
+        dtype: of its weights, which transformers writes into the configuration.
+
+    Raises:
+        QuantDMError: a class of neither library.
+    """
+    if issubclass(cls, ModelMixin):
+        found: Any = model_skeleton(read_json(folder / "config.json"), str(folder))
+        found.register_to_config(_name_or_path=str(folder))  # as from_pretrained does
+        return found
+    if not issubclass(cls, PreTrainedModel) or cls.config_class is None:
+        raise QuantDMError(f"{folder}: got a {cls.__name__}, expected a model of diffusers or transformers")
+    config = cls.config_class.from_pretrained(str(folder))
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = cls._from_config(config, dtype=dtype).to("meta").eval()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(folder))
+    return model
 
 
 def _denoiser_config(name: str) -> dict[str, Any]:
