@@ -90,7 +90,7 @@ class Shards:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Put a tensor into its place; from any thread."""
         file, place = self._place(name)
-        rest = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        rest = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         while len(rest):
             count = os.pwrite(file, rest, place)
             rest, place = rest[count:], place + count

@@ -91,6 +91,7 @@ def open_source(
     path = local_path(name_or_path)
     if os.path.isfile(path):
         model, tensors = open_single_file(path, config)
+        check_fits(model, tensors, str(path))
         return Source(str(name_or_path), model, {"": StoredPart(tensors, files=(path,))}, path)
     if config is not None:
         raise QuantDMError(f"config: goes with a single safetensors file, and {name_or_path} is none; leave it out")

@@ -88,7 +88,7 @@ def _read(path: Path, first: int, meta: torch.Tensor) -> torch.Tensor:
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(first)
-            rest = memoryview(data.numpy())
+            rest = memoryview(data.numpy().data)
             while len(rest):  # one call reads 2 GB at most
                 count = file.readinto(rest)
                 if not count:
