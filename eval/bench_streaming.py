@@ -108,17 +108,17 @@ def main() -> None:
         "weights": weights,
         "file_gb": round(sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9, 3),
         "inspect": measure(["inspect", str(folder)]),
-        "exports": {
-            scheme: export(folder, scheme, arguments.folder / f"{arguments.model}-small", arguments.kill_after)
-            for scheme in schemes
-        },
+        "exports": {},
         "machine": {"cpu": platform.processor() or platform.machine(), "cores": cores(), "memory_gb": memory_gb()},
         "other work on the machine": not arguments.alone,
         "date": datetime.date.today().isoformat(),
         "versions": versions(),
     }
-    found = read_json(OUT) if OUT.is_file() else {}
-    write_json(OUT, found | {arguments.model: record})
+    for scheme in schemes:
+        out = arguments.folder / f"{arguments.model}-small"
+        record["exports"][scheme] = export(folder, scheme, out, arguments.kill_after)
+        found = read_json(OUT) if OUT.is_file() else {}
+        write_json(OUT, found | {arguments.model: record})
     print(json.dumps(record, indent=1))
     if not arguments.keep:
         shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 """Write a quantized pipeline as a directory that plain diffusers opens, layer by layer from its files."""
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,10 @@ def _prepare(source: Source, plans: list[Plan]) -> dict[str, Work]:
         if name in source.parts:
             works[name] = prepare(plan, source.parts[name])
             continue
+        warnings.warn(
+            f"{name}: is opened whole, as it has no safetensors files with the names of a {type(plan.model).__name__}",
+            stacklevel=3,
+        )
         cast_(plan.model, lossless_dtype(plan.model))
         set_packed_(plan.model, pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what))
         mark_quantized_(plan.model, plan.config)

@@ -15,10 +15,11 @@ from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
 from quantdm.errors import QuantDMError, nearest
-from quantdm.pipelines.stored import check_opened, check_stored, stored_variant
+from quantdm.pipelines.stored import check_opened, check_stored, read_object, stored_variant
 
 # diffusers renamed the argument in 0.42 and warns about the old name
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+_LONE = "a lone denoiser or a file of its weights can be inspected and applied a recipe to"
 EMBEDDED = Path(str(resources.files("quantdm.pipelines.embedded")))
 
 
@@ -39,8 +40,13 @@ def pipeline_path(name_or_path: str | Path) -> str:
     path = Path(name).expanduser()
     if os.path.isdir(path):  # unlike Path.is_dir, it is quiet about names that are too long or may not be looked at
         if not (path / "model_index.json").is_file():
-            raise QuantDMError(f"pipeline: {path} has no model_index.json; expected a directory of save_pretrained")
+            raise QuantDMError(
+                f"pipeline: {path} has no model_index.json; expected a directory of save_pretrained"
+                + (f" ({_LONE})" if (path / "config.json").is_file() else "")
+            )
         return str(path)
+    if os.path.isfile(path):
+        raise QuantDMError(f"pipeline: {path} is a file, expected the directory of a pipeline ({_LONE})")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.isfile(path.parent):
         return name
     raise QuantDMError(
@@ -106,8 +112,12 @@ def open_files(
 ) -> DiffusionPipeline:
     """Open a pipeline with diffusers, quietly; `components` are taken as they are given instead of being loaded."""
     dtype = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype
+    index = Path(path) / "model_index.json"
+    # a part that was None when the pipeline was saved: diffusers wants to be told so again
+    absent = [k for k, v in (read_object(index) if index.is_file() else {}).items() if v == [None, None]]
+    given = {**dict.fromkeys(absent), **(components or {})}
     with _no_loading_bars():
-        pipe = DiffusionPipeline.from_pretrained(path, variant=variant, **{DTYPE_ARGUMENT: dtype}, **(components or {}))
+        pipe = DiffusionPipeline.from_pretrained(path, variant=variant, **{DTYPE_ARGUMENT: dtype}, **given)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

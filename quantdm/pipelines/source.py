@@ -95,7 +95,7 @@ def open_source(
         return Source(str(name_or_path), model, {"": StoredPart(tensors, files=(path,))}, path)
     if config is not None:
         raise QuantDMError(f"config: goes with a single safetensors file, and {name_or_path} is none; leave it out")
-    if os.path.isfile(path / "config.json") and not os.path.isfile(path / "model_index.json"):
+    if is_lone(path):
         return _open_denoiser(str(name_or_path), path, variant, only_look)
     folder = fetch_pipeline(pipeline_path(name_or_path), variant)
     variant = variant or stored_variant(folder)
@@ -108,6 +108,14 @@ def local_path(name_or_path: str | Path) -> Path:
     """Return where a name lies on this disk, if it does: an embedded pipeline comes before a file of the same name."""
     name = str(name_or_path)
     return Path(pipeline_path(name)) if name in known_pipelines() else Path(name).expanduser()
+
+
+def is_lone(name_or_path: str | Path) -> bool:
+    """Tell whether a name stands for a denoiser without a pipeline: its folder, or a file."""
+    path = local_path(name_or_path)
+    return os.path.isfile(path) or (
+        os.path.isfile(path / "config.json") and not os.path.isfile(path / "model_index.json")
+    )
 
 
 def _open_denoiser(name: str, folder: Path, variant: str | None, only_look: bool) -> Source:
@@ -148,11 +156,10 @@ def check_fits(model: nn.Module, tensors: Mapping[str, LazyTensor], where: str) 
 
 def _why_not(model: nn.Module, tensors: Mapping[str, LazyTensor]) -> str | None:
     state = model.state_dict()
-    tied = getattr(model, "all_tied_weights_keys", {})
     for key, tensor in state.items():
-        if key not in tensors and key not in tied:
+        if key not in tensors:
             return f"{key} is missing"
-        if key in tensors and tensors[key].meta.shape != tensor.shape:
+        if tensors[key].meta.shape != tensor.shape:
             return f"{key} is {tuple(tensors[key].meta.shape)}, expected {tuple(tensor.shape)}"
     extra = next((key for key in tensors if key not in state), None)
     return None if extra is None else f"nothing asks for {extra}"
@@ -200,6 +207,9 @@ def _open_part(
     if names is None:
         return None
     tensors = {key: stored[name] for key, name in names.items()}
+    for key, twin in getattr(model, "all_tied_weights_keys", {}).items():  # the files hold one of the two
+        pair = [tensors[name] for name in (key, twin) if name in tensors]
+        tensors |= {name: pair[0] for name in (key, twin) if pair and name not in tensors}
     if _why_not(model, tensors) is not None:
         return None
     own = variant if variant and any(f".{variant}" in file.name for file in files) else None
