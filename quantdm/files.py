@@ -179,7 +179,9 @@ def read_json(path: str | Path, *, version: int | None = None) -> Any:
     except OSError as error:
         raise QuantDMError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QuantDMError(f"{path}: not a JSON file ({error}); delete it and run the stage again") from None
+        raise QuantDMError(
+            f"{path}: not a JSON file ({error}); put a whole one in its place, or move it away and run the stage again"
+        ) from None
     if version is not None and (not isinstance(record, dict) or record.get("version") != version):
         got = record.get("version") if isinstance(record, dict) else type(record).__name__
         raise QuantDMError(f"{path}: got version {got}, expected {version}; it was written by another quantdm")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.metadata import version
+from threading import Condition
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,8 @@ SIZE = 768  # of the matrices that are timed
 PROBE_ROUNDS = 8
 MARGIN = 1.25  # a network gains less than its products do
 HOPELESS = 5.0
+# Weights that threads work on at a time, at 40 to 60 bytes each while they are sorted. A larger layer goes alone.
+IN_FLIGHT = 2**25
 
 
 def accelerator() -> str:
@@ -155,3 +158,22 @@ def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
             module.manual_seed(seed)
         torch.default_generator.manual_seed(seed)
         yield
+
+
+class Gate:
+    """Lets threads in while the weights they work on stay below a limit; one that exceeds it alone goes in alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.inside, self.changed = limit, 0, Condition()
+
+    @contextmanager
+    def room(self, size: int) -> Iterator[None]:
+        with self.changed:
+            self.changed.wait_for(lambda: self.inside == 0 or self.inside + size <= self.limit)
+            self.inside += size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.inside -= size
+                self.changed.notify_all()

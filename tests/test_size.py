@@ -17,6 +17,7 @@ from quantdm.hub.apply import apply_recipe
 from quantdm.hub.header import header_text, layer_table
 from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.modules.packed import packed_layers
+from quantdm.pipelines.tensor_files import DTYPE_NAMES
 from quantdm.quantizers import count_bits
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.settings import checked_target
@@ -119,12 +120,12 @@ def test_the_dense_denoiser_counts_as_diffusers_saves_it(tmp_path):
 
 
 def test_the_order_of_dtypes_in_a_file_is_that_of_safetensors(tmp_path):
-    tensors = {f"{i}é": torch.zeros(3, dtype=torch.uint8).to(dtype) for i, dtype in enumerate(size_module._NAMES)}
+    tensors = {f"{i}é": torch.zeros(3, dtype=torch.uint8).to(dtype) for i, dtype in enumerate(DTYPE_NAMES)}
     save_file(tensors, tmp_path / "all.safetensors", metadata={"format": "pt"})
     data = (tmp_path / "all.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
     del header["__metadata__"]
-    assert [entry["dtype"] for entry in header.values()] == list(size_module._NAMES.values())
+    assert [entry["dtype"] for entry in header.values()] == list(DTYPE_NAMES.values())
     assert size_module._file_bytes(tensors, {"format": "pt"}) == len(data)
 
 

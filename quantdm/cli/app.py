@@ -27,6 +27,11 @@ Overrides = Annotated[
 ]
 ModelCard = Annotated[bool, typer.Option("--model-card", help="Also write README.md: ready for the Hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Variant = Annotated[str | None, typer.Option(help="Of the weight files, e.g. fp16, where there are others too.")]
+Config = Annotated[
+    Path | None,
+    typer.Option(help="Of a single safetensors file: directory of a pipeline or denoiser of its kind, or config.json."),
+]
 ExampleInputs = Annotated[
     Path | None,
     typer.Option(help="YAML file with the arguments of one call of the denoiser, where they cannot be inferred."),

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import AsJson, ExampleInputs, Overrides, RunDir, app, given_inputs
+from quantdm.cli.app import AsJson, Config, ExampleInputs, Overrides, RunDir, Variant, app, given_inputs
 
 
 @app.command(epilog="Example: quantdm inspect digits-dit --scheme kmeans-channel-4 --set 'proj_out*=uniform-channel-8'")
 def inspect(
-    target: Annotated[str, typer.Argument(help="Pipeline, export, directory, hub id, or a recipe file (*.yaml).")],
+    target: Annotated[
+        str, typer.Argument(help="Pipeline, export, lone denoiser or its file, hub id, or a recipe file (*.yaml).")
+    ],
     scheme: Annotated[str | None, typer.Option(help="Show bits and SQNR of every layer under this scheme.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="Or under the schemes of this recipe.")] = None,
     model: Annotated[str | None, typer.Option(help="The model of a recipe file, if not the one that it names.")] = None,
@@ -20,6 +22,8 @@ def inspect(
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line of CSV per layer.")] = False,
     example_inputs: ExampleInputs = None,
+    variant: Variant = None,
+    config: Config = None,
 ) -> None:
     """List the quantizable layers of a pipeline, an export or a recipe's model: shape, scheme, bits, SQNR."""
     from quantdm.cli.layer_table import layers_csv, layers_text
@@ -32,6 +36,8 @@ def inspect(
         recipe=recipe,
         overrides=overrides or [],
         example_inputs=given_inputs(example_inputs),
+        variant=variant,
+        config=config,
     )
     if as_json:
         typer.echo(json.dumps(record, indent=1))

@@ -6,25 +6,46 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import ExampleInputs, Model, ModelCard, Out, Overrides, RunDir, app, given_inputs
+from quantdm.cli.app import (
+    Config,
+    ExampleInputs,
+    ModelCard,
+    Out,
+    Overrides,
+    RunDir,
+    Variant,
+    app,
+    given_inputs,
+)
+
+Source = Annotated[
+    str, typer.Argument(help="Embedded pipeline, directory of a pipeline or denoiser, safetensors file or hub id.")
+]
 
 
 @app.command(epilog="Example: quantdm apply digits-dit --recipe recipe.yaml -o digits-dit-3bit")
 def apply(
-    model: Model,
+    model: Source,
     recipe: Annotated[Path, typer.Option(help="Recipe file.")],
     out: Out,
     overrides: Overrides = None,
     model_card: ModelCard = False,
     example_inputs: ExampleInputs = None,
+    variant: Variant = None,
+    config: Config = None,
 ) -> None:
-    """Quantize a pipeline by a recipe and save it packed."""
+    """Quantize a pipeline by a recipe and save it packed, layer by layer; run it again to go on after a kill."""
+    from quantdm.errors import QuantDMError
     from quantdm.hub.export import export_pipeline
     from quantdm.hub.model_card import write_card
+    from quantdm.pipelines.source import is_lone
     from quantdm.recipe import load_recipe
 
     chosen = load_recipe(recipe).override(overrides or [])
-    made = export_pipeline(model, chosen, out, example_inputs=given_inputs(example_inputs))
+    if model_card and is_lone(model):
+        raise QuantDMError(f"--model-card: is for pipelines, and {model} is a lone denoiser; leave it out")
+    inputs = given_inputs(example_inputs)
+    made = export_pipeline(model, chosen, out, example_inputs=inputs, variant=variant, config=config)
     typer.echo(f"pipeline: {made}")
     if model_card:
         typer.echo(f"model card: {write_card(out)}")

@@ -55,7 +55,11 @@ MASKED = "float B F H W channels*2+1"  # with the condition and its mask
 PATCHES = "float B N channels 1 patch patch"
 OTHERS = (
     Repeat("B", "float out_dim F H W"),
-    MASKED, "float B N channels*patch*patch","float B N audio_acoustic_hidden_dim", Repeat("B", "float channels 1 H W"))
+    MASKED,
+    "float B N channels*patch*patch",
+    "float B N audio_acoustic_hidden_dim",
+    Repeat("B", "float channels 1 H W"),
+)
 LATENT_ARGUMENTS = ("sample", "hidden_states", "x")
 # Kind of the first layer that reads the latents' channels -> what the latents may be, likeliest first.
 LATENTS: dict[str, tuple[Any, ...]] = {
@@ -68,10 +72,23 @@ LATENTS: dict[str, tuple[Any, ...]] = {
 TIME = ("float B", "float B F", "float B 1 F")
 MASK = (None, "ones B T", "true B T")
 TEXT = (
-    "float B T text", "float B T hidden_size", "float B N text", "float B W text", "float B T embedding_dim",
-    "float B T num_text_layers text", "float B*F T text", "float B #injection_layer_ids+1 T text", Repeat("B", "float T text"),
+    "float B T text",
+    "float B T hidden_size",
+    "float B N text",
+    "float B W text",
+    "float B T embedding_dim",
+    "float B T num_text_layers text",
+    "float B*F T text",
+    "float B #injection_layer_ids+1 T text",
+    Repeat("B", "float T text"),
 )
-IMAGE_TOKENS = ("some B 1 clip_img_dim", "some B 4 image_dim", "?use_img_emb some B 257 1280", "some B 4 image_embed_dim", "some B 4 image_proj_dim")
+IMAGE_TOKENS = (
+    "some B 1 clip_img_dim",
+    "some B 4 image_dim",
+    "?use_img_emb some B 257 1280",
+    "some B 4 image_embed_dim",
+    "some B 4 image_proj_dim",
+)
 CONTROL = (
     "float B conditioning_channels H*8 W*8", "float B N channels+extra_condition_channels", PACKED, IMAGE,
     "float B channels+extra_conditioning_channels H W", "float B conditioning_channels F H W",

@@ -1,6 +1,7 @@
 """Apply a recipe to a live pipeline, and tell diffusers and transformers that quantdm exists."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,8 +23,7 @@ from quantdm.hub.quantize import Bank, average_bits, model_layers, pack_layers, 
 from quantdm.hub.targets import targets
 from quantdm.hub.transformers_plugin import QuantDMHfQuantizer
 from quantdm.pipelines.parts import inputs_by_part
-from quantdm.quantizers import QuantizedWeight
-from quantdm.recipe import ActivationSpec, Recipe, load_recipe
+from quantdm.recipe import ActivationSpec, Recipe, check_layers, load_recipe
 from quantdm.schemes import QuantConfig
 
 Model = TypeVar("Model")
@@ -65,6 +65,44 @@ def apply_recipe(
             Nothing is changed then.
     """
     register()
+    plans = plan_recipe(pipe_or_denoiser, recipe_or_config, bank=bank, example_inputs=example_inputs)
+    before = [(plan.model, activation_spec(plan.model)) for plan in plans]
+    try:
+        for plan in plans:
+            set_activation_bits_(plan.model, None)
+        packed = [pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what) for plan in plans]
+    except BaseException:
+        for model, spec in before:
+            set_activation_bits_(model, spec)
+        raise
+    for plan, weights in zip(plans, packed, strict=True):
+        set_packed_(plan.model, weights)
+        set_activation_bits_(plan.model, plan.config.activations)
+        mark_quantized_(plan.model, plan.config)
+    return pipe_or_denoiser
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe asks of one model: its config, the scheme of every layer, where they may lie quantized already."""
+
+    model: Any
+    config: QuantDMConfig
+    schemes: QuantConfig
+    bank: Bank | None
+
+
+def plan_recipe(
+    pipe_or_denoiser: Any,
+    recipe_or_config: Recipe | QuantConfig | str | Path,
+    *,
+    bank: Bank | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+) -> list[Plan]:
+    """Return what a recipe asks of every model that it quantizes; arguments and errors as `apply_recipe`.
+
+    Models may be on the meta device; nothing is changed.
+    """
     if isinstance(recipe_or_config, Mapping) and not isinstance(recipe_or_config, QuantConfig):
         raise QuantDMError(
             "recipe: got a dict, expected a Recipe or QuantConfig; wrap it: QuantConfig.from_labels(...)"
@@ -73,30 +111,18 @@ def apply_recipe(
     inputs = inputs_by_part(pipe_or_denoiser, example_inputs)
     for model, given in inputs:
         analyse(model, example_inputs=given)  # from here on they are known
-    before: list[tuple[Any, ActivationSpec | None]] = []
-    packed: list[tuple[Any, QuantDMConfig, dict[str, QuantizedWeight]]] = []
-    try:
-        for model, part, stored in targets(pipe_or_denoiser, recipe, bank):
-            given = next((describe_inputs(own) for owner, own in inputs if owner is model), None)
-            config = QuantDMConfig(recipe=part, example_inputs=given)
-            spec = activation_spec(model)
-            config.activations = config.activations or spec
-            _check_activations(model, config.activations)
-            layers = model_layers(model)
-            schemes = config.schemes_for(layers)
-            before.append((model, spec))
-            set_activation_bits_(model, None)
-            packed.append((model, config, pack_layers(model, schemes, bank=stored, what=config.what)))
-            config.avg_bits = round(average_bits(layers, schemes), 6)
-    except BaseException:
-        for model, spec in before:
-            set_activation_bits_(model, spec)
-        raise
-    for model, config, weights in packed:
-        set_packed_(model, weights)
-        set_activation_bits_(model, config.activations)
-        _mark_quantized_(model, config)
-    return pipe_or_denoiser
+    plans = []
+    for model, part, stored in targets(pipe_or_denoiser, recipe, bank):
+        given = next((describe_inputs(own) for owner, own in inputs if owner is model), None)
+        config = QuantDMConfig(recipe=part, example_inputs=given)
+        config.activations = config.activations or activation_spec(model)
+        _check_activations(model, config.activations)
+        layers = model_layers(model)
+        schemes = config.schemes_for(layers)
+        check_layers(schemes, {layer.name: None for layer in layers}, what=config.what)
+        config.avg_bits = round(average_bits(layers, schemes), 6)
+        plans.append(Plan(model, config, schemes, stored))
+    return plans
 
 
 def _check_activations(model: nn.Module, spec: ActivationSpec | None) -> None:
@@ -109,7 +135,8 @@ def _check_activations(model: nn.Module, spec: ActivationSpec | None) -> None:
     layer_bits(model, spec)  # a glob that matches nothing raises before anything is changed
 
 
-def _mark_quantized_(model: Any, config: QuantDMConfig) -> None:
+def mark_quantized_(model: Any, config: QuantDMConfig) -> None:
+    """Tell a model with packed layers, and through it both libraries, what it was quantized with."""
     if isinstance(model, ModelMixin):
         quantizer = QuantDMQuantizer(config)
         model.register_to_config(quantization_config=config)

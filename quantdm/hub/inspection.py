@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,17 @@ from tqdm.auto import tqdm
 
 from quantdm.denoisers.analysis import analyse
 from quantdm.errors import QuantDMError
+from quantdm.hub.checkpoint import place_of, prepare_layers_
+from quantdm.hub.config import QuantDMConfig
+from quantdm.hub.header import read_headers
 from quantdm.hub.quantize import model_layers, stored_bits
 from quantdm.metrics import relative_error
 from quantdm.modules import packed_layers
 from quantdm.modules.blob import blob_size
-from quantdm.pipelines.loading import EMBEDDED, known_pipelines, load_pipeline, pipeline_path
-from quantdm.pipelines.parts import DENOISER_NAMES, find_denoisers
+from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.skeleton import open_skeleton
+from quantdm.pipelines.source import Source, StoredPart, local_path, open_source
+from quantdm.pipelines.stored import read_object, weight_files
 from quantdm.quantizers import quantize_weight
 from quantdm.recipe import Recipe, load_recipe
 from quantdm.schemes import QuantConfig, Scheme
@@ -32,16 +36,21 @@ def inspect_target(
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
     example_inputs: Mapping[str, Any] | None = None,
+    variant: str | None = None,
+    config: str | Path | None = None,
 ) -> dict[str, Any]:
     """Return one record per quantizable layer of a pipeline, an export, or the model of a recipe file.
 
     Args:
-        target: an embedded pipeline, a directory, a hub id, or a recipe file (*.yaml).
+        target: an embedded pipeline, the directory of a pipeline or of a denoiser, a safetensors file of one, a hub id,
+            or a recipe file (*.yaml). Only configurations and headers are read, and weights one by one for the SQNR.
         model: the model of a recipe file, where it is not the one that the recipe names.
         scheme: show the bits and SQNR of every layer under this scheme.
         recipe: or under the schemes of this recipe.
         overrides: `PATTERN=SCHEME` on top of the scheme or recipe.
         example_inputs: keyword arguments of one call of the denoiser, where they cannot be inferred.
+        variant: of the weights, e.g. "fp16" (see `load_pipeline`).
+        config: of the denoiser in a single file, see `open_source`.
 
     Returns:
         A JSON record. Layers of further parts of the pipeline are named `PART:layer`. SQNR is there where the original
@@ -62,10 +71,10 @@ def inspect_target(
     if model is not None and not is_recipe:
         raise QuantDMError(f"inspect: --model goes with a recipe file, got {target!r}")
     where = model or (rules.model if is_recipe and rules is not None else target)
-    parts = _open(where, rules)
+    parts, source = _open(where, rules, variant, config)
     if example_inputs is not None:
         analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
-    rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where)]
+    rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
     weights = sum(row["num_weights"] for row in rows)
     bits = sum(row["num_bits"] for row in rows)
     return {
@@ -76,31 +85,49 @@ def inspect_target(
         "avg_bits": bits / weights,
         "num_bits": bits,
         "weight_bytes": sum(row["nbytes"] for row in rows),
-        "file_bytes": _file_bytes(where, parts),
+        "file_bytes": _file_bytes(parts, source),
         "provenance": rules.provenance.source if is_recipe and rules is not None else None,
     }
 
 
-def _open(where: str, rules: Recipe | None) -> dict[str, nn.Module]:
-    """Return the denoiser (named "") and the further parts that are or may be quantized."""
-    local = os.path.isdir(where) or where in known_pipelines()
-    if not local or not (Path(pipeline_path(where)) / "model_index.json").is_file():
+def _open(
+    where: str, rules: Recipe | None, variant: str | None, config: str | Path | None
+) -> tuple[dict[str, nn.Module], Source | None]:
+    """Return the denoiser (named "") and the further parts that are or may be quantized, and where they are from."""
+    path = local_path(where)
+    is_config = path.suffix == ".json" and os.path.isfile(path)
+    is_bare = os.path.isdir(path) and not os.path.isfile(path / "model_index.json") and not any(weight_files(path))
+    if is_config or is_bare or not os.path.exists(path):
         if rules is not None and rules.components:
             raise QuantDMError(f"inspect: the recipe has components, and {where} is no directory of a pipeline")
-        return {"": open_skeleton(where)}
-    pipe = load_pipeline(where)
-    main, *others = find_denoisers(pipe).items()
+        return {"": open_skeleton(where)}, None
+    source = open_source(where, variant=variant, config=config, only_look=True)
+    models = source.models
+    for name, part in source.parts.items():
+        if not part.tensors:  # quantized: the header says with what
+            _pack_skeleton(models[name], part)
+    main, *others = {"": models[""]} if "" in models else find_denoisers(source.pipe)
     wanted = set(rules.components) if rules is not None else set()
-    found = {"": main[1], **dict(others)}
-    for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name not in (main[0], *found) and (name in wanted or packed_layers(part)):
+    found = {main: models[main], **{name: models[name] for name in others}}
+    for name, part in models.items():
+        if name not in found and (name in wanted or packed_layers(part)):
             found[name] = part
     if wanted - set(found):
         raise QuantDMError(f"inspect: {where} has no component {min(wanted - set(found))!r} that the recipe names")
-    return found
+    return {"" if name == main else name: part for name, part in found.items()}, source
 
 
-def _rows(part_name: str, part: nn.Module, rules: Recipe | None, where: str) -> list[dict[str, Any]]:
+def _pack_skeleton(model: Any, part: StoredPart) -> None:
+    """Put packed layers without bytes into a skeleton, as the header of its files tells."""
+    assert part.folder is not None
+    header, _ = read_headers(part.files)
+    prepare_layers_(model, header.table, place_of(part.files))
+    QuantDMConfig(**read_object(part.folder / "config.json")["quantization_config"]).tell_inputs(model)
+
+
+def _rows(
+    part_name: str, part: nn.Module, rules: Recipe | None, where: str, source: Source | None
+) -> list[dict[str, Any]]:
     layers, packed = model_layers(part), packed_layers(part)
     if packed and rules is not None:
         raise QuantDMError(f"inspect: {where} is quantized already; leave out schemes and recipes to see its layers")
@@ -111,6 +138,7 @@ def _rows(part_name: str, part: nn.Module, rules: Recipe | None, where: str) -> 
             config = QuantConfig.uniform([layer.name for layer in layers], None)
         else:
             config = own.resolve(layers)
+    read = _reader(part, source)
     rows = []
     # disable=None: no bar where nobody watches
     progress = tqdm(layers, desc="quantize", unit="layer", delay=2, leave=False, disable=None if config else True)
@@ -129,13 +157,21 @@ def _rows(part_name: str, part: nn.Module, rules: Recipe | None, where: str) -> 
         row["num_bits"], row["bits"] = bits, round(bits / layer.num_weights, 4)
         row["nbytes"] = bits // 8 if scheme is None else blob_size(tuple(layer.shape), scheme, layer.split)
         if config is not None:
-            row["sqnr_db"] = None if scheme is None else _sqnr_db(part, layer, scheme)
+            row["sqnr_db"] = None if scheme is None else _sqnr_db(layer, scheme, read)
         rows.append(row)
     return rows
 
 
-def _sqnr_db(part: nn.Module, layer: Any, scheme: Scheme) -> float | None:
-    weight = part.get_parameter(f"{layer.name}.weight").detach()
+def _reader(part: nn.Module, source: Source | None) -> Callable[[str], torch.Tensor]:
+    """Return what gives a weight by its name, from memory or from the files."""
+    owner = None if source is None else next(name for name, model in source.models.items() if model is part)
+    if source is None or owner not in source.parts:
+        return lambda name: part.get_parameter(name).detach()
+    return lambda name: source.parts[owner].tensors[name].read()
+
+
+def _sqnr_db(layer: Any, scheme: Scheme, read: Callable[[str], torch.Tensor]) -> float | None:
+    weight = read(f"{layer.name}.weight")
     if weight.is_meta:
         return None
     quantized = quantize_weight(weight, scheme, split=layer.split, name=layer.name)
@@ -143,9 +179,11 @@ def _sqnr_db(part: nn.Module, layer: Any, scheme: Scheme) -> float | None:
     return None if error == 0 else round(-10 * math.log10(error), 2)
 
 
-def _file_bytes(where: str, parts: dict[str, nn.Module]) -> int | None:
-    """Return the size of the denoiser's (and the shown parts') weight files, where the pipeline lies on this disk."""
-    folder = Path(where if os.path.isdir(where) else EMBEDDED / where)
-    names = [next((n for n in DENOISER_NAMES if (folder / n).is_dir()), ""), *(name for name in parts if name)]
-    sizes = [path.stat().st_size for name in names for path in (folder / name).glob("*.safetensors")]
-    return sum(sizes) or None
+def _file_bytes(parts: Mapping[str, nn.Module], source: Source | None) -> int | None:
+    """Return the size of the weight files of the parts that are shown, where they lie on this disk."""
+    if source is None:
+        return None
+    shown = {id(part) for part in parts.values()}
+    stored = [source.parts.get(name) for name, model in source.models.items() if id(model) in shown]
+    files = [part.files for part in stored if part is not None]
+    return sum(file.stat().st_size for group in files for file in group) or None

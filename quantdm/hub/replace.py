@@ -1,5 +1,6 @@
 """Where an export may be written: what proves that a folder is an earlier export and nothing else."""
 
+import os
 import re
 from pathlib import Path
 
@@ -7,10 +8,12 @@ from quantdm.correction.record import is_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import check_output, is_sealed
 from quantdm.pipelines.loading import pipeline_path
+from quantdm.pipelines.source import local_path
 from quantdm.pipelines.stored import METHOD, read_object
 from quantdm.recipe import load_recipe
 
-CARD, CORRECTION_FILE, INDEX, RECIPE_FILE = "README.md", "correction.safetensors", "model_index.json", "recipe.yaml"
+CARD, CONFIG, CORRECTION_FILE = "README.md", "config.json", "correction.safetensors"
+INDEX, RECIPE_FILE = "model_index.json", "recipe.yaml"
 
 # What `save_pretrained` writes into the folders of a pipeline's parts.
 _OF_A_PART = re.compile(
@@ -34,13 +37,15 @@ def check_export_path(folder: str | Path, model: str | Path, *, apart_from: str 
     """
     real = check_output(folder, folder=True)
     check_output(real.parent, folder=True)
-    source = Path(pipeline_path(model))
-    if source.is_dir():
+    source = local_path(model)
+    if os.path.exists(source):
         source = source.resolve()
         if real == source or source in real.parents or real in source.parents:
             raise QuantDMError(
                 f"export: {folder} overlaps with the model's own folder {source}; choose another directory"
             )
+    else:
+        pipeline_path(model)
     if apart_from is not None:
         run = Path(apart_from).resolve()
         if real == run or real in run.parents:
@@ -56,28 +61,31 @@ def check_export_path(folder: str | Path, model: str | Path, *, apart_from: str 
 
 def why_no_export(folder: Path) -> str | None:
     """Return what keeps a folder from being provably an export of quantdm and nothing else; None if it is one."""
-    missing = [name for name in (INDEX, RECIPE_FILE) if not (folder / name).is_file()]
+    is_lone = not (folder / INDEX).is_file() and _is_quantized(folder / CONFIG)  # a denoiser without a pipeline
+    missing = [name for name in (CONFIG if is_lone else INDEX, RECIPE_FILE) if not (folder / name).is_file()]
     if missing:
         return f"it has no {missing[0]}"
     try:
-        index = read_object(folder / INDEX)
+        index = {} if is_lone else read_object(folder / INDEX)
         recipe = load_recipe(folder / RECIPE_FILE)
         parts = {name for name, entry in index.items() if isinstance(entry, list)}
-        quantized = [name for name in sorted(parts) if _is_quantized(folder / name / "config.json")]
+        quantized = is_lone or any(_is_quantized(folder / name / CONFIG) for name in parts)
     except QuantDMError as error:
         return str(error)
     if not quantized:
         return "no part of it is quantized by quantdm"
     if not is_sealed(folder / RECIPE_FILE) and (folder / RECIPE_FILE).read_text(encoding="utf-8") != recipe.to_yaml():
         return f"its {RECIPE_FILE} was written by hand"
-    foreign = next((path for path in sorted(folder.rglob("*")) if not _is_ours(path, folder, parts)), None)
+    own = {"."} if is_lone else parts
+    foreign = next((path for path in sorted(folder.rglob("*")) if not _is_ours(path, folder, own)), None)
     return None if foreign is None else f"it holds {foreign.relative_to(folder)}, which no export writes"
 
 
 def _is_quantized(config: Path) -> bool:
-    if not config.is_file():
+    try:
+        settings = read_object(config).get("quantization_config") if config.is_file() else None
+    except QuantDMError:
         return False
-    settings = read_object(config).get("quantization_config")
     return isinstance(settings, dict) and settings.get("quant_method") == METHOD
 
 
@@ -92,4 +100,6 @@ def _is_ours(path: Path, folder: Path, parts: set[str]) -> bool:
         return path.name in parts
     if path.name == CARD:
         return is_sealed(path)
+    if parts == {"."} and path.name != RECIPE_FILE:
+        return _OF_A_PART.fullmatch(path.name) is not None
     return path.name in (INDEX, RECIPE_FILE) or (path.name == CORRECTION_FILE and is_correction(path))

@@ -1,6 +1,5 @@
 """The size of the weight files that an export writes for its denoiser, to the byte, without writing them."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -13,6 +12,8 @@ from quantdm.errors import QuantDMError
 from quantdm.hub.export import lossless_dtype
 from quantdm.hub.header import LayerEntry, header_text
 from quantdm.hub.quantize import model_layers, stored_bits
+from quantdm.hub.shards import lay_out
+from quantdm.hub.streaming import DIFFUSERS, kept_in_float32
 from quantdm.modules.blob import blob_size
 from quantdm.modules.packed import packed_layers
 from quantdm.pipelines.parts import find_denoisers
@@ -22,32 +23,14 @@ from quantdm.schemes import QuantConfig, Scheme
 
 Config = Mapping[str, Scheme | None]
 
-SHARD_SIZE, PATTERN = "10GB", "diffusion_pytorch_model{suffix}.safetensors"  # what save_pretrained takes by default
-ALIGNMENT = 8  # bytes, of the data behind the header
-LENGTH = 8  # bytes that say how long the header is
-# The names of dtypes in a header, in the order in which safetensors lays the tensors out: the widest come first.
-_NAMES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_ORDER = {dtype: position for position, dtype in enumerate(_NAMES)}
+PATTERN, SHARD_SIZE = DIFFUSERS  # what save_pretrained takes by default
 
 
 class ExportSize:
     """The denoisers' files that an export of a pipeline writes, everything but the values.
 
-    Tensors that stay unquantized have the dtype in which `export_pipeline` stores them: the narrowest one that holds
-    the whole pipeline exactly, float32 for the modules that diffusers keeps in float32.
+    Tensors that stay unquantized have the dtype in which `export_pipeline` stores them: that of the denoiser's files,
+    which is taken for the narrowest one that holds it exactly; float32 for the modules that diffusers keeps in float32.
 
     Args:
         pipe: the full-precision pipeline; layers of further denoisers are called `PART:layer`.
@@ -57,8 +40,8 @@ class ExportSize:
     """
 
     def __init__(self, pipe: DiffusionPipeline) -> None:
-        dtype = lossless_dtype(pipe)
-        self.parts = {name: PartSize(denoiser, dtype) for name, denoiser in find_denoisers(pipe).items()}
+        denoisers = find_denoisers(pipe).items()
+        self.parts = {name: PartSize(denoiser, lossless_dtype(denoiser)) for name, denoiser in denoisers}
 
     def of(self, config: Config | Mapping[str, str | None] | None) -> int:
         """Return the bytes of the safetensors files for a config (None: the denoisers as they are).
@@ -158,8 +141,7 @@ class PartSize:
 
 def stored_tensors_of(denoiser: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Return the state of a denoiser on the meta device, in the dtypes that loading in `dtype` gives it."""
-    kept = getattr(denoiser, "_keep_in_fp32_modules", None) or ()
-    fp32 = {kept} if isinstance(kept, str) else set(kept)
+    fp32 = kept_in_float32(denoiser)
     stored = {}
     for name, tensor in denoiser.state_dict().items():
         target = torch.float32 if fp32 & set(name.split(".")) else dtype
@@ -183,10 +165,5 @@ def _files_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 def _file_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
     """Return the size of one safetensors file."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0])):
-        first, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    return LENGTH + -(-len(text) // ALIGNMENT) * ALIGNMENT + end
+    layout = lay_out(tensors)
+    return len(layout.header(metadata)) + layout.nbytes

@@ -72,7 +72,7 @@ class Samples:
         """
         tensors, metadata = load_tensors(path)
         if "flagged" not in tensors:
-            raise QuantDMError(f"{path}: does not say which images were flagged; delete it and run the stage again")
+            raise QuantDMError(f"{path}: does not say which images were flagged; move it away and run the stage again")
         found = tensors["images"], tensors["features"], metadata["seconds"], tensors["flagged"]
         return cls(*found, frames=metadata.get("frames", 1))
 

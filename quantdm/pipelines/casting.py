@@ -16,13 +16,14 @@ def in_dtype(pipe: DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:
     other = copy.copy(pipe)
     for name, part in pipe.components.items():
         if isinstance(part, nn.Module):
-            setattr(other, name, _cast(copy.deepcopy(part), dtype))
+            setattr(other, name, cast_(copy.deepcopy(part), dtype))
         elif part is not None and hasattr(part, "set_timesteps"):
             setattr(other, name, copy.deepcopy(part))  # schedulers keep state
     return other
 
 
-def _cast(part: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_(part: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a network in place, but for the modules that `from_pretrained` keeps in float32; return it."""
     kept = {*(getattr(part, "_keep_in_fp32_modules_strict", None) or ())}
     if dtype == torch.float16 or not hasattr(part, "_keep_in_fp32_modules_strict"):  # as the two libraries have it
         kept |= {*(getattr(part, "_keep_in_fp32_modules", None) or ())}

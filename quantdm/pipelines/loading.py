@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -14,10 +15,11 @@ from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
 from quantdm.errors import QuantDMError, nearest
-from quantdm.pipelines.stored import check_opened, check_stored, stored_variant
+from quantdm.pipelines.stored import check_opened, check_stored, read_object, stored_variant
 
 # diffusers renamed the argument in 0.42 and warns about the old name
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+_LONE = "a lone denoiser or a file of its weights can be inspected and applied a recipe to"
 EMBEDDED = Path(str(resources.files("quantdm.pipelines.embedded")))
 
 
@@ -38,8 +40,13 @@ def pipeline_path(name_or_path: str | Path) -> str:
     path = Path(name).expanduser()
     if os.path.isdir(path):  # unlike Path.is_dir, it is quiet about names that are too long or may not be looked at
         if not (path / "model_index.json").is_file():
-            raise QuantDMError(f"pipeline: {path} has no model_index.json; expected a directory of save_pretrained")
+            raise QuantDMError(
+                f"pipeline: {path} has no model_index.json; expected a directory of save_pretrained"
+                + (f" ({_LONE})" if (path / "config.json").is_file() else "")
+            )
         return str(path)
+    if os.path.isfile(path):
+        raise QuantDMError(f"pipeline: {path} is a file, expected the directory of a pipeline ({_LONE})")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.isfile(path.parent):
         return name
     raise QuantDMError(
@@ -70,25 +77,57 @@ def load_pipeline(
             cannot be opened, or a component's config and weights do not agree on what quantdm quantized.
     """
     path = pipeline_path(name_or_path)
+    folder = fetch_pipeline(path, variant)
     try:
-        with _no_loading_bars():
-            folder = Path(path if os.path.isdir(path) else DiffusionPipeline.download(path, variant=variant))
-            variant = variant or stored_variant(folder)
-            packed = check_stored(folder, variant)
-            dtype = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype or torch.float32
-            pipe = DiffusionPipeline.from_pretrained(path, variant=variant, **{DTYPE_ARGUMENT: dtype})
-            check_opened(pipe, packed)
+        variant = variant or stored_variant(folder)
+        packed = check_stored(folder, variant)
+        pipe = open_files(path, variant, torch_dtype or torch.float32)
+        check_opened(pipe, packed)
     except QuantDMError:
         raise
     except Exception as error:  # diffusers raises whatever its readers raise: OSError, SafetensorError, ValueError, ...
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise QuantDMError(
-            f"pipeline {str(name_or_path)!r} cannot be opened: {first} "
-            f"(embedded pipelines: {', '.join(known_pipelines())})"
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
+        raise unopened(str(name_or_path), error) from error
     # from_pretrained leaves it on the CPU; a needless move to it would warn about float16
     return pipe if torch.device(device).type == "cpu" else pipe.to(device)
+
+
+def fetch_pipeline(path: str, variant: str | None = None) -> Path:
+    """Return the folder of a pipeline (see `pipeline_path`); a hub id is downloaded, unless it is in the cache.
+
+    Raises:
+        QuantDMError: it cannot be downloaded.
+    """
+    try:
+        with _no_loading_bars():
+            return Path(path if os.path.isdir(path) else DiffusionPipeline.download(path, variant=variant))
+    except Exception as error:  # the hub client raises whatever its network raises
+        raise unopened(path, error) from error
+
+
+def open_files(
+    path: str | Path,
+    variant: str | None,
+    torch_dtype: torch.dtype | Mapping[str, torch.dtype],
+    components: Mapping[str, Any] | None = None,
+) -> DiffusionPipeline:
+    """Open a pipeline with diffusers, quietly; `components` are taken as they are given instead of being loaded."""
+    dtype = dict(torch_dtype) if isinstance(torch_dtype, Mapping) else torch_dtype
+    index = Path(path) / "model_index.json"
+    # a part that was None when the pipeline was saved: diffusers wants to be told so again
+    absent = [k for k, v in (read_object(index) if index.is_file() else {}).items() if v == [None, None]]
+    given = {**dict.fromkeys(absent), **(components or {})}
+    with _no_loading_bars():
+        pipe = DiffusionPipeline.from_pretrained(path, variant=variant, **{DTYPE_ARGUMENT: dtype}, **given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def unopened(name: str, error: Exception) -> QuantDMError:
+    """Return the error that says in one line why a pipeline cannot be opened."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return QuantDMError(
+        f"pipeline {name!r} cannot be opened: {first} (embedded pipelines: {', '.join(known_pipelines())})"
+    )
 
 
 @contextmanager

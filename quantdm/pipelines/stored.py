@@ -51,14 +51,16 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def stored_variant(folder: Path) -> str | None:
-    """Return the variant that the weights of a pipeline were saved as, None for the ordinary files.
+    """Return the variant that the weights of a pipeline, or of a lone network, were saved as.
+
+    None for the ordinary files.
 
     Raises:
         QuantDMError: there are only variants, and several of them.
     """
     found: set[str] = set()
-    for part in (path.parent for path in folder.glob("*/config.json")):
-        if any(True for _ in _weight_files(part)):
+    for part in (path.parent for path in (*folder.glob("*/config.json"), folder / "config.json")):
+        if any(True for _ in weight_files(part)):
             continue
         names = [path.name for stem in _STEMS for path in part.glob(f"{stem}.*safetensors*")]
         found |= {match.group(1) for name in names if (match := _VARIANT.match(name))}
@@ -90,7 +92,7 @@ def check_stored(folder: Path, variant: str | None = None) -> dict[str, set[str]
             continue
         settings = read_object(config).get("quantization_config")
         method = settings.get("quant_method") if isinstance(settings, dict) else None
-        files = [*_weight_files(config.parent, variant)] or [*_weight_files(config.parent)]
+        files = [*weight_files(config.parent, variant)] or [*weight_files(config.parent)]
         headers = [read_header(path) for path in files]
         packed = {key for _, keys in headers for key in keys if key.endswith(SUFFIX)}
         signed = any(HEADER_KEY in metadata for metadata, _ in headers)
@@ -135,8 +137,12 @@ def check_opened(pipe: DiffusionPipeline, packed: Mapping[str, set[str]]) -> Non
             )
 
 
-def _weight_files(folder: Path, variant: str | None = None) -> Iterator[Path]:
-    """Yield the safetensors files that diffusers or transformers will read from a component's directory."""
+def weight_files(folder: Path, variant: str | None = None) -> Iterator[Path]:
+    """Yield the safetensors files that diffusers or transformers will read from a component's directory.
+
+    Raises:
+        QuantDMError: an index that does not say where the tensors are.
+    """
     of = "" if variant is None else f".{variant}"
     for stem in _STEMS:
         index, whole = folder / f"{stem}.safetensors.index{of}.json", folder / f"{stem}{of}.safetensors"

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Condition
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
-from quantdm.machine import cores, one_torch_thread
+from quantdm.machine import IN_FLIGHT, Gate, cores, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, weight_error
 from quantdm.quantizers.fit import SWEEPS
 from quantdm.runs.weights import weight_reader
@@ -24,8 +23,6 @@ from quantdm.schemes import Scheme
 BANK_VERSION = 3
 INDEX = "index.json"
 CACHE_BYTES = 2**31
-# Weights that threads work on at a time, at 40 to 60 bytes each while they are sorted. A larger layer goes alone.
-IN_FLIGHT = 2**25
 
 
 class WeightBank:
@@ -82,7 +79,7 @@ class WeightBank:
             missing = [name for name in self.layers if name not in moments]
             if missing:
                 raise QuantDMError(f"moments: none for {missing[0]}; {nearest(missing[0], moments)}")
-        gate = _Gate(IN_FLIGHT)
+        gate = Gate(IN_FLIGHT)
 
         def work(layer: LayerRecord) -> tuple[LayerRecord, Path]:
             with gate.room(layer.num_weights):
@@ -230,22 +227,3 @@ def pointed(module: nn.Module) -> Iterator[Callable[[str, Callable[[torch.dtype,
     finally:
         for parameter, data in reversed(originals):  # two names may share one parameter
             parameter.data = data
-
-
-class _Gate:
-    """Lets threads in while the weights they work on stay below a limit; one that exceeds it alone goes in alone."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.inside, self.changed = limit, 0, Condition()
-
-    @contextmanager
-    def room(self, size: int) -> Iterator[None]:
-        with self.changed:
-            self.changed.wait_for(lambda: self.inside == 0 or self.inside + size <= self.limit)
-            self.inside += size
-        try:
-            yield
-        finally:
-            with self.changed:
-                self.inside -= size
-                self.changed.notify_all()

@@ -105,7 +105,7 @@ def _train(
                 calls[part],
                 held_out[part],
                 settings,
-                others_dtype=lossless_dtype(subject.pipe),
+                others_dtype=lossless_dtype(subject.denoisers[part]),
                 checkpoint=run.path(f"tuning-{digest(inputs, part)}.safetensors"),
                 progress=progress.update,
             )

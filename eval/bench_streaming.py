@@ -1,0 +1,128 @@
+"""Measure inspect and apply on big denoisers with random weights: seconds and peak memory of the command.
+
+    python eval/bench_streaming.py sdxl --folder DIR             # 2.57 G weights: 7 GB of disk, ten minutes
+    python eval/bench_streaming.py flux --folder DIR --keep      # 11.9 G weights: 31 GB of disk, half an hour
+
+The folder is a bare one of diffusers (config.json and bf16 shards), made tensor by tensor. Every command runs in a
+process of its own; its peak is the highest resident set, imports and pages of mapped files included. Every `apply` is
+killed once and started again. Figures go to eval/results/bench_streaming.json, one entry per model.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+
+from quantdm.files import read_json, write_json
+from quantdm.hub.shards import Shards
+from quantdm.machine import cores, memory_gb, versions
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.architectures import PUBLIC
+
+OUT = Path(__file__).parent / "results" / "bench_streaming.json"
+MODELS = {"sdxl": ("sdxl", ("uniform-channel-4", "kmeans-channel-4")), "flux": ("flux.1-dev", ("uniform-channel-4",))}
+COMMAND = [sys.executable, "-c", "from quantdm.cli.main import main; main()"]
+PATTERN, SHARD = "diffusion_pytorch_model{suffix}.safetensors", "10GB"
+
+
+def make(name: str, folder: Path) -> int:
+    """Write a denoiser with weights from N(0, 0.02^2) in bf16; return how many it has."""
+    kind, arguments = PUBLIC[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**arguments)
+    state = {key: tensor.to(torch.bfloat16) for key, tensor in model.state_dict().items()}
+    if not (folder / "config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        shards = Shards(folder, state, PATTERN, SHARD, {"format": "pt"})
+        generator = torch.Generator().manual_seed(0)
+        for key, tensor in state.items():
+            shards.write(key, torch.randn(tensor.shape, generator=generator).mul_(0.02).to(torch.bfloat16))
+        shards.finish({"format": "pt"})
+        if shards.is_sharded:
+            write_json(
+                folder / f"{PATTERN.format(suffix='')}.index.json",
+                {"metadata": shards.metadata, "weight_map": shards.weight_map},
+            )
+        model.save_config(folder)
+    return sum(tensor.numel() for tensor in state.values())
+
+
+def measure(arguments: list[str], kill_after: float | None = None) -> dict[str, float]:
+    """Run a command of quantdm; return its seconds and its peak in GB. With `kill_after` it is killed then."""
+    start = time.monotonic()
+    process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.send_signal(signal.SIGKILL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if kill_after is None and status != 0:
+        raise SystemExit(f"quantdm {' '.join(arguments)} failed")
+    return {
+        "seconds": round(time.monotonic() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gb": round(usage.ru_maxrss * 1024 / 1e9, 3),
+    }
+
+
+def export(folder: Path, scheme: str, out: Path, kill_after: float) -> dict[str, dict[str, float] | float]:
+    """Measure an export that is killed and started again; together the two processes do the work of one."""
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(f"version: 1\nmodel: random\ndefault: {scheme}\nprovenance: {{source: bench}}\n")
+    command = ["apply", str(folder), "--recipe", str(recipe), "-o", str(out)]
+    killed = measure(command, kill_after)
+    if out.exists():
+        raise SystemExit(f"{out} was finished before it was killed; give a smaller --kill-after")
+    continued = measure(command)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors")) / 1e9
+    shutil.rmtree(out)
+    recipe.unlink()
+    total = round(killed["seconds"] + continued["seconds"], 1)
+    return {"killed": killed, "continued": continued, "seconds": total, "file_gb": round(size, 3)}
+
+
+def main() -> None:
+    """Measure one model and add it to the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--folder", type=Path, required=True, help="where the model and its exports are written")
+    parser.add_argument("--keep", action="store_true", help="keep the model")
+    parser.add_argument("--alone", action="store_true", help="nothing else runs on this machine")
+    parser.add_argument("--kill-after", type=float, default=60, help="seconds after which every export is killed once")
+    arguments = parser.parse_args()
+    name, schemes = MODELS[arguments.model]
+    folder = arguments.folder / arguments.model
+    weights = make(name, folder)
+    record = {
+        "model": f"{name}, random bf16 weights",
+        "weights": weights,
+        "file_gb": round(sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9, 3),
+        "inspect": measure(["inspect", str(folder)]),
+        "exports": {},
+        "machine": {"cpu": platform.processor() or platform.machine(), "cores": cores(), "memory_gb": memory_gb()},
+        "other work on the machine": not arguments.alone,
+        "date": datetime.date.today().isoformat(),
+        "versions": versions(),
+    }
+    for scheme in schemes:
+        out = arguments.folder / f"{arguments.model}-small"
+        record["exports"][scheme] = export(folder, scheme, out, arguments.kill_after)
+        found = read_json(OUT) if OUT.is_file() else {}
+        write_json(OUT, found | {arguments.model: record})
+    print(json.dumps(record, indent=1))
+    if not arguments.keep:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
