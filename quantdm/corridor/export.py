@@ -6,12 +6,15 @@ from pathlib import Path
 from quantdm.correction import load_correction
 from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
+from quantdm.files import tensors_digest
 from quantdm.hub.export import export_pipeline
 from quantdm.hub.replace import CORRECTION_FILE, check_export_path
 from quantdm.recipe import Recipe, joint_config, load_recipe
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
+from quantdm.runs.tune import used_tuning
+from quantdm.runs.tuned import TunedWeights
 
 
 def export_run(run: Run, folder: str | Path, *, corrected: bool = False, say: Callable[[str], object] = print) -> Path:
@@ -34,13 +37,28 @@ def export_run(run: Run, folder: str | Path, *, corrected: bool = False, say: Ca
     layers, parts = load_space(run).layers, run.settings.seen.denoisers
     labels = joint_config(recipe, layers, parts).to_labels()
     recipe, correction, note = _pair(run, recipe, labels, corrected)
-    bank = WeightBank.open(run.path("bank"), layers, run.settings.bank_schemes)
+    bank, recipe, tuning = _bank(run, recipe, labels)
     inputs = {part: parse_inputs(record) for part, record in run.settings.seen.example_inputs.items()}
-    if note:
-        say(note)
+    for line in filter(None, (note, tuning)):
+        say(line)
     return export_pipeline(
         run.location, recipe, folder, bank=bank, correction=correction, example_inputs=inputs or None
     )
+
+
+def _bank(run: Run, recipe: Recipe, labels: Mapping[str, str | None]) -> tuple[WeightBank | TunedWeights, Recipe, str]:
+    """Return the weights to export, tuned if that helped, the recipe that says so, and what is to be said."""
+    plain = WeightBank.open(run.path("bank"), load_space(run).layers, run.settings.bank_schemes)
+    path = used_tuning(run)
+    if path is None:
+        return plain, recipe, ""
+    tuned = TunedWeights.load(path)
+    try:
+        tuned.check(labels)
+    except QuantDMError as error:
+        return plain, recipe, f"tuning: left out ({error})"
+    provenance = recipe.provenance.model_copy(update={"tuning": tensors_digest(path)})
+    return tuned, recipe.model_copy(update={"provenance": provenance}), "tuning: exported"
 
 
 def _pair(

@@ -1,6 +1,6 @@
 """Follow every tensor through one forward on the meta device: which weights made it, where a long skip joined it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from traceback import walk_tb
 from typing import Any

@@ -76,7 +76,7 @@ def apply_recipe(
             set_activation_bits_(model, spec)
         raise
     for plan, weights in zip(plans, packed, strict=True):
-        set_packed_(plan.model, weights)
+        set_packed_(plan.model, weights, plan.bank)
         set_activation_bits_(plan.model, plan.config.activations)
         mark_quantized_(plan.model, plan.config)
     return pipe_or_denoiser

@@ -101,7 +101,8 @@ def _prepare(source: Source, plans: list[Plan]) -> dict[str, Work]:
             stacklevel=3,
         )
         cast_(plan.model, lossless_dtype(plan.model))
-        set_packed_(plan.model, pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what))
+        weights = pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what)
+        set_packed_(plan.model, weights, plan.bank)
         mark_quantized_(plan.model, plan.config)
     return works
 
@@ -151,12 +152,15 @@ def configuration_digest(
     labels: Mapping[str, str | None],
     activations: Mapping[str, Any] | None,
     correction: str | Path | None,
-    tuned: str | Path | None = None,
+    tuning: str | None = None,
 ) -> str:
-    """Return the hash of what determines an export's images: schemes, activations, correction and tuning (files)."""
+    """Return the hash of what determines an export's images: schemes, activations, correction (its file), tuning.
+
+    `tuning` is the digest of the tuned weights, as a recipe's provenance has it.
+    """
     spec = None if activations is None else dict(activations)
     parts = [weights_digest(labels), spec, None if correction is None else tensors_digest(correction)]
-    return digest(*parts, *([] if tuned is None else [tensors_digest(tuned)]))
+    return digest(*parts, *([] if tuning is None else [tuning]))
 
 
 def lossless_dtype(part: nn.Module) -> torch.dtype:

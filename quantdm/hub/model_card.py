@@ -53,29 +53,30 @@ def write_card(folder: str | Path, *, summary: str | Path | None = None) -> Path
             f"model card: {summary} was measured on {measured.get('model')}, expected {recipe.model}; name its own run"
         )
     if measured is not None:
-        _check_measured(folder, str(summary), measured)
+        _check_measured(folder, recipe, str(summary), measured)
     write_text(folder / CARD, card_text(folder, recipe, measured), MARKUP_COMMENT)
     return folder / CARD
 
 
-def _check_measured(folder: Path, where: str, summary: dict[str, Any]) -> None:
-    """Check that a row of a summary measured just this export: its packed weights, activations and correction."""
+def _check_measured(folder: Path, recipe: Recipe, where: str, summary: dict[str, Any]) -> None:
+    """Check that a row of a summary measured just this export: its packed weights, activations, correction, tuning."""
     part = _denoiser_of(folder)
     config = read_json(folder / part / "config.json").get("quantization_config", {})
     header, _ = read_headers(sorted((folder / part).glob("*.safetensors")))
     labels = {name: entry.scheme.label for name, entry in header.table.items()}
     correction = folder / CORRECTION_FILE
-    own = configuration_digest(labels, config.get("activations"), correction if correction.is_file() else None)
+    fitted = correction if correction.is_file() else None
+    own = configuration_digest(labels, config.get("activations"), fitted, recipe.provenance.tuning)
     measured = [row["configuration"] for row in summary["rows"] if row.get("configuration") is not None]
     if not measured:
         raise QuantDMError(
             f"model card: {where} does not say which recipes it measured (it is of an older quantdm); run "
-            "`quantdm demo` of that run again, or leave it out"
+            "`quantdm run` of that run again, or leave it out"
         )
     if own not in measured:
         raise QuantDMError(
             f"model card: {where} measured other recipes, activations or corrections than those of {folder}; name the "
-            "summary of the run that this export comes from, run `quantdm demo` of it again, or leave it out"
+            "summary of the run that this export comes from, run `quantdm run` of it again, or leave it out"
         )
 
 

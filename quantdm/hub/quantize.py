@@ -28,6 +28,10 @@ class Bank(Protocol):
         """Return the layer's weight under this scheme."""
         ...
 
+    def other(self, parameter_name: str) -> torch.Tensor | None:
+        """Return what a parameter that is not quantized becomes; None: it stays."""
+        ...
+
 
 @dataclass(frozen=True)
 class PlainLayer:
@@ -119,10 +123,14 @@ def pack_layers(
     return quantized
 
 
-def set_packed_(model: nn.Module, quantized: Mapping[str, QuantizedWeight]) -> None:
-    """Put packed layers in the places of those that `pack_layers` packed."""
+def set_packed_(model: nn.Module, quantized: Mapping[str, QuantizedWeight], bank: Bank | None = None) -> None:
+    """Put packed layers in the places of those that `pack_layers` packed, and what else the bank has for the model."""
     for name, weight in quantized.items():
         quantize_module_(model, name, weight)
+    for name, parameter in model.named_parameters():
+        value = None if bank is None else bank.other(name)
+        if value is not None:
+            parameter.data = value.to(parameter.device, parameter.dtype)
     if isinstance(model, PreTrainedModel):
         untie_packed_(model)
 

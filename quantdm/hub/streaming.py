@@ -161,7 +161,8 @@ def write_part(work: Work, folder: Path, part: str, workplace: Workplace) -> Non
         sums = _write_layers(work, shards, names, part, workplace)
         for key, _ in tensors.items():
             if not key.endswith(SUFFIX) or key.removesuffix(SUFFIX) not in work.table:
-                value = work.stored.tensors[key].read().to(work.dtypes[key])
+                other = None if work.plan.bank is None else work.plan.bank.other(key)
+                value = (work.stored.tensors[key].read() if other is None else other).to(work.dtypes[key])
                 shards.write(names[key], value)
                 sums[key] = checksum(key, value) if key in others else 0
         packed = [sums[f"{name}{SUFFIX}"] for name in work.table]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -99,6 +100,9 @@ class _PartBank:
 
     def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
         return self.bank.get(f"{self.part}{SEPARATOR}{layer_name}", scheme)
+
+    def other(self, parameter_name: str) -> torch.Tensor | None:
+        return self.bank.other(f"{self.part}{SEPARATOR}{parameter_name}")
 
 
 def _bank_of(bank: Bank | None, part: str, denoisers: Mapping[str, nn.Module]) -> Bank | None:

@@ -55,6 +55,7 @@ class Provenance(BaseModel):
     seed: int | None = None
     trials: int | None = None
     target: str | None = None
+    tuning: str | None = Field(default=None, description="hash of the tuned weights that an export holds")
     notes: tuple[str, ...] = ()
     measured: dict[str, float] = Field(default_factory=dict)
 

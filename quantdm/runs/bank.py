@@ -181,6 +181,9 @@ class WeightBank:
             raise QuantDMError(f"bank: {layer_name} has no option {scheme.label}; the bank holds {', '.join(options)}")
         return options[scheme.label]
 
+    def other(self, parameter_name: str) -> None:
+        """Say what a parameter that is not quantized becomes: it stays."""
+
     def weight_error(self, name: str, scheme: Scheme) -> float:
         """Return mean|w - ŵ|^2.4 / mean|w|^2.4 of one layer under one scheme."""
         self._open(name)

@@ -135,7 +135,8 @@ def _configuration(job: Job) -> str | None:
     """Return what a row measured as one hash, so that an export finds its own figures; None: full precision."""
     if job.labels is None:
         return None
-    return configuration_digest(job.labels, job.activations, job.correction, job.tuned)
+    tuning = None if job.tuned is None else tensors_digest(job.tuned)
+    return configuration_digest(job.labels, job.activations, job.correction, tuning)
 
 
 def run_key(run: Run, job: Job) -> str:

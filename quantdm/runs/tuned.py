@@ -40,6 +40,10 @@ class TunedWeights:
             raise QuantDMError(f"tuned weights: {layer_name} is {what}, expected {scheme}; tune this recipe anew")
         return found
 
+    def other(self, parameter_name: str) -> Tensor | None:
+        """Return what a bias or norm was trained to; None: it was not."""
+        return self.others.get(parameter_name)
+
     def check(self, labels: Mapping[str, str | None]) -> None:
         """Check that these are the weights of a configuration.
 
