@@ -10,7 +10,7 @@ from quantdm.allocation import select
 from quantdm.allocation.sampling import sample_configs, sample_frontier
 from quantdm.denoisers.analysis import trace_graph
 from quantdm.denoisers.inventory import list_layers
-from quantdm.schemes import DEFAULT_OPTIONS
+from quantdm.schemes import PAPER_OPTIONS
 from quantdm.surrogates import BlockScores, SearchSpace
 from tests.architectures import DIGITS, PUBLIC
 
@@ -19,7 +19,7 @@ METHOD_EFFECT = {("uniform", "channel"): 1.0, ("kmeans", "channel"): 0.5, ("kmea
 
 
 @cache
-def planted_space(options=DEFAULT_OPTIONS, model: str = "digits-dit") -> SearchSpace:
+def planted_space(options=PAPER_OPTIONS, model: str = "digits-dit") -> SearchSpace:
     """Bits as they are counted; errors fall fourfold per bit, differ by method, and scatter over layers."""
     kind, config = {**DIGITS, **PUBLIC}[model]
     with torch.device("meta"):

@@ -19,7 +19,7 @@ from quantdm.quantizers import count_bits
 from quantdm.recipe import Provenance, Recipe
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
-from quantdm.schemes import DEFAULT_OPTIONS
+from quantdm.schemes import PAPER_OPTIONS
 from quantdm.surrogates import SearchSpace
 from quantdm.surrogates.attribution import summarise
 
@@ -36,10 +36,10 @@ def make_space() -> SearchSpace:
     base = np.array([0.4 if layer.op_type == SENSITIVE else 0.02 for layer in layers]) * rng.lognormal(
         0, 0.2, len(layers)
     )
-    noise = base[:, None] * np.array([4.0 ** (2 - option.bits) for option in DEFAULT_OPTIONS])
+    noise = base[:, None] * np.array([4.0 ** (2 - option.bits) for option in PAPER_OPTIONS])
     noise *= rng.lognormal(0, 0.1, noise.shape)
-    bits = np.array([[count_bits(layer.shape, o, layer.split) for o in DEFAULT_OPTIONS] for layer in layers])
-    return SearchSpace(layers, trace_graph(denoiser), DEFAULT_OPTIONS, bits, 0.3 * noise, noise)
+    bits = np.array([[count_bits(layer.shape, o, layer.split) for o in PAPER_OPTIONS] for layer in layers])
+    return SearchSpace(layers, trace_graph(denoiser), PAPER_OPTIONS, bits, 0.3 * noise, noise)
 
 
 def row(name: str, fid: float, sd: float, bits: float = 3.0, note: str = "measured") -> dict:

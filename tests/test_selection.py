@@ -11,7 +11,7 @@ from quantdm.allocation.knapsack import hull_steps, solve_knapsack
 from quantdm.allocation.select import pareto, select, select_lambda
 from quantdm.allocation.units import budget_of, build_units
 from quantdm.errors import QuantDMError
-from quantdm.schemes import DEFAULT_OPTIONS
+from quantdm.schemes import PAPER_OPTIONS
 from quantdm.surrogates import BlockScores
 from tests.planted import PlantedTruth, planted_space
 
@@ -271,7 +271,7 @@ def test_infeasible_budgets_state_the_range(space, values):
         ({"target_bits": 3.0, "forbidden": "uniform-channel-4"}, "expected a set of scheme labels"),
         ({"target_bits": 3.0, "forbidden": ["uniform-channel-9"]}, "forbidden: 'uniform-channel-9' is no option"),
         ({"target_bits": 3.0, "forbidden": {"nowhere": ["uniform-channel-4"]}}, "not in this model"),
-        ({"target_bits": 3.0, "forbidden": [o.label for o in DEFAULT_OPTIONS]}, "nothing is left for layer"),
+        ({"target_bits": 3.0, "forbidden": [o.label for o in PAPER_OPTIONS]}, "nothing is left for layer"),
         (
             {
                 "target_bits": 3.0,

@@ -21,7 +21,7 @@ from quantdm.pipelines.tensor_files import DTYPE_NAMES
 from quantdm.quantizers import count_bits
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.settings import checked_target
-from quantdm.schemes import DEFAULT_OPTIONS
+from quantdm.schemes import PAPER_OPTIONS
 from quantdm.surrogates import SearchSpace
 
 MIXES = {
@@ -144,17 +144,17 @@ def test_a_target_in_bytes_is_never_exceeded_and_hardly_missed(name):
     pipe = load_pipeline(name)
     denoiser = get_denoiser(pipe)
     layers, size = list_layers(denoiser), ExportSize(pipe)
-    bits = torch.tensor([[count_bits(la.shape, o, la.split) for o in DEFAULT_OPTIONS] for la in layers]).numpy()
-    space = SearchSpace(layers, trace_graph(denoiser), DEFAULT_OPTIONS, bits, 0.0 * bits, 0.0 * bits)
+    bits = torch.tensor([[count_bits(la.shape, o, la.split) for o in PAPER_OPTIONS] for la in layers]).numpy()
+    space = SearchSpace(layers, trace_graph(denoiser), PAPER_OPTIONS, bits, 0.0 * bits, 0.0 * bits)
     for choice in islice(sample_configs(space, 25, seed=0), 25):
         config = space.config(choice)
         exact = size.of(config)
-        allowed = size.bits_within(DEFAULT_OPTIONS, exact)
+        allowed = size.bits_within(PAPER_OPTIONS, exact)
         assert float(space.avg_bits(choice)[0]) >= allowed  # so what has no more is no larger
         assert float(space.avg_bits(choice)[0]) - allowed < 0.01
-    least, most = size.extremes(DEFAULT_OPTIONS)
+    least, most = size.extremes(PAPER_OPTIONS)
     for target in (least, most):
-        found = checked_target(layers, DEFAULT_OPTIONS, pipe, target_bits=None, target_bytes=target)
+        found = checked_target(layers, PAPER_OPTIONS, pipe, target_bits=None, target_bytes=target)
         assert found == pytest.approx(
             (space.bits.min(axis=1) if target == least else space.bits.max(axis=1)).sum() / space.num_weights.sum(),
             abs=0.01,
