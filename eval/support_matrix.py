@@ -54,7 +54,7 @@ that are models themselves, it is {traced} of {single}, or {share:.1f} %. Not tr
 Some forwards leave layers out, which then stand in the graph without data flow:
 {idle}.
 
-Where the inputs of a denoiser cannot be told, one call of its pipeline tells them: see [quantize](quantize.md)."""
+Where the inputs of a denoiser cannot be told, one call of its pipeline tells them: `quantdm.capture_inputs`."""
 
 
 def table(cases: Mapping[str, bool]) -> str:
