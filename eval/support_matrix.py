@@ -1,5 +1,6 @@
-"""Write docs/support.md: which denoisers and features the tests cover, from a report of a real test run.
+"""Write docs/support.md: what the tests cover, from a report of a real test run, and which classes are traced.
 
+python eval/trace_matrix.py
 python -m pytest tests/test_families.py tests/test_lora.py tests/test_offload.py --junitxml=report.xml
 python eval/support_matrix.py report.xml
 """
@@ -8,11 +9,13 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
-from quantdm.files import atomic_path
+from quantdm.files import atomic_path, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
+TRACE_MATRIX = ROOT / "eval" / "results" / "trace_matrix.json"
 # Column -> the test functions that stand behind it; a test id begins with the family's name.
 COLUMNS = {
     "fp32": (r"test_an_export_opened.*-fp32-",),
@@ -33,10 +36,25 @@ not tried on that class. *fp32*, *bf16*, *shards*: applied, saved, opened in a n
 
 Pipelines with DDIM, Euler, DPM-Solver++ and flow-matching schedulers, and pipelines under model and group offload,
 answer as the one with the decoded weights. Nothing in quantdm names a class: what is not in the table works if its
-layers can be listed, which `quantdm inspect` tells in seconds. About half of the denoiser classes in diffusers 0.42 are
-traced without help; the others (Lumina 2, LTX, CogVideoX, Qwen-Image, FLUX.2, Mochi, ...) say so in one error.
+layers can be listed, which `quantdm inspect` tells in seconds.
 No GPU was at hand: streams, CUDA offload and compiled GPU kernels are untested.
+
+## Which classes are traced
+
+{traces}
 """
+TRACES = """Written from the results of `eval/trace_matrix.py` ({date}, diffusers {diffusers}, torch {torch}): every
+transformer, U-Net and ControlNet class that diffusers exports, and every other one whose forward takes a noise level.
+**{traced} of these {count} classes are traced** from class and configuration alone, with default configurations of
+fewer layers (completed where a default is no working model). {lists} of the others are mere lists of models; of those
+that are models themselves, it is {traced} of {single}, or {share:.1f} %. Not traced, and why:
+
+{reasons}
+
+Some forwards leave layers out, which then stand in the graph without data flow:
+{idle}.
+
+Where the inputs of a denoiser cannot be told, one call of its pipeline tells them: `quantdm.capture_inputs`."""
 
 
 def table(cases: Mapping[str, bool]) -> str:
@@ -53,6 +71,38 @@ def table(cases: Mapping[str, bool]) -> str:
     return "\n".join(rows)
 
 
+def traces(record: Mapping[str, Any]) -> str:
+    """Return the section on traced classes from the record of `eval/trace_matrix.py`."""
+    classes = record["classes"]
+    reasons: dict[str, list[str]] = {}
+    for name, found in classes.items():
+        if not found["traced"]:
+            reasons.setdefault(found["reason"], []).append(f"`{name}`")
+    traced, lists = sum(found["traced"] for found in classes.values()), sum(found["list"] for found in classes.values())
+    idle = [
+        f"`{name}` ({found['layers'] - found['reached']} of {found['layers']})"
+        for name, found in classes.items()
+        if found["traced"] and found["reached"] < found["layers"]
+    ]
+    single = len(classes) - lists
+    return TRACES.format(
+        date=record["date"],
+        **record["versions"],
+        count=len(classes),
+        lists=lists,
+        traced=traced,
+        single=single,
+        share=100 * traced / single,
+        reasons="\n".join(f"- {', '.join(names)}: {reason}" for reason, names in reasons.items()),
+        idle=", ".join(idle),
+    )
+
+
+def page(cases: Mapping[str, bool]) -> str:
+    """Return the whole page for the cases of a test run."""
+    return PAGE.format(table=table(cases), traces=traces(read_json(TRACE_MATRIX)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", type=Path)
@@ -61,7 +111,7 @@ def main() -> None:
         for case in ElementTree.parse(parser.parse_args().report).iter("testcase")
     }
     with atomic_path(ROOT / "docs" / "support.md") as temporary:
-        temporary.write_text(PAGE.format(table=table(cases)), encoding="utf-8")
+        temporary.write_text(page(cases), encoding="utf-8")
 
 
 if __name__ == "__main__":

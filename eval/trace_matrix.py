@@ -14,7 +14,6 @@ import datetime
 import inspect
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,8 @@ OPEN = {"in_channels": 32, "patch_size": 2, "out_channels": 32}
 # Class -> fields for which a default does not serve, because of fewer layers or because it is no working model.
 CONFIGS: dict[str, dict[str, Any]] = {
     "ControlNetUnionModel": {
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
     },
     "CosmosControlNetModel": {"num_attention_heads": 16},
     "CosmosTransformer3DModel": {"concat_padding_mask": False},  # resizing the mask takes torchvision
@@ -50,7 +50,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "HunyuanVideoFramepackTransformer3DModel": {"has_image_proj": True, "has_clean_x_embedder": True},
     "Kandinsky3UNet": {"layers_per_block": 3},
     "LatteTransformer3DModel": {
-        "cross_attention_dim": 1408, "caption_channels": 64, "norm_type": "ada_norm_single", "num_embeds_ada_norm": 1000,
+        "cross_attention_dim": 1408, "caption_channels": 64, "norm_type": "ada_norm_single",
+        "num_embeds_ada_norm": 1000,
     },
     "LuminaNextDiT2DModel": {"num_kv_heads": 8},
     "OmniGenTransformer2DModel": {
@@ -58,7 +59,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "Transformer2DModel": {"patch_size": None, "cross_attention_dim": 64},
     "UniDiffuserModel": {
-        "sample_size": 64, "in_channels": 4, "out_channels": 4, "text_dim": 64, "clip_img_dim": 64, "num_text_tokens": 12,
+        "sample_size": 64, "in_channels": 4, "out_channels": 4, "text_dim": 64, "clip_img_dim": 64,
+        "num_text_tokens": 12,
     },
     "UNet1DModel": {"extra_in_channels": 64},
     "WanAnimateTransformer3DModel": {"inject_face_latents_blocks": 1},
@@ -77,7 +79,7 @@ REASONS = {
     "MotionAdapter": A_PART.format("`UNetMotionModel`"),
     "MultiControlNetModel": A_LIST,
     "QwenImageMultiControlNetModel": A_LIST,
-    "RFD4ProteinaTransformer": "a protein model: its two dozen annotations per residue do not follow from the configuration",
+    "RFD4ProteinaTransformer": "a protein model: its annotations per residue do not follow from the configuration",
     "SD3MultiControlNetModel": A_LIST,
     "ZImageControlNetModel": "half of its modules are those of a transformer that is given to it when it is opened",
 }
@@ -119,16 +121,11 @@ def trace(cls: type[nn.Module]) -> dict[str, Any]:
             model = cls(**small_config(cls))
         graph = analyse(model).graph
     except (QuantDMError, TypeError) as error:  # a TypeError: its constructor takes more than a configuration
-        return {"traced": False, "reason": REASONS.get(cls.__name__) or _short(error)}
+        reason = REASONS.get(cls.__name__) or _short(error)
+        return {"traced": False, "list": reason == A_LIST, "reason": reason}
     ends = {end for edge in graph.edges for end in edge}
     layers = [node for node in graph.nodes if node.layer is not None]
-    return {"traced": True, "layers": len(layers), "reached": sum(node.id in ends for node in layers)}
-
-
-def summary(classes: Mapping[str, Mapping[str, Any]]) -> tuple[int, int, int]:
-    """Return how many classes are traced, how many there are, and how many of those are mere lists of others."""
-    traced = sum(record["traced"] for record in classes.values())
-    return traced, len(classes), sum(record.get("reason") == A_LIST for record in classes.values())
+    return {"traced": True, "list": False, "layers": len(layers), "reached": sum(node.id in ends for node in layers)}
 
 
 def _short(error: Exception) -> str:
@@ -145,7 +142,7 @@ def main() -> None:
         if not wanted or any(part in name for part in wanted):
             records[name] = trace(cls)
             print(name, json.dumps(records[name]), flush=True)
-    print("{} of {} classes are traced; {} are lists of others".format(*summary(records)))
+    print(f"{sum(record['traced'] for record in records.values())} of {len(records)} classes are traced")
     if not wanted:
         versions = {"diffusers": diffusers.__version__, "torch": torch.__version__}
         date = datetime.datetime.now(datetime.UTC).date().isoformat()

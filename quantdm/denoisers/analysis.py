@@ -10,7 +10,7 @@ from torch import nn
 from quantdm.denoisers.assembly import build_graph
 from quantdm.denoisers.example_inputs import failure, find_inputs, meta_copy, signature, to_meta
 from quantdm.denoisers.graph import Graph
-from quantdm.denoisers.trace import ForwardFailed, Trace, trace_forward
+from quantdm.denoisers.trace import ForwardError, Trace, trace_forward
 from quantdm.denoisers.weights import weight_specs
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest
@@ -68,7 +68,7 @@ def analyse(denoiser: nn.Module, *, example_inputs: Mapping[str, Any] | None = N
             inputs = to_meta(example_inputs)
             try:
                 trace = trace_forward(copy, dict(inputs))
-            except ForwardFailed as error:
+            except ForwardError as error:
                 raise failure(copy, inputs, error) from error.__cause__
         _CACHE[key] = Analysis(trace, build_graph(trace))
         if example_inputs is not None:

@@ -1,7 +1,8 @@
-"""Values on the meta device: of small tensors that follow from no weight and no image (masks, ids, positions, lengths).
+"""Values on the meta device: of small tensors that follow from no weight and no image (masks, ids, positions).
 
-Many denoisers read such tensors in Python: `int(mask.sum())`, `lengths.tolist()`, `x[mask]`. On the meta device they have
-no values, so what is computed from constants alone is computed a second time on the CPU, and handed out when it is read.
+Many denoisers read such tensors in Python: `int(mask.sum())`, `lengths.tolist()`, `x[mask]`. On the meta device they
+have no values, so what is computed from constants alone is computed a second time, on the CPU, and handed out when it
+is read.
 """
 
 from collections.abc import Iterator, Mapping

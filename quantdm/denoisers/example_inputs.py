@@ -1,4 +1,4 @@
-"""Example inputs of a denoiser, from the signature of its forward and its configuration; tried out on the meta device."""
+"""Example inputs of a denoiser, from its forward's signature and its configuration, tried out on the meta device."""
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, product
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantdm.denoisers.constants import MAX_ELEMENTS, map_tensors
 from quantdm.denoisers.shapes import choices_of
-from quantdm.denoisers.trace import ForwardFailed, Trace, trace_forward
+from quantdm.denoisers.trace import ForwardError, Trace, trace_forward
 from quantdm.errors import QuantDMError
 
 TRIALS = 100  # forwards, most of which end at one of the first layers
@@ -33,7 +33,7 @@ def find_inputs(
     Args:
         model: a denoiser on the meta device.
         config: its configuration.
-        run: traces one forward, or raises `ForwardFailed`.
+        run: traces one forward, or raises `ForwardError`.
 
     Returns:
         inputs: floating point tensors on the meta device (batch of two); masks, ids and positions with values.
@@ -49,7 +49,7 @@ def find_inputs(
         )
     steps: Iterator[tuple[int, ...]] = iter([(0,) * len(choices)])
     seen: set[tuple[int, ...]] = set()
-    best: tuple[Inputs, ForwardFailed] | None = None
+    best: tuple[Inputs, ForwardError] | None = None
     while len(seen) < TRIALS and (step := next(steps, None)) is not None:
         if step in seen:
             continue
@@ -58,7 +58,7 @@ def find_inputs(
         inputs = {name: value for name, value in picked.items() if value is not None}
         try:
             return inputs, run(model, inputs)
-        except ForwardFailed as error:
+        except ForwardError as error:
             if best is None or error.reached > best[1].reached:
                 best, steps = (inputs, error), _neighbours(step, [len(values) for values in choices.values()])
     assert best is not None
@@ -78,7 +78,7 @@ def meta_copy(denoiser: nn.Module, config: Mapping[str, Any]) -> nn.Module:
     return copy.to("meta").eval()
 
 
-def failure(model: nn.Module, inputs: Mapping[str, Any], error: ForwardFailed) -> QuantDMError:
+def failure(model: nn.Module, inputs: Mapping[str, Any], error: ForwardError) -> QuantDMError:
     """Return the error of a forward that failed with these inputs."""
     reason = " ".join(f"{type(error.__cause__).__name__}: {error.__cause__}".split())
     return QuantDMError(

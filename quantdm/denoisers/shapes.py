@@ -14,7 +14,7 @@ from quantdm.denoisers.input_rules import ARGUMENTS, LATENT_ARGUMENTS, LATENTS, 
 from quantdm.denoisers.weights import weight_specs
 
 
-class _Unknown(Exception):
+class _UnknownSizeError(Exception):
     """A shape names what the configuration does not say."""
 
 
@@ -25,8 +25,8 @@ class _Sizes:
     config: Mapping[str, Any]
 
     def meets(self, condition: str, field: str) -> bool:
-        """Say whether a field of the configuration is on ("?"), off ("!") or there ("@")."""
-        return field in self.config if condition == "@" else bool(self.config.get(field)) == (condition == "?")
+        """Say whether a field of the configuration is on ("?") or there ("@")."""
+        return field in self.config if condition == "@" else bool(self.config.get(field))
 
     def get(self, name: str) -> int:
         """Return a size: a number, a letter, a name of SIZES, or a field."""
@@ -37,7 +37,7 @@ class _Sizes:
                 return size
         if name in LETTERS:
             return LETTERS[name]
-        raise _Unknown(name)
+        raise _UnknownSizeError(name)
 
     def _field(self, field: str, *, count: bool) -> int | None:
         field, _, place = field.partition(".")
@@ -92,7 +92,7 @@ def _input_kind(model: nn.Module, sizes: _Sizes) -> str:
     """Return the kind of the first layer that reads the channels of the latents."""
     try:
         channels = sizes.get("channels")
-    except _Unknown:
+    except _UnknownSizeError:
         return ""
     return next((s.kind for s in weight_specs(model) if len(s.shape) > 1 and s.shape[1] == channels), "")
 
@@ -100,7 +100,7 @@ def _input_kind(model: nn.Module, sizes: _Sizes) -> str:
 def _values(rule: Any, sizes: _Sizes) -> list[Any]:
     try:
         return [_make(rule, sizes)]
-    except _Unknown:
+    except _UnknownSizeError:
         return []
 
 
@@ -116,9 +116,9 @@ def _make(rule: Any, sizes: _Sizes) -> Any:
 
 def _tensor(text: str, sizes: _Sizes) -> Tensor | int | str:
     words = text.split()
-    while words[0][0] in "?!@":
+    while words[0][0] in "?@":
         if not sizes.meets(words[0][0], words[0][1:]):
-            raise _Unknown(words[0])
+            raise _UnknownSizeError(words[0])
         words.pop(0)
     if words[0].startswith("'"):
         return words[0][1:]

@@ -48,7 +48,7 @@ class _Value:
 _UNKNOWN = _Value()
 
 
-class ForwardFailed(Exception):
+class ForwardError(Exception):
     """A forward that raised; of two failures, the one that came further has the greater `reached`."""
 
     def __init__(self, reached: tuple[int, list[int]]) -> None:
@@ -64,7 +64,7 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         inputs: keyword arguments; tensors on the meta device, or with values on the CPU.
 
     Raises:
-        ForwardFailed: from what the forward raised.
+        ForwardError: from what the forward raised.
     """
     specs = weight_specs(model)
     tracer = _Tracer(model, specs)
@@ -78,14 +78,14 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         with torch.no_grad(), friendly_to_meta(), tracer:
             result = model(**inputs)
     except Exception as error:  # whatever foreign code raises
-        raise ForwardFailed(tracer.reached(error)) from error
+        raise ForwardError(tracer.reached(error)) from error
     finally:
         for handle in handles:
             handle.remove()
     sources = (tracer.values.get(id(t), _UNKNOWN).source for t in tensors_of(_plain(result)))
     outputs = frozenset(source for source in sources if source is not None)
     if not outputs:
-        raise ForwardFailed((0, [])) from ValueError("its output depends on none of its layers")
+        raise ForwardError((0, [])) from ValueError("its output depends on none of its layers")
     return Trace(specs, tuple(tracer.ops), outputs, tracer.seams)
 
 
