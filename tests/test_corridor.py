@@ -92,13 +92,13 @@ def test_an_export_opens_in_a_new_process_with_identical_images_and_the_counted_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "images.safetensors"]
 
 
-def test_export_finds_the_narrowest_lossless_dtype(dit):
-    assert lossless_dtype(dit) == torch.float16
+def test_export_finds_the_narrowest_lossless_dtype(dit.transformer):
+    assert lossless_dtype(dit.transformer) == torch.float16
     with torch.no_grad():
         parameter = next(dit.vae.parameters())
         value = parameter.flatten()[0].clone()
         parameter.view(-1)[0] = 1 / 3
-        assert lossless_dtype(dit) == torch.float32
+        assert lossless_dtype(dit.transformer) == torch.float32
         parameter.view(-1)[0] = value
 
 
