@@ -92,12 +92,12 @@ def test_an_export_opens_in_a_new_process_with_identical_images_and_the_counted_
 
 
 def test_export_finds_the_narrowest_lossless_dtype(dit):
-    assert lossless_dtype(dit) == torch.float16
+    assert lossless_dtype(dit.transformer) == torch.float16
     with torch.no_grad():
-        parameter = next(dit.vae.parameters())
+        parameter = next(dit.transformer.parameters())
         value = parameter.flatten()[0].clone()
         parameter.view(-1)[0] = 1 / 3
-        assert lossless_dtype(dit) == torch.float32
+        assert lossless_dtype(dit.transformer) == torch.float32
         parameter.view(-1)[0] = value
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.core_model_loading import dot_natural_key
 
 from quantdm.activations.hooks import set_activation_bits_
 from quantdm.errors import QuantDMError
@@ -184,6 +185,8 @@ def _tensors_to_write(work: Work) -> dict[str, torch.Tensor]:
         if key in untold or (key in tied and not key.endswith(SUFFIX)):
             continue
         found[key] = torch.empty(tensor.shape, dtype=work.dtypes.get(key, tensor.dtype), device="meta")
+    if isinstance(model, PreTrainedModel):  # so transformers saves what it has opened
+        return {key: found[key] for key in sorted(found, key=dot_natural_key)}
     return found
 
 
