@@ -54,6 +54,9 @@ class ShapeBank:
             self.memory[key] = quantize_weight(weight, scheme, split=key[2])
         return self.memory[key]
 
+    def other(self, parameter_name: str) -> None:
+        """Leave what is not quantized as it is."""
+
 
 def build(folder: Path) -> dict[str, float]:
     """Save a random model in bf16 and its export; return their sizes in bytes."""
