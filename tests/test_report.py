@@ -221,8 +221,9 @@ def test_strings_of_records_cannot_become_markup_and_no_directory_is_told(tmp_pa
         ("selection", "selection.json", "quantdm search", {"frontier"}),
         ("recipe", "recipe.yaml", "quantdm search", {"insights", "layers", "next"}),
         ("correction", "correction.safetensors", "quantdm correct", {"noise"}),
-        ("summary", "summary.json", "quantdm demo", {"result"}),
-        ("samples", "samples.safetensors", "quantdm demo", {"samples"}),
+        ("tuning", "tuning.json", "quantdm tune", {"tuning"}),
+        ("summary", "summary.json", "quantdm run", {"result"}),
+        ("samples", "samples.safetensors", "quantdm run", {"samples"}),
     ],
 )
 def test_a_missing_record_is_named_with_the_command_that_makes_it(

@@ -135,7 +135,10 @@ def describe(label: str | None) -> str:
 
 
 def family(scheme: Scheme) -> str:
-    """Say a scheme without its bits: "k-means per channel"."""
+    """Say a scheme without its bits: "k-means per channel", "k-means, shared table"."""
+    if scheme.granularity == "shared":
+        scales = f", scales of {scheme.group_size}" if scheme.group_size else ""
+        return f"{NAMES[scheme.method]}, shared table{scales}"
     per = f"group of {scheme.group_size}" if scheme.group_size else scheme.granularity
     return f"{NAMES[scheme.method]} per {per}"
 

@@ -9,6 +9,7 @@ from quantdm.report.explanations import allocation, next_bits, noise, sensitivit
 from quantdm.report.markup import esc
 from quantdm.report.records import Records, read_records
 from quantdm.report.sections import actions, frontier, masthead, model_label, protocol, results, samples
+from quantdm.report.tuning import tuning
 
 REPORT_FILE = "report.html"
 SECTIONS: tuple[tuple[str, str, Callable[[Records], str]], ...] = (
@@ -20,6 +21,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Records], str]], ...] = (
     ("layers", "Bits per layer", allocation),
     ("next", "What one more bit would buy", next_bits),
     ("surrogates", "Surrogates", surrogates),
+    ("tuning", "Tuning", tuning),
     ("noise", "Noise per step", noise),
     ("protocol", "How it was measured", protocol),
 )

@@ -14,6 +14,7 @@ from quantdm.files import load_tensors, read_json
 from quantdm.recipe import Recipe, joint_config, load_recipe
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
+from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
 from quantdm.surrogates import Attribution, SearchSpace
 
 # Record -> the command that makes it (MODEL and RUN_DIR as they were given: a report carries no machine's paths).
@@ -24,6 +25,7 @@ MADE_BY = {
     "attribution.json": "quantdm explain --run-dir RUN_DIR",
     "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
     "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
+    "tuning.json": "quantdm tune --run-dir RUN_DIR",
     "correction.safetensors": "quantdm correct --run-dir RUN_DIR",
     "summary.json": "quantdm run MODEL --run-dir RUN_DIR",
     "samples.safetensors": "quantdm run MODEL --run-dir RUN_DIR",
@@ -41,6 +43,7 @@ class Records:
     attributions: dict[str, Attribution] | None
     selection: dict[str, Any] | None
     recipe: Recipe | None
+    tuning: dict[str, Any] | None
     correction: Correction | None
     steps: tuple[dict[str, float], ...]
     summary: dict[str, Any] | None
@@ -109,6 +112,7 @@ def read_records(run_dir: str | Path) -> Records:
         attributions=attributions,
         selection=optional("selection.json", lambda path: read_json(path, version=1)),
         recipe=recipe,
+        tuning=optional(TUNING_FILE, lambda path: read_json(path, version=TUNING_VERSION)),
         correction=optional("correction.safetensors", load_correction),
         steps=tuple(
             (optional("correction_steps.json", lambda path: read_json(path, version=2)) or {}).get("steps", ())
