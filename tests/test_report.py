@@ -113,7 +113,7 @@ def test_ids_are_unique_so_that_charts_do_not_borrow_each_others_parts(page: str
 
 def test_every_chart_is_xml_with_a_label_and_hover_titles(page: str) -> None:
     charts = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(charts) == 8
+    assert len(charts) == 9
     for chart in charts:
         root = ElementTree.fromstring(chart)
         assert root.get("aria-label")

@@ -147,7 +147,7 @@ def test_the_rows_of_a_recipe_of_patterns_are_of_the_weights_that_it_means(run, 
     keep = space.layer_names[0]
     recipe = by_hand(run, {"default": "kmeans-channel-4", "layers": {keep: "original"}})
     spec = activation_spec_of(get_denoiser(load_pipeline("digits-dit")), 6)
-    jobs = final.final_jobs(run, space, recipe, spec, None)
+    jobs = final.final_jobs(run, space, recipe, spec, "correction.safetensors")
     labels = {name: None if name == keep else "kmeans-channel-4" for name in space.layer_names}
     for name in ("recipe", "recipe+a6", "recipe+a6+correction"):
         assert jobs[name][0].labels == labels
