@@ -37,6 +37,7 @@ from quantdm.runs.search import start_run
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import label_of, load_trials, run_trials
 from quantdm.runs.verify import verify
+from quantdm.schemes import PAPER_OPTIONS
 from quantdm.surrogates import SearchSpace, score_blocks
 from quantdm.surrogates.ranking import spearman
 
@@ -54,7 +55,9 @@ def main() -> None:
     parser.add_argument("--scores-only", action="store_true", help="keep the rows; count their sizes anew")
     arguments = parser.parse_args()
     path = ROOT / "eval" / "results" / f"allocation_{arguments.model}.json"
-    run, subject = start_run(look_at(arguments.model), arguments.run_dir, target_bits=3.0, trials=TRIALS)
+    run, subject = start_run(
+        look_at(arguments.model), arguments.run_dir, target_bits=3.0, trials=TRIALS, options=PAPER_OPTIONS
+    )
     describe(run, subject)
     bank = build_bank(run, subject)
     with Engine(run, subject, workers=arguments.workers) as engine:

@@ -25,7 +25,7 @@ from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol, load_protocol
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.quantizers import QuantizedWeight, quantize_weight
-from quantdm.recipe import ActivationSpec, Recipe, load_recipe
+from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, load_recipe
 from quantdm.report import write_report
 from quantdm.runs.search import search
 from quantdm.runs.settings import Effort
@@ -38,6 +38,7 @@ except PackageNotFoundError:  # a source tree on the path, never installed
 
 __all__ = [
     "ActivationSpec",
+    "CalibrationSpec",
     "Correction",
     "Effort",
     "Graph",

@@ -62,6 +62,41 @@ def gather_moments(
     return stored
 
 
+class LazyMoments(Mapping[str, Moments]):
+    """Moments that are gathered when they are asked for, a group of layers at a time; only one group is kept.
+
+    Asked in the order of the layers, every group replays the calls once. The denoiser must stay as it is meanwhile.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        calls: Sequence[Call],
+        layer_names: Sequence[str],
+        *,
+        budget_bytes: int = BUDGET_BYTES,
+    ) -> None:
+        self.denoiser, self.calls = denoiser, calls
+        layers = {name: denoiser.get_submodule(name) for name in layer_names}
+        self._groups = list(_groups(layers, budget_bytes))
+        self._now: dict[str, Moments] = {}
+
+    def __getitem__(self, name: str) -> Moments:
+        if name not in self._now:
+            group = next((group for group in self._groups if name in group), None)
+            if group is None:
+                raise KeyError(name)
+            self._now = {}  # first, so that two groups are never there at once
+            self._now = dict(_gather(group, self.denoiser, self.calls))
+        return self._now[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for group in self._groups for name in group)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._groups))
+
+
 class StoredMoments(Mapping[str, Moments]):
     """Moments in files, one per layer, memory-mapped when they are asked for and never kept."""
 

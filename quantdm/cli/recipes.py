@@ -12,6 +12,7 @@ from quantdm.cli.app import (
     ModelCard,
     Out,
     Overrides,
+    ProtocolFile,
     RunDir,
     Variant,
     app,
@@ -33,15 +34,18 @@ def apply(
     example_inputs: ExampleInputs = None,
     variant: Variant = None,
     config: Config = None,
+    protocol: ProtocolFile = None,
 ) -> None:
     """Quantize a pipeline by a recipe and save it packed, layer by layer; run it again to go on after a kill."""
     from quantdm.errors import QuantDMError
     from quantdm.hub.export import export_pipeline
     from quantdm.hub.model_card import write_card
     from quantdm.pipelines.source import is_lone
-    from quantdm.recipe import load_recipe
+    from quantdm.recipe import CalibrationSpec, load_recipe
 
     chosen = load_recipe(recipe).override(overrides or [])
+    if protocol is not None:  # for calibrated schemes; what the recipe says otherwise
+        chosen = chosen.model_copy(update={"calibration": CalibrationSpec(protocol=protocol)})
     if model_card and is_lone(model):
         raise QuantDMError(f"--model-card: is for pipelines, and {model} is a lone denoiser; leave it out")
     inputs = given_inputs(example_inputs)

@@ -11,17 +11,19 @@ from torch import nn
 
 from quantdm.correction import load_correction
 from quantdm.files import YAML_COMMENT, digest, read_json, replace_folder, tensors_digest, write_json, write_text
-from quantdm.hub.apply import Plan, mark_quantized_, plan_recipe, register
+from quantdm.hub.apply import mark_quantized_, register
+from quantdm.hub.calibrated import calibrated_layers, packed_bank
 from quantdm.hub.journal import Workplace
+from quantdm.hub.plan import Plan, plan_recipe
 from quantdm.hub.quantize import Bank, pack_layers, set_packed_
 from quantdm.hub.replace import CORRECTION_FILE, RECIPE_FILE, check_export_path
 from quantdm.hub.streaming import Work, narrowest, prepare, write_part
 from quantdm.hub.targets import joint_labels
 from quantdm.machine import versions
 from quantdm.pipelines.casting import cast_
-from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
 from quantdm.pipelines.source import Source, StoredPart, open_source
-from quantdm.recipe import Recipe, weights_digest
+from quantdm.recipe import CalibrationSpec, Recipe, weights_digest
 
 
 def export_pipeline(
@@ -31,6 +33,7 @@ def export_pipeline(
     *,
     bank: Bank | None = None,
     correction: str | Path | None = None,
+    calibration: CalibrationSpec | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
@@ -47,6 +50,7 @@ def export_pipeline(
         folder: where it is written; what is provably an earlier export is replaced, anything else is refused.
         bank: takes packed weights from here instead of quantizing again.
         correction: a file of `Correction.save` that travels along; it was fitted for this recipe and its activations.
+        calibration: as for `apply_recipe`; the whole pipeline is opened then, in float32.
         example_inputs: as for `apply_recipe`.
         variant: of the weights, e.g. "fp16" (see `load_pipeline`).
         config: of the denoiser in a single file, see `open_source`.
@@ -64,6 +68,11 @@ def export_pipeline(
         fitted.check_belongs(joint_labels(source.pipe, recipe, example_inputs), recipe.activations)
     recipe = recipe.model_copy(update={"correction": None if fitted is None else CORRECTION_FILE})
     plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
+    if any(map(calibrated_layers, plans)):
+        live = load_pipeline(model, variant=variant)
+        own = plan_recipe(live, recipe, example_inputs=example_inputs)
+        bank = packed_bank(live, own, calibration or recipe.calibration)
+        plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
     works = _prepare(source, plans)
     workplace = Workplace(place, _key(source, works))
     try:

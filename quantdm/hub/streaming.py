@@ -17,10 +17,11 @@ from transformers.core_model_loading import dot_natural_key
 from quantdm.activations.hooks import set_activation_bits_
 from quantdm.errors import QuantDMError
 from quantdm.files import digest
-from quantdm.hub.apply import Plan, mark_quantized_
+from quantdm.hub.apply import mark_quantized_
 from quantdm.hub.checkpoint import prepare_layers_
 from quantdm.hub.header import LayerEntry, checksum, header_text
 from quantdm.hub.journal import Workplace
+from quantdm.hub.plan import Plan
 from quantdm.hub.quantize import model_layers
 from quantdm.hub.shards import Shards
 from quantdm.hub.ties import untie_packed_
@@ -83,8 +84,8 @@ def prepare(plan: Plan, stored: StoredPart) -> Work:
             )
         if scheme.calibration is not None and plan.bank is None:
             raise QuantDMError(
-                f"{layer.name}: {scheme} is calibrated on the inputs of the layer, which no file has; export the run "
-                "that measured them (quantdm export --run-dir), or choose a scheme without calibration"
+                f"{layer.name}: {scheme} is calibrated on the inputs of the layer, which no file has, and only "
+                "denoisers of a pipeline can be run for them; choose a scheme without calibration"
             )
         table[layer.name] = LayerEntry(scheme, tuple(layer.shape), layer.split, dtype)
     prepare_layers_(model, table, str(stored.folder or stored.files[0]), keep_in_fp32=kept_in_float32(model))

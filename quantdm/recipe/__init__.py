@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from quantdm.recipe.calibration import CalibrationSpec
 from quantdm.recipe.joint import joint_config, joint_rules, split_name
 from quantdm.recipe.reading import load_recipe
 from quantdm.recipe.rules import Layer, check_names, pattern_matcher
@@ -34,6 +35,7 @@ __all__ = [
     "PUBLISHED_INSIGHT",
     "RECIPE_VERSION",
     "ActivationSpec",
+    "CalibrationSpec",
     "Layer",
     "Provenance",
     "Recipe",

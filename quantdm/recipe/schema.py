@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from quantdm.errors import QuantDMError
 from quantdm.files import YAML_COMMENT, check_output, check_replaceable, digest, write_text
+from quantdm.recipe.calibration import CalibrationSpec
 from quantdm.recipe.rules import Layer, check_pattern, pattern_matcher, resolve_rules
 from quantdm.schemes import QuantConfig, Scheme
 
@@ -120,6 +121,7 @@ class RecipeBase(Rules):
         default_factory=dict, description="rules of further parts of the pipeline: text_encoder, vae, ..."
     )
     activations: ActivationSpec | None = None
+    calibration: CalibrationSpec | None = None
     correction: str | None = Field(default=None, description="file name of the correction that belongs to it")
     avg_bits: float | None = Field(default=None, allow_inf_nan=False, description="average bits, overhead included")
     provenance: Provenance = Provenance()

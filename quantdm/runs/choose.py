@@ -15,7 +15,7 @@ from quantdm.pipelines.seen import Seen
 from quantdm.recipe import Provenance, Recipe, joint_rules, load_recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import is_current
-from quantdm.runs.labels import label_bits, labels_of
+from quantdm.runs.labels import calibration_of, label_bits, labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.trials import load_trials
@@ -81,6 +81,7 @@ def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
     return Recipe(
         model=settings.model,
         **joint_rules(selection["configs"][best], settings.seen.denoisers),
+        calibration=calibration_of(settings, selection["configs"][best]),
         avg_bits=round(figures["avg_bits"], 6),
         provenance=Provenance(
             source=f"measured: {best}, chosen among {len(learned)} candidates by fid_fp",

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from quantdm.errors import QuantDMError
 from quantdm.quantizers import count_bits
-from quantdm.recipe import Layer, Recipe, joint_config
+from quantdm.recipe import CalibrationSpec, Layer, Recipe, joint_config
+from quantdm.runs.run import RunSettings
 from quantdm.schemes import ORIGINAL_BITS, Scheme
 from quantdm.surrogates import SearchSpace
 
@@ -26,6 +27,12 @@ def labels_of(recipe: Recipe, layers: Iterable[Layer], parts: Sequence[str]) -> 
             "rules for the denoiser alone: take its components out"
         )
     return joint_config(recipe, layers, parts).to_labels()
+
+
+def calibration_of(settings: RunSettings, labels: Mapping[str, str | None]) -> CalibrationSpec | None:
+    """Return what a configuration of a run was calibrated on; None where no scheme of it is calibrated."""
+    schemes = {Scheme.parse(label) for label in labels.values() if label is not None}
+    return settings.calibration if any(scheme.calibration is not None for scheme in schemes) else None
 
 
 def label_bits(space: SearchSpace, labels: Mapping[str, str | None]) -> int:

@@ -1,10 +1,12 @@
 """Another size from a run's attributions."""
 
 from quantdm.allocation import select
+from quantdm.allocation.pruning import dominated
 from quantdm.errors import QuantDMError
 from quantdm.machine import versions
 from quantdm.recipe import Provenance, Recipe, joint_rules
 from quantdm.runs.explain import load_attributions
+from quantdm.runs.labels import calibration_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 
@@ -14,10 +16,12 @@ def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
     space, attributions = load_space(run), load_attributions(run)
     if by not in attributions:
         raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(attributions)}")
-    choice = select(space, attributions[by].values, target_bits=target_bits)
+    choice = select(space, attributions[by].values, target_bits=target_bits, forbidden=dominated(space))
+    labels = space.config(choice).to_labels()
     return Recipe(
         model=run.settings.model,
-        **joint_rules(space.config(choice).to_labels(), run.settings.seen.denoisers),
+        **joint_rules(labels, run.settings.seen.denoisers),
+        calibration=calibration_of(run.settings, labels),
         avg_bits=round(float(space.avg_bits(choice)[0]), 6),
         provenance=Provenance(
             source=f"predicted by the {by} surrogate, not measured",

@@ -11,12 +11,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
 from quantdm.files import check_output, read_json, write_json
-from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.protocol import Protocol, known_protocols, load_protocol
 from quantdm.pipelines.seen import Seen, differences
 from quantdm.pipelines.subject import Subject, reopen
+from quantdm.recipe import CalibrationSpec
 from quantdm.schemes import COMPARED, Scheme
 
 RUN_VERSION = 2
+CALIBRATION_SEED = 900  # base seed of the trajectories that calibrate: outside those of every draw
 MANIFEST, SNAPSHOT = "run.json", "subject"
 
 
@@ -50,6 +52,17 @@ class RunSettings(BaseModel):
     def schemes(self) -> tuple[Scheme, ...]:
         """The options as schemes (the option axis)."""
         return tuple(Scheme.parse(label) for label in self.options)
+
+    @property
+    def calibration(self) -> CalibrationSpec:
+        """What calibrated options are calibrated on; a shipped protocol by its name."""
+        own = next((name for name in known_protocols() if load_protocol(name) == self.protocol), None)
+        return CalibrationSpec(
+            protocol=own or self.protocol.model_dump(mode="json"),
+            images=self.calibration_images,
+            first_seed=(self.seed * 1000 + CALIBRATION_SEED) * 10**6,
+            sweeps=self.sweeps,
+        )
 
     @property
     def bank_schemes(self) -> tuple[Scheme, ...]:

@@ -1,16 +1,14 @@
 """The first stages of a search: layers, bank, search space."""
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from quantdm.activations.moments import JointMoments, gather_moments
+from quantdm.activations.calibration import calibrate
+from quantdm.activations.moments import JointMoments
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
-from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import Subject
 from quantdm.progress import bar
-from quantdm.quantizers import Moments, count_bits
+from quantdm.quantizers import count_bits
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.run import Run
@@ -18,7 +16,6 @@ from quantdm.surrogates import SearchSpace
 
 RECORD_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
-CALIBRATION_SEED = 900  # base seed of the trajectories that calibrate: outside those of every draw
 
 
 # ------------------------------------------------------------------------------------------------------ layers, bank
@@ -34,23 +31,12 @@ def describe(run: Run, subject: Subject) -> None:
 def build_bank(run: Run, subject: Subject) -> WeightBank:
     """Write bank/: every layer under every option, and under the schemes that results are compared with."""
     bank = WeightBank(run.path("bank"), subject.layers, run.settings.bank_schemes, sweeps=run.settings.sweeps)
-    moments = calibrate(run, subject) if bank.calibrated else None
+    names = {part: [layer.name for layer in layers] for part, layers in subject.part_layers.items()}
+    moments = None
+    if bank.calibrated:
+        moments = JointMoments(calibrate(subject.pipe, run.settings.calibration, names, folder=run.path("moments")))
     with bar(sum(layer.num_weights for layer in subject.layers), "bank: weights x options") as progress:
         return bank.build(subject.weights, moments=moments, progress=progress.update)
-
-
-def calibrate(run: Run, subject: Subject) -> Mapping[str, Moments]:
-    """Write moments/: the second moments of the inputs of every layer along sampling trajectories."""
-    settings = run.settings
-    first = (settings.seed * 1000 + CALIBRATION_SEED) * 10**6
-    seeds = range(first, first + settings.calibration_images)
-    with subject.recording(subject.pipe) as recorded:
-        generate(subject.pipe, settings.protocol, seeds, steps=settings.protocol.steps)
-    found: dict[str, Mapping[str, Moments]] = {}
-    for part, module in subject.denoisers.items():
-        names = [layer.name for layer in subject.part_layers[part]]
-        found[part] = gather_moments(module, recorded[part].calls, names, folder=run.path("moments"))
-    return JointMoments(found)
 
 
 # ----------------------------------------------------------------------------------------------------- search space

@@ -1,0 +1,60 @@
+"""Calibrate a pipeline: run it in full precision and give the second moments of its layers' inputs."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from quantdm.activations.moments import LazyMoments, gather_moments
+from quantdm.denoisers.calls import record_calls
+from quantdm.errors import QuantDMError
+from quantdm.pipelines.generate import generate
+from quantdm.pipelines.parts import find_denoisers
+from quantdm.pipelines.protocol import Protocol, load_protocol
+from quantdm.quantizers import Moments
+from quantdm.recipe import CalibrationSpec
+
+
+def protocol_of(spec: CalibrationSpec) -> Protocol:
+    """Return the protocol that a recipe was calibrated on.
+
+    Raises:
+        QuantDMError: there is none of that name, or it is none.
+    """
+    return load_protocol(spec.protocol) if isinstance(spec.protocol, str) else Protocol(**spec.protocol)
+
+
+def calibrate(
+    pipe: DiffusionPipeline,
+    spec: CalibrationSpec,
+    layer_names: Mapping[str, Sequence[str]],
+    *,
+    folder: str | Path | None = None,
+) -> dict[str, Mapping[str, Moments]]:
+    """Return the moments of layers of the denoisers: component name -> layer name -> `Moments`.
+
+    Args:
+        pipe: in full precision; it is left as it was.
+        spec: which images are made.
+        layer_names: component name -> its layers.
+        folder: where moments are kept, one file per layer (see `gather_moments`). None: they are gathered group by
+            group as they are asked for, so that memory holds one group.
+
+    Raises:
+        QuantDMError: the pipeline cannot make these images, or they never run a layer.
+    """
+    seeds = range(spec.first_seed, spec.first_seed + spec.images)
+    denoisers = find_denoisers(pipe)
+    with ExitStack() as stack:
+        recorded = {name: stack.enter_context(record_calls(denoisers[name])) for name in layer_names}
+        generate(pipe, protocol_of(spec), seeds)
+    silent = [name for name, recording in recorded.items() if not recording.calls]
+    if silent:
+        raise QuantDMError(f"{', '.join(silent)}: was never called while calibrating; raise the steps of the protocol")
+    return {
+        part: LazyMoments(denoisers[part], recorded[part].calls, names)
+        if folder is None
+        else gather_moments(denoisers[part], recorded[part].calls, names, folder=folder)
+        for part, names in layer_names.items()
+    }

@@ -1,0 +1,105 @@
+"""Recipes with calibrated schemes: the pipeline itself is run in full precision for the inputs of its layers."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantdm.activations.calibration import calibrate
+from quantdm.errors import QuantDMError
+from quantdm.hub.plan import Plan
+from quantdm.hub.quantize import Bank, model_layers, pack_layers
+from quantdm.pipelines.parts import find_denoisers
+from quantdm.quantizers import Moments, QuantizedWeight, quantize_weight
+from quantdm.recipe import CalibrationSpec
+from quantdm.recipe.joint import SEPARATOR
+from quantdm.schemes import Scheme
+
+
+class CalibratedBank:
+    """Quantizes the layers of one denoiser as they are asked for, with the moments of their inputs."""
+
+    def __init__(self, model: nn.Module, moments: Mapping[str, Moments], sweeps: int) -> None:
+        self.model, self.moments, self.sweeps = model, moments, sweeps
+        self.splits = {layer.name: layer.split for layer in model_layers(model)}
+
+    def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
+        """Return the layer's weight under this scheme."""
+        return quantize_weight(
+            self.model.get_parameter(f"{layer_name}.weight").detach(),
+            scheme,
+            split=self.splits[layer_name],
+            name=layer_name,
+            moments=None if scheme.calibration is None else self.moments[layer_name],
+            sweeps=self.sweeps,
+        )
+
+    def other(self, parameter_name: str) -> Tensor | None:
+        """Leave what is not quantized as it is."""
+        return None
+
+
+@dataclass(frozen=True)
+class PackedBank:
+    """Weights that are quantized already, under joint names."""
+
+    weights: Mapping[str, QuantizedWeight]
+
+    def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
+        """Return the layer's weight under the one scheme that it has."""
+        return self.weights[layer_name]
+
+    def other(self, parameter_name: str) -> Tensor | None:
+        """Leave what is not quantized as it is."""
+        return None
+
+
+def calibrated_layers(plan: Plan) -> list[str]:
+    """Return the layers of a plan whose schemes need the inputs of the layer, and that no bank has."""
+    if plan.bank is not None:
+        return []
+    return [name for name, scheme in plan.schemes.items() if scheme is not None and scheme.calibration is not None]
+
+
+def with_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | None) -> list[Plan]:
+    """Return the plans, those with calibrated schemes with a bank that calibrates them on the pipeline.
+
+    Raises:
+        QuantDMError: a model without a pipeline, or one that is no denoiser; nothing says on what to calibrate; or the
+            pipeline cannot make these images.
+    """
+    wanted = {id(plan.model): names for plan in plans if (names := calibrated_layers(plan))}
+    if not wanted:
+        return list(plans)
+    first = next(names[0] for names in wanted.values())
+    if isinstance(pipe, nn.Module):
+        raise QuantDMError(
+            f"{first}: its scheme is calibrated on what a pipeline feeds the layer, got only a {type(pipe).__name__}; "
+            "apply the recipe to the pipeline, or pass a bank"
+        )
+    if spec is None:
+        raise QuantDMError(
+            f"{first}: its scheme is calibrated, and the recipe does not say on what; pass "
+            "calibration=CalibrationSpec(protocol=...), on the command line --protocol"
+        )
+    parts = {name: model for name, model in find_denoisers(pipe).items() if id(model) in wanted}
+    if len(parts) < len(wanted):
+        raise QuantDMError(f"{first}: only denoisers can be calibrated; give the other components other schemes")
+    moments = calibrate(pipe, spec, {name: wanted[id(model)] for name, model in parts.items()})
+    banks = {id(model): CalibratedBank(model, moments[name], spec.sweeps) for name, model in parts.items()}
+    return [replace(plan, bank=banks.get(id(plan.model), plan.bank)) for plan in plans]
+
+
+def packed_bank(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | None) -> Bank:
+    """Quantize the denoisers of a pipeline by calibrated plans and return their weights; the pipeline stays."""
+    names = {id(model): name for name, model in find_denoisers(pipe).items()}
+    main = next(iter(names.values()))
+    found: dict[str, QuantizedWeight] = {}
+    for plan in with_calibration(pipe, plans, spec):
+        part = names.get(id(plan.model))
+        if part is not None:
+            prefix = "" if part == main else f"{part}{SEPARATOR}"
+            packed = pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what)
+            found |= {prefix + name: weight for name, weight in packed.items()}
+    return PackedBank(found)

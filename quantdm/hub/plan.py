@@ -1,0 +1,80 @@
+"""What a recipe asks of every model of a pipeline, before anything is changed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from quantdm.activations.bits import layer_bits
+from quantdm.activations.hooks import activation_spec
+from quantdm.denoisers.analysis import analyse
+from quantdm.denoisers.given_inputs import describe_inputs
+from quantdm.errors import QuantDMError
+from quantdm.hub.config import QuantDMConfig
+from quantdm.hub.quantize import Bank, average_bits, model_layers
+from quantdm.hub.targets import targets
+from quantdm.pipelines.parts import inputs_by_part
+from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, check_layers, load_recipe
+from quantdm.schemes import QuantConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe asks of one model: its config, the scheme of every layer, where they may lie quantized already."""
+
+    model: Any
+    config: QuantDMConfig
+    schemes: QuantConfig
+    bank: Bank | None
+
+
+def plan_recipe(
+    pipe_or_denoiser: Any,
+    recipe_or_config: Recipe | QuantConfig | str | Path,
+    *,
+    bank: Bank | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
+) -> list[Plan]:
+    """Return what a recipe asks of every model that it quantizes; arguments and errors as `apply_recipe`.
+
+    Models may be on the meta device; nothing is changed.
+    """
+    if isinstance(recipe_or_config, Mapping) and not isinstance(recipe_or_config, QuantConfig):
+        raise QuantDMError(
+            "recipe: got a dict, expected a Recipe or QuantConfig; wrap it: QuantConfig.from_labels(...)"
+        )
+    recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
+    inputs = inputs_by_part(pipe_or_denoiser, example_inputs)
+    for model, given in inputs:
+        analyse(model, example_inputs=given)  # from here on they are known
+    plans = []
+    for model, part, stored in targets(pipe_or_denoiser, recipe, bank):
+        given = next((describe_inputs(own) for owner, own in inputs if owner is model), None)
+        config = QuantDMConfig(recipe=part, example_inputs=given)
+        config.activations = config.activations or activation_spec(model)
+        _check_activations(model, config.activations)
+        layers = model_layers(model)
+        schemes = config.schemes_for(layers)
+        check_layers(schemes, {layer.name: None for layer in layers}, what=config.what)
+        config.avg_bits = round(average_bits(layers, schemes), 6)
+        plans.append(Plan(model, config, schemes, stored))
+    return plans
+
+
+def _check_activations(model: nn.Module, spec: ActivationSpec | None) -> None:
+    if spec is None:
+        return
+    if isinstance(model, PreTrainedModel):
+        raise QuantDMError(
+            f"activations: are quantized in denoisers only, got a {type(model).__name__}; leave them out"
+        )
+    layer_bits(model, spec)  # a glob that matches nothing raises before anything is changed
+
+
+def calibration_of(recipe_or_config: Recipe | QuantConfig | str | Path) -> CalibrationSpec | None:
+    """Return what a recipe was calibrated on, if it says so."""
+    recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
+    return recipe.calibration if isinstance(recipe, Recipe) else None
