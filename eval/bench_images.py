@@ -1,58 +1,97 @@
-"""What error feedback is worth in images: fid_fp of 2 and 3 bits on the reference pipelines, three draws each."""
+"""What calibration and tuning are worth in images: fid_fp of 2 and 3 bits on the reference pipelines, three draws."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from quantdm import get_denoiser, list_layers, load_pipeline, load_protocol
 from quantdm.activations.moments import gather_moments
+from quantdm.hub.export import lossless_dtype
 from quantdm.machine import fast_dtype
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, compare, draw_samples
 from quantdm.metrics.statistics import mean_and_sd, spread
 from quantdm.pipelines.generate import calibration_calls
 from quantdm.runs.bank import WeightBank
+from quantdm.runs.tuned import TunedWeights
 from quantdm.schemes import Scheme
+from quantdm.tuning import TuneSettings, tune
 
 IMAGES, STEPS, DRAWS = 500, 10, (701, 702, 703)
-SCHEMES = tuple(
-    Scheme.parse(f"{method}-channel-{bits}{suffix}")
-    for bits in (2, 3)
-    for method in ("uniform", "kmeans")
-    for suffix in ("", "-feedback")
-)
-CALIBRATION_IMAGES, CALIBRATION_STEPS = 16, 10
+PLAIN = tuple(Scheme.parse(f"{method}-channel-{bits}") for bits in (2, 3) for method in ("uniform", "kmeans"))
+FED = tuple(scheme.model_copy(update={"calibration": "feedback"}) for scheme in PLAIN)
+CALIBRATION = range(64)  # seeds of the trajectories, of the protocol's steps
+TRAIN, HELD_OUT = range(10_000, 10_128), range(20_000, 20_032)
+TUNE = TuneSettings()
 
 
 def measure_images(_: Path, folder: Path, models: Sequence[str]) -> dict[str, Any]:
-    """Return per pipeline and scheme the mean and the standard deviation of fid_fp and psnr_fp over draws."""
+    """Return per pipeline, scheme and stage the mean and the standard deviation of fid_fp and psnr_fp over draws."""
     record: dict[str, Any] = {
         "settings": {
             "images": IMAGES,
             "steps": STEPS,
             "draws": list(DRAWS),
-            "calibration": f"{CALIBRATION_IMAGES} images x {CALIBRATION_STEPS} steps, seeds from 0",
+            "calibration": f"{len(CALIBRATION)} images of the protocol's steps, seeds from {CALIBRATION[0]}",
+            "tuning": vars(TUNE) | {"images": len(TRAIN)},
         }
     }
-    print(f"\n{'fid_fp, mean ± sd of draws':<44}{'fid_fp':>18}{'psnr_fp':>9}")
+    print(f"\n{'fid_fp, mean ± sd of draws':<58}{'fid_fp':>18}{'psnr_fp':>9}")
     for name in [model for model in models if model != "random-dit"]:  # that one makes no images
-        protocol, float_pipe = load_protocol(name), load_pipeline(name)
-        float_denoiser = get_denoiser(float_pipe)
-        layers = list_layers(float_denoiser)
-        calls = calibration_calls(float_pipe, protocol, range(CALIBRATION_IMAGES), steps=CALIBRATION_STEPS)
-        moments = gather_moments(float_denoiser, calls, [layer.name for layer in layers])
-        bank = WeightBank(folder / name, layers, SCHEMES).build(float_denoiser, moments=moments)
-        pipe, extractor = load_pipeline(name, torch_dtype=getattr(torch, fast_dtype())), load_extractor("digits")
-        draws = [Draw(seed, IMAGES, STEPS) for seed in DRAWS]
-        references = [draw_samples(pipe, protocol, extractor, draw) for draw in draws]
-        for scheme in SCHEMES:
-            with bank.applied(get_denoiser(pipe), {layer.name: scheme for layer in layers}):
-                samples = [draw_samples(pipe, protocol, extractor, draw) for draw in draws]
-            rows = [compare(s, reference) for s, reference in zip(samples, references, strict=True)]
-            figures = mean_and_sd(rows)
-            record.setdefault(name, {})[scheme.label] = figures
+        record[name] = {}
+        for label, stage, figures in _stages(name, folder / name):
+            record[name].setdefault(label, {})[stage] = figures
             fid, sd, psnr = figures["mean"]["fid_fp"], figures["sd"]["fid_fp"], figures["mean"]["psnr_fp"]
-            print(f"{name:<13}{scheme.label:<31}{spread(fid, sd):>18}{psnr:>9.1f}", flush=True)
+            print(f"{name:<13}{label:<31}{stage:<14}{spread(fid, sd):>18}{psnr:>9.1f}", flush=True)
     return record
+
+
+def _stages(name: str, folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Yield (scheme without calibration, stage, figures): plain, feedback, refined, and k-means also tuned."""
+    protocol, exact = load_protocol(name), load_pipeline(name)
+    denoiser = get_denoiser(exact)
+    layers = list_layers(denoiser)
+    moments = gather_moments(denoiser, calibration_calls(exact, protocol, CALIBRATION), [la.name for la in layers])
+    banks = {
+        "plain": WeightBank(folder / "plain", layers, PLAIN).build(denoiser),
+        "feedback": WeightBank(folder / "fed", layers, FED, sweeps=0).build(denoiser, moments=moments),
+        "refined": WeightBank(folder / "refined", layers, FED).build(denoiser, moments=moments),
+    }
+    train, held_out = (calibration_calls(exact, protocol, seeds) for seeds in (TRAIN, HELD_OUT))
+    judge = _Judge(name)
+    for plain, fed in zip(PLAIN, FED, strict=True):
+        for stage, bank in banks.items():
+            scheme = plain if stage == "plain" else fed
+            with bank.applied(judge.denoiser, {layer.name: scheme for layer in layers}):
+                yield plain.label, stage, judge.figures()
+        if plain.method == "kmeans":
+            weights = {layer.name: banks["refined"].get(layer.name, fed) for layer in layers}
+            tuned = tune(denoiser, weights, train, held_out, TUNE, others_dtype=lossless_dtype(denoiser))
+            with TunedWeights(tuned.weights, tuned.others).applied(judge.denoiser):
+                yield plain.label, "tuned", judge.figures()
+
+
+class _Judge:
+    """A pipeline whose images are compared with its own of full precision."""
+
+    def __init__(self, name: str) -> None:
+        self.protocol, self.extractor = load_protocol(name), load_extractor("digits")
+        self.pipe: DiffusionPipeline = load_pipeline(name, torch_dtype=getattr(torch, fast_dtype()))
+        self.draws = [Draw(seed, IMAGES, STEPS) for seed in DRAWS]
+        self.references = self._samples()
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """Its denoiser, which the caller changes and puts back."""
+        return get_denoiser(self.pipe)
+
+    def _samples(self) -> list[Any]:
+        return [draw_samples(self.pipe, self.protocol, self.extractor, draw) for draw in self.draws]
+
+    def figures(self) -> dict[str, Any]:
+        """Return means and standard deviations over the draws."""
+        return mean_and_sd([compare(s, r) for s, r in zip(self._samples(), self.references, strict=True)])

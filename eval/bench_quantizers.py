@@ -7,7 +7,7 @@
     python eval/bench_quantizers.py --peers .peers/bin/python --parts rows models
 
 rows: per-channel k-means against the exact optimum, scikit-learn and flash1dkmeans. models: output SQNR of whole
-denoisers at equal bytes. images: fid_fp of 2 and 3 bits with and without error feedback. Times are CPU seconds of one
+denoisers at equal bytes. images: fid_fp of 2 and 3 bits, plain, with error feedback, refined and tuned. Times are CPU seconds of one
 thread. What is run again replaces its figures in the record.
 """
 
@@ -52,10 +52,12 @@ PARTS: dict[str, Callable[[Path, Path, Sequence[str]], dict[str, Any]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, required=True, help="the python of the peers' environment")
+    parser.add_argument("--peers", type=Path, help="the python of the peers' environment (images need none)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="which denoisers")
     arguments = parser.parse_args()
+    if arguments.peers is None and set(arguments.parts) != {"images"}:
+        parser.error("--peers: needed for all parts but images")
     torch.set_num_threads(1)
     record: dict[str, Any] = {"version": VERSION, "parts": {}}
     if OUT.is_file():
@@ -65,7 +67,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench_quantizers.") as folder:
             figures = PARTS[part](arguments.peers, Path(folder), arguments.models)
         record["parts"][part] = {
-            **record["parts"].get(part, {}),
+            **({} if part == "images" else record["parts"].get(part, {})),  # its stages belong together
             **figures,
             "date": datetime.date.today().isoformat(),
             "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
@@ -73,8 +75,9 @@ def main() -> None:
         record |= {
             "machine": f"{platform.machine()}, {cores()} cores",
             "versions": versions(),
-            "peers": peer_versions(arguments.peers),
         }
+        if arguments.peers is not None:
+            record["peers"] = peer_versions(arguments.peers)
         write_json(OUT, record)
 
 
