@@ -67,7 +67,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench_quantizers.") as folder:
             figures = PARTS[part](arguments.peers, Path(folder), arguments.models)
         record["parts"][part] = {
-            **({} if part == "images" else record["parts"].get(part, {})),  # its stages belong together
+            **record["parts"].get(part, {}),
             **figures,
             "date": datetime.date.today().isoformat(),
             "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
