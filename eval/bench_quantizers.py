@@ -7,8 +7,8 @@
     python eval/bench_quantizers.py --peers .peers/bin/python --parts rows models
 
 rows: per-channel k-means against the exact optimum, scikit-learn and flash1dkmeans. models: output SQNR of whole
-denoisers at equal bytes. images: fid_fp of 2 and 3 bits, plain, with error feedback, refined and tuned. Times are CPU seconds of one
-thread. What is run again replaces its figures in the record.
+denoisers at equal bytes. images: fid_fp of 2 and 3 bits, plain, with error feedback, refined and tuned. Times are CPU
+seconds of one thread. What is run again replaces its figures in the record.
 """
 
 import argparse

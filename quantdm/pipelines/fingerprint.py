@@ -43,7 +43,8 @@ def settings_of(part: Any) -> dict[str, Any]:
     """
     config = getattr(part, "config", None)
     told = dict(config) if config is not None else part.to_dict() if hasattr(part, "to_dict") else {}
-    plain = json.loads(json.dumps(told, default=str))
+    # DPM-Solver++ clips at -infinity, which is no JSON: it becomes a word.
+    plain = json.loads(json.dumps(told, default=str), parse_constant=str)
     found = {key: value for key, value in plain.items() if not key.startswith("_")}
     return found | ({"correction": digest(plain["_quantdm"])} if "_quantdm" in plain else {})
 

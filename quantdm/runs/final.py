@@ -97,18 +97,20 @@ def measure_rows(
     """Measure every row on every draw; return one record per row: means, deviations, counts, size of the files."""
     store = TrialStore(run.path("final"))
     work = {(name, draw): replace(job, draw=draw) for name, (job, _) in jobs.items() for draw in draws}
-    with bar(len(work), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
-        found = {key: store.get(run_key(run, job)) for key, job in work.items()}
+    keys = {place: run_key(run, job) for place, job in work.items()}
+    distinct = {keys[place]: job for place, job in work.items()}  # two rows may be the same configuration
+    with bar(len(distinct), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
+        found = {key: store.get(key) for key in distinct}
         todo = [key for key, record in found.items() if record is None]
-        progress.update(len(work) - len(todo))
+        progress.update(len(distinct) - len(todo))
         for _ in engine.map("prepare", draws if todo else []):
             pass
-        for index, result in engine.map("measure", [work[key] for key in todo]):
+        for index, result in engine.map("measure", [distinct[key] for key in todo]):
             found[todo[index]] = result
-            store.put(run_key(run, work[todo[index]]), result)
+            store.put(todo[index], result)
             progress.update()
     return [
-        _row(space, name, job, note, [found[name, draw] or {} for draw in draws], size)
+        _row(space, name, job, note, [found[keys[name, draw]] or {} for draw in draws], size)
         for name, (job, note) in jobs.items()
     ]
 
