@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import quantdm
 from quantdm import QuantDMError, load_pipeline, load_protocol
+from quantdm.cli.app import size_in_bytes
 from quantdm.cli.main import app
 from quantdm.corridor.levels import LEVELS, Level, level_of
 from quantdm.corridor.run import default_folder, run
@@ -98,6 +99,27 @@ def test_a_second_call_does_nothing_again(whole, monkeypatch):
     )
     assert again["rows"] == summary["rows"]  # the seconds too: nothing was measured a second time
     assert {p: p.stat().st_mtime_ns for p in (folder / "trials").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("900", 900),
+        ("900 B", 900),
+        ("1.2GB", 1_200_000_000),
+        ("3 mb", 3_000_000),
+        ("2MiB", 2**21),
+        ("1.5g", 1_500_000_000),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "big", "-3GB", "1.2 parsecs", "1e9", "B"])
+def test_what_is_no_size_is_one_clear_error(text):
+    with pytest.raises(QuantDMError, match="expected bytes or a number with B, kB, MB"):
+        size_in_bytes(text)
 
 
 def test_efforts_and_folders_have_names():

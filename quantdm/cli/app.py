@@ -1,9 +1,12 @@
 """The application, and the arguments that several sub-commands share."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from quantdm.errors import QuantDMError
 
 app = typer.Typer(
     name="quantdm",
@@ -14,11 +17,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def size_in_bytes(text: str) -> int:
+    """Read a size: a number of bytes, or one with a unit of UNITS, e.g. 1.2GB.
+
+    Raises:
+        QuantDMError: neither.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = next((u for u in UNITS if match and u.lower() in (match[2].lower(), f"{match[2].lower()}b")), None)
+    if match is None or unit is None:
+        raise QuantDMError(f"size: got {text!r}, expected bytes or a number with {', '.join(UNITS)}")
+    return int(float(match[1]) * UNITS[unit])
+
+
 Model = Annotated[str, typer.Argument(help="Embedded pipeline (digits-dit, digits-sd), directory or hub id.")]
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run directory: every stage leaves its record there.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 TargetBits = Annotated[float | None, typer.Option(help="Average bits per weight, overhead included.")]
-TargetBytes = Annotated[int | None, typer.Option(help="Or the size of the denoiser on disk, in bytes.")]
+TargetBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--target-bytes",
+        "--target-size",
+        parser=size_in_bytes,
+        metavar="SIZE",
+        help="Or the size of the denoiser on disk: bytes, or e.g. 1.2GB.",
+    ),
+]
 Trials = Annotated[int, typer.Option(min=1, help="Configurations whose images are measured.")]
 Seed = Annotated[int, typer.Option(min=0, help="Determines every sampled configuration and noise.")]
 ProtocolFile = Annotated[str | None, typer.Option("--protocol", help="YAML file: what images to measure on.")]

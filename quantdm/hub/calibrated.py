@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from quantdm.activations.calibration import calibrate
 from quantdm.errors import QuantDMError
-from quantdm.hub.plan import Plan
+from quantdm.hub.plan import Plan, plan_recipe
 from quantdm.hub.quantize import Bank, model_layers, pack_layers
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.quantizers import Moments, QuantizedWeight, quantize_weight
-from quantdm.recipe import CalibrationSpec
+from quantdm.recipe import CalibrationSpec, Recipe
 from quantdm.recipe.joint import SEPARATOR
 from quantdm.schemes import Scheme
 
@@ -91,12 +91,15 @@ def with_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | N
     return [replace(plan, bank=banks.get(id(plan.model), plan.bank)) for plan in plans]
 
 
-def packed_bank(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | None) -> Bank:
-    """Quantize the denoisers of a pipeline by calibrated plans and return their weights; the pipeline stays."""
+def packed_bank(
+    pipe: Any, recipe: Recipe, spec: CalibrationSpec | None, example_inputs: Mapping[str, Any] | None
+) -> Bank:
+    """Quantize the denoisers of a pipeline by a calibrated recipe and return their weights; the pipeline stays."""
     names = {id(model): name for name, model in find_denoisers(pipe).items()}
     main = next(iter(names.values()))
     found: dict[str, QuantizedWeight] = {}
-    for plan in with_calibration(pipe, plans, spec):
+    plans = plan_recipe(pipe, recipe, example_inputs=example_inputs)
+    for plan in with_calibration(pipe, plans, spec or recipe.calibration):
         part = names.get(id(plan.model))
         if part is not None:
             prefix = "" if part == main else f"{part}{SEPARATOR}"

@@ -69,9 +69,7 @@ def export_pipeline(
     recipe = recipe.model_copy(update={"correction": None if fitted is None else CORRECTION_FILE})
     plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
     if any(map(calibrated_layers, plans)):
-        live = load_pipeline(model, variant=variant)
-        own = plan_recipe(live, recipe, example_inputs=example_inputs)
-        bank = packed_bank(live, own, calibration or recipe.calibration)
+        bank = packed_bank(load_pipeline(model, variant=variant), recipe, calibration, example_inputs)
         plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
     works = _prepare(source, plans)
     workplace = Workplace(place, _key(source, works))
