@@ -132,11 +132,11 @@ def test_the_readme_names_every_room():
 IMPORTS = """
 import builtins
 found, real = [], builtins.__import__
-def watch(name, globals=None, *rest):
+def watch(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {}).get("__name__") or ""
     if importer.startswith("quantdm") and name.split(".")[0] in ("xgboost", "torch_geometric", "matplotlib", "sklearn"):
         found.append((importer, name))
-    return real(name, globals, *rest)
+    return real(name, globals, locals, fromlist, level)
 builtins.__import__ = watch
 import quantdm
 print(found)
