@@ -304,7 +304,10 @@ def test_no_pipeline_of_diffusers_brings_the_door_down():
     """Whatever a call looks like, it is taken or refused by name."""
     taken, kinds = 0, 0
     for name in dir(diffusers):
-        kind = getattr(diffusers, name, None)
+        try:
+            kind = getattr(diffusers, name, None)
+        except RuntimeError:  # diffusers exports it, but it needs a newer transformers than is installed
+            continue
         if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)) or kind is DiffusionPipeline:
             continue
         pipe = object.__new__(kind)
