@@ -43,7 +43,7 @@ def peer_versions(python: Path) -> dict[str, str]:
 
 
 MODELS = ("digits-dit", "digits-sd", "random-dit")
-PARTS: dict[str, Callable[[Path, Path, Sequence[str]], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Any, Path, Sequence[str]], dict[str, Any]]] = {
     "rows": compare_rows,
     "models": compare_models,
     "images": measure_images,

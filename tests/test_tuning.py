@@ -9,6 +9,7 @@ from quantdm.pipelines.fingerprint import fingerprint
 from quantdm.pipelines.generate import calibration_calls
 from quantdm.quantizers import Moments, count_bits, quantize_weight
 from quantdm.tuning import TuneSettings, tune
+from quantdm.tuning.train import take_rows
 from quantdm.tuning.weights import TunableWeight
 from tests.random_weights import gaussian
 
@@ -108,7 +109,9 @@ def test_an_interrupted_tuning_ends_as_an_undisturbed_one(dit, calls, weights, t
     again: list[int] = []
     resumed = tune(denoiser, weights, *calls, SETTINGS, checkpoint=checkpoint, progress=again.append)
     assert again[0] == 4  # what the checkpoint had
-    assert not checkpoint.exists()
+    finished: list[int] = []
+    tune(denoiser, weights, *calls, SETTINGS, checkpoint=checkpoint, progress=finished.append)
+    assert finished == [12]  # a finished training is not repeated
     whole = tune(denoiser, weights, *calls, SETTINGS)
     assert resumed.curve == whole.curve
     for name, weight in whole.weights.items():
@@ -141,3 +144,33 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -
 def test_no_calls_are_refused(dit, weights) -> None:
     with pytest.raises(QuantDMError, match="got 0 calls"):
         tune(get_denoiser(dit), weights, [], [], SETTINGS)
+
+
+def test_rows_are_taken_of_nested_conditions_and_of_frames_but_not_of_positions() -> None:
+    rows, count = torch.tensor([2, 0]), 3
+    sample, frames, tokens = (
+        torch.arange(6.0).view(3, 2),
+        torch.arange(12.0).view(6, 1, 2),
+        torch.arange(9.0).view(3, 3),
+    )
+    call = ((sample,), {"cond": {"text": sample, "list": [sample, None]}, "frames": frames, "img_ids": tokens, "t": 5})
+    (taken,), kwargs = take_rows(call, rows, count)
+    assert torch.equal(taken, sample[rows])
+    assert torch.equal(kwargs["cond"]["text"], sample[rows])
+    assert torch.equal(kwargs["cond"]["list"][0], sample[rows])
+    assert kwargs["cond"]["list"][1] is None
+    assert torch.equal(kwargs["frames"], torch.cat([frames[4:6], frames[0:2]]))
+    assert torch.equal(kwargs["img_ids"], tokens)
+    assert kwargs["t"] == 5
+    wide = torch.arange(24.0).view(12, 2)  # a matrix of another length counts something else
+    assert torch.equal(take_rows(wide, rows, count), wide)
+
+
+def test_what_starts_near_the_goal_is_not_shaken(dit, calls) -> None:
+    denoiser, scheme = get_denoiser(dit), Scheme.parse("kmeans-channel-4")
+    near = {
+        layer.name: quantize_weight(denoiser.get_parameter(f"{layer.name}.weight"), scheme, split=layer.split)
+        for layer in list_layers(denoiser)
+    }
+    tuned = tune(denoiser, near, *calls, TuneSettings(steps=6, rows=8, every=1))
+    assert max(loss for _, loss in tuned.curve) < 1.5 * tuned.curve[0][1]

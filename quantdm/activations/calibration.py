@@ -48,7 +48,7 @@ def calibrate(
     denoisers = find_denoisers(pipe)
     with ExitStack() as stack:
         recorded = {name: stack.enter_context(record_calls(denoisers[name])) for name in layer_names}
-        generate(pipe, protocol_of(spec), seeds)
+        generate(pipe, protocol_of(spec), seeds, steps=spec.steps)
     silent = [name for name, recording in recorded.items() if not recording.calls]
     if silent:
         raise QuantDMError(f"{', '.join(silent)}: was never called while calibrating; raise the steps of the protocol")

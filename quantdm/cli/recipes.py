@@ -18,6 +18,7 @@ from quantdm.cli.app import (
     app,
     given_inputs,
 )
+from quantdm.recipe.calibration import CalibrationSpec
 
 Source = Annotated[
     str, typer.Argument(help="Embedded pipeline, directory of a pipeline or denoiser, safetensors file or hub id.")
@@ -36,16 +37,19 @@ def apply(
     config: Config = None,
     protocol: ProtocolFile = None,
 ) -> None:
-    """Quantize a pipeline by a recipe and save it packed, layer by layer; run it again to go on after a kill."""
+    """Quantize a pipeline by a recipe and save it packed, layer by layer; run it again to go on after a kill.
+
+    A calibrated recipe opens the whole pipeline and runs it first, on what the recipe says or on --protocol.
+    """
     from quantdm.errors import QuantDMError
     from quantdm.hub.export import export_pipeline
     from quantdm.hub.model_card import write_card
     from quantdm.pipelines.source import is_lone
-    from quantdm.recipe import CalibrationSpec, load_recipe
+    from quantdm.recipe import load_recipe
 
     chosen = load_recipe(recipe).override(overrides or [])
     if protocol is not None:  # for calibrated schemes; what the recipe says otherwise
-        chosen = chosen.model_copy(update={"calibration": CalibrationSpec(protocol=protocol)})
+        chosen = chosen.model_copy(update={"calibration": _told(chosen.calibration, protocol)})
     if model_card and is_lone(model):
         raise QuantDMError(f"--model-card: is for pipelines, and {model} is a lone denoiser; leave it out")
     inputs = given_inputs(example_inputs)
@@ -53,6 +57,14 @@ def apply(
     typer.echo(f"pipeline: {made}")
     if model_card:
         typer.echo(f"model card: {write_card(out)}")
+
+
+def _told(spec: CalibrationSpec | None, protocol: str) -> CalibrationSpec:
+    """Return what to calibrate on: another protocol, the rest as the recipe has it; a file goes into the recipe."""
+    from quantdm.pipelines.protocol import known_protocols, load_protocol
+
+    found = protocol if protocol in known_protocols() else load_protocol(protocol).model_dump(mode="json")
+    return CalibrationSpec(**{**({} if spec is None else spec.model_dump()), "protocol": found})
 
 
 @app.command(epilog="Example: quantdm export --run-dir runs/mine -o digits-dit-3bit --model-card")

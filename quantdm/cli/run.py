@@ -78,7 +78,7 @@ def tune(
     images: Annotated[int, typer.Option(min=1, help="Full-precision trajectories to train on.")] = 128,
     rows: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,
 ) -> None:
-    """Train tables, scales, biases and norms of a run's recipe; kept if it helps beyond noise. Goes on if stopped."""
+    """Train tables, scales, biases and norms of a run's recipe; kept if every draw says it helps."""
     from quantdm.files import read_json
     from quantdm.metrics.statistics import spread
     from quantdm.runs.run import Run
@@ -92,4 +92,4 @@ def tune(
         typer.echo(f"{part}: held-out error {curve[0][1]:.4g} -> {min(loss for _, loss in curve):.4g}")
     for name, figures in record["figures"].items():
         typer.echo(f"{name:<8} fid_fp {spread(figures['mean']['fid_fp'], figures['sd']['fid_fp'])}")
-    typer.echo(f"tuned: {path}" if path else "tuned: left out, it does not help beyond noise")
+    typer.echo(f"tuned: {path}" if path else "tuned: left out, it does not help on every draw")

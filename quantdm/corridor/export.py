@@ -6,7 +6,7 @@ from pathlib import Path
 from quantdm.correction import load_correction
 from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
-from quantdm.files import tensors_digest
+from quantdm.files import read_json, tensors_digest
 from quantdm.hub.export import export_pipeline
 from quantdm.hub.replace import CORRECTION_FILE, check_export_path
 from quantdm.recipe import Recipe, joint_config, load_recipe
@@ -17,7 +17,14 @@ from quantdm.runs.tune import used_tuning
 from quantdm.runs.tuned import TunedWeights
 
 
-def export_run(run: Run, folder: str | Path, *, corrected: bool = False, say: Callable[[str], object] = print) -> Path:
+def export_run(
+    run: Run,
+    folder: str | Path,
+    *,
+    corrected: bool = False,
+    tuned: bool = True,
+    say: Callable[[str], object] = print,
+) -> Path:
     """Write a run's recipe, applied, as a directory that plain diffusers opens.
 
     A correction travels along if it was fitted for just this recipe. One that was fitted for quantized activations
@@ -27,6 +34,7 @@ def export_run(run: Run, folder: str | Path, *, corrected: bool = False, say: Ca
         run: a run that has chosen its recipe.
         folder: where it is written, see `export_pipeline`.
         corrected: export the run's correction and the activations that it was fitted for.
+        tuned: whether tuned weights are exported, if the run has some that helped.
         say: is told what becomes of the correction.
 
     Raises:
@@ -36,8 +44,8 @@ def export_run(run: Run, folder: str | Path, *, corrected: bool = False, say: Ca
     recipe = load_recipe(run.path("recipe.yaml"))
     layers, parts = load_space(run).layers, run.settings.seen.denoisers
     labels = joint_config(recipe, layers, parts).to_labels()
+    bank, recipe, tuning = _bank(run, recipe, labels, tuned=tuned)
     recipe, correction, note = _pair(run, recipe, labels, corrected)
-    bank, recipe, tuning = _bank(run, recipe, labels)
     inputs = {part: parse_inputs(record) for part, record in run.settings.seen.example_inputs.items()}
     for line in filter(None, (note, tuning)):
         say(line)
@@ -46,19 +54,21 @@ def export_run(run: Run, folder: str | Path, *, corrected: bool = False, say: Ca
     )
 
 
-def _bank(run: Run, recipe: Recipe, labels: Mapping[str, str | None]) -> tuple[WeightBank | TunedWeights, Recipe, str]:
+def _bank(
+    run: Run, recipe: Recipe, labels: Mapping[str, str | None], *, tuned: bool
+) -> tuple[WeightBank | TunedWeights, Recipe, str]:
     """Return the weights to export, tuned if that helped, the recipe that says so, and what is to be said."""
     plain = WeightBank.open(run.path("bank"), load_space(run).layers, run.settings.bank_schemes)
-    path = used_tuning(run)
+    path = used_tuning(run) if tuned else None
     if path is None:
         return plain, recipe, ""
-    tuned = TunedWeights.load(path)
+    weights = TunedWeights.load(path)
     try:
-        tuned.check(labels)
+        weights.check(labels)
     except QuantDMError as error:
         return plain, recipe, f"tuning: left out ({error})"
     provenance = recipe.provenance.model_copy(update={"tuning": tensors_digest(path)})
-    return tuned, recipe.model_copy(update={"provenance": provenance}), "tuning: exported"
+    return weights, recipe.model_copy(update={"provenance": provenance}), "tuning: exported"
 
 
 def _pair(
@@ -78,10 +88,21 @@ def _pair(
         provenance = recipe.provenance.model_copy(update={"notes": notes})
         recipe = recipe.model_copy(update={"activations": correction.activations, "provenance": provenance})
         correction.check_belongs(labels, recipe.activations)
+        _check_tuning(run, recipe)
         bits = "are not quantized" if recipe.activations is None else f"have {recipe.activations.bits} bits"
         return recipe, path, f"correction: exported, activations {bits} as it was fitted for"
     try:
         correction.check_belongs(labels, recipe.activations)
+        _check_tuning(run, recipe)
     except QuantDMError as error:
         return recipe, None, f"correction: left out ({error})"
     return recipe, path, "correction: exported"
+
+
+def _check_tuning(run: Run, recipe: Recipe) -> None:
+    """Check that a run's correction was fitted for the weights that are exported, tuned or not."""
+    record = run.path("correction_steps.json")
+    fitted = read_json(record).get("tuning") if record.is_file() else None
+    if fitted != recipe.provenance.tuning:
+        was = "untuned weights" if fitted is None else "other tuned weights"
+        raise QuantDMError(f"correction was fitted for {was}; fit it again: quantdm correct --run-dir {run.folder}")

@@ -66,7 +66,7 @@ def run(
         effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
         options, protocol, seed, workers, example_inputs: as in `search`.
-        tuned: whether the recipe is tuned; what does not help beyond noise is not kept anyway.
+        tuned: whether the recipe is tuned; what does not help on every draw is not kept anyway.
         say: is told what happens.
 
     Raises:
@@ -93,7 +93,7 @@ def run(
     say(f"       {_counted(subject)}; run directory {started.folder}")
     with Engine(started, subject, workers=workers) as engine:
         summary = _Way(started, engine, level, say).walk(tuned=tuned)
-    _hand_over(started, subject, summary, say)
+    _hand_over(started, subject, summary, say, tuned=tuned)
     say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     return summary
 
@@ -154,12 +154,12 @@ class _Way:
         say("[7/10] tune tables, scales, biases and norms" if tuned else "[7/10] tune: not asked for")
         weights = tune_run(run, engine, recipe, level.tune, images=level.tune_images) if tuned else None
         if tuned and weights is None:
-            say("       it does not help beyond noise and is left out")
+            say("       it does not help on every draw and is left out")
         spec = activation_spec_of(subject.denoiser, ACTIVATION_BITS)
         correction = None
         if is_served(subject.pipe.scheduler):
             say("[8/10] 6-bit activations and the sampler's correction")
-            correction = str(correct_run(run, engine, recipe, spec, images=level.correction_images))
+            correction = str(correct_run(run, engine, recipe, spec, images=level.correction_images, tuned=weights))
         else:
             say(f"[8/10] 6-bit activations; {type(subject.pipe.scheduler).__name__} is not corrected")
         say("[9/10] measure the result on noises that the search never saw")
@@ -170,10 +170,10 @@ class _Way:
         return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
 
 
-def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say) -> None:
+def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say, *, tuned: bool) -> None:
     """Export, report, and print the result rows."""
     say("[10/10] export and report")
-    export = export_run(run, run.path("export"), say=say)
+    export = export_run(run, run.path("export"), tuned=tuned, say=say)
     report = write_report(run.folder)
     save_insights(run.folder)
     show_table(summary)

@@ -62,44 +62,51 @@ def calibrated_layers(plan: Plan) -> list[str]:
     return [name for name, scheme in plan.schemes.items() if scheme is not None and scheme.calibration is not None]
 
 
-def with_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | None) -> list[Plan]:
-    """Return the plans, those with calibrated schemes with a bank that calibrates them on the pipeline.
+def check_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | None) -> None:
+    """Check, before anything is run, that calibrated schemes can be calibrated.
 
     Raises:
-        QuantDMError: a model without a pipeline, or one that is no denoiser; nothing says on what to calibrate; or the
-            pipeline cannot make these images.
+        QuantDMError: a model without a pipeline, or one that is no denoiser; or nothing says on what to calibrate.
     """
     wanted = {id(plan.model): names for plan in plans if (names := calibrated_layers(plan))}
-    if not wanted:
-        return list(plans)
-    first = next(names[0] for names in wanted.values())
-    if isinstance(pipe, nn.Module):
+    first = next((names[0] for names in wanted.values()), "")
+    if wanted and isinstance(pipe, nn.Module):
         raise QuantDMError(
             f"{first}: its scheme is calibrated on what a pipeline feeds the layer, got only a {type(pipe).__name__}; "
             "apply the recipe to the pipeline, or pass a bank"
         )
-    if spec is None:
+    if wanted and spec is None:
         raise QuantDMError(
             f"{first}: its scheme is calibrated, and the recipe does not say on what; pass "
             "calibration=CalibrationSpec(protocol=...), on the command line --protocol"
         )
-    parts = {name: model for name, model in find_denoisers(pipe).items() if id(model) in wanted}
-    if len(parts) < len(wanted):
+    if wanted and not wanted.keys() <= {id(model) for model in find_denoisers(pipe).values()}:
         raise QuantDMError(f"{first}: only denoisers can be calibrated; give the other components other schemes")
+
+
+def with_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | None) -> list[Plan]:
+    """Return the plans, those with calibrated schemes with a bank that calibrates them on the pipeline.
+
+    Raises:
+        QuantDMError: as `check_calibration`, or the pipeline cannot make these images.
+    """
+    check_calibration(pipe, plans, spec)
+    wanted = {id(plan.model): names for plan in plans if (names := calibrated_layers(plan))}
+    if not wanted or spec is None:
+        return list(plans)
+    parts = {name: model for name, model in find_denoisers(pipe).items() if id(model) in wanted}
     moments = calibrate(pipe, spec, {name: wanted[id(model)] for name, model in parts.items()})
     banks = {id(model): CalibratedBank(model, moments[name], spec.sweeps) for name, model in parts.items()}
     return [replace(plan, bank=banks.get(id(plan.model), plan.bank)) for plan in plans]
 
 
-def packed_bank(
-    pipe: Any, recipe: Recipe, spec: CalibrationSpec | None, example_inputs: Mapping[str, Any] | None
-) -> Bank:
+def packed_bank(pipe: Any, recipe: Recipe, example_inputs: Mapping[str, Any] | None) -> Bank:
     """Quantize the denoisers of a pipeline by a calibrated recipe and return their weights; the pipeline stays."""
     names = {id(model): name for name, model in find_denoisers(pipe).items()}
     main = next(iter(names.values()))
     found: dict[str, QuantizedWeight] = {}
     plans = plan_recipe(pipe, recipe, example_inputs=example_inputs)
-    for plan in with_calibration(pipe, plans, spec or recipe.calibration):
+    for plan in with_calibration(pipe, plans, recipe.calibration):
         part = names.get(id(plan.model))
         if part is not None:
             prefix = "" if part == main else f"{part}{SEPARATOR}"

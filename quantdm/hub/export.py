@@ -12,7 +12,7 @@ from torch import nn
 from quantdm.correction import load_correction
 from quantdm.files import YAML_COMMENT, digest, read_json, replace_folder, tensors_digest, write_json, write_text
 from quantdm.hub.apply import mark_quantized_, register
-from quantdm.hub.calibrated import calibrated_layers, packed_bank
+from quantdm.hub.calibrated import calibrated_layers, check_calibration, packed_bank
 from quantdm.hub.journal import Workplace
 from quantdm.hub.plan import Plan, plan_recipe
 from quantdm.hub.quantize import Bank, pack_layers, set_packed_
@@ -50,7 +50,7 @@ def export_pipeline(
         folder: where it is written; what is provably an earlier export is replaced, anything else is refused.
         bank: takes packed weights from here instead of quantizing again.
         correction: a file of `Correction.save` that travels along; it was fitted for this recipe and its activations.
-        calibration: as for `apply_recipe`; the whole pipeline is opened then, in float32.
+        calibration: as for `apply_recipe`; the whole pipeline is opened then, in float32, and starts anew if killed.
         example_inputs: as for `apply_recipe`.
         variant: of the weights, e.g. "fp16" (see `load_pipeline`).
         config: of the denoiser in a single file, see `open_source`.
@@ -66,10 +66,16 @@ def export_pipeline(
     if correction is not None:
         fitted = load_correction(correction)
         fitted.check_belongs(joint_labels(source.pipe, recipe, example_inputs), recipe.activations)
-    recipe = recipe.model_copy(update={"correction": None if fitted is None else CORRECTION_FILE})
+    recipe = recipe.model_copy(
+        update={
+            "correction": None if fitted is None else CORRECTION_FILE,
+            "calibration": calibration or recipe.calibration,
+        }
+    )
     plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
     if any(map(calibrated_layers, plans)):
-        bank = packed_bank(load_pipeline(model, variant=variant), recipe, calibration, example_inputs)
+        check_calibration(source.pipe, plans, recipe.calibration)
+        bank = packed_bank(load_pipeline(model, variant=variant), recipe, example_inputs)
         plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
     works = _prepare(source, plans)
     workplace = Workplace(place, _key(source, works))

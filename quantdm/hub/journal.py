@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -67,7 +68,8 @@ class Workplace:
         """Remove the folder, and those that killed exports to the same place left behind."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-        for left in self.place.parent.glob(f"{_prefix(self.place)}*{SUFFIX}"):
+        own = re.compile(f"{re.escape(_prefix(self.place))}[0-9a-f]+{re.escape(SUFFIX)}")
+        for left in filter(lambda found: own.fullmatch(found.name), list(self.place.parent.iterdir())):
             with suppress(OSError), (left / FILE).open("a") as file:
                 if _locked(file.fileno()):
                     shutil.rmtree(left, ignore_errors=True)

@@ -75,7 +75,7 @@ def quantize_options(
         half = matrix[:, columns]
         factor = factor_of(half)
         half = half.mul(1 / factor).contiguous()  # exact: the factor is a power of two
-        inputs = moments.part(columns) if calibrated and moments is not None else None
+        inputs = moments.part(columns).to(half.device) if calibrated and moments is not None else None
         for i, parameters in _fit_half(half, schemes, inputs, name, exact=exact, sweeps=sweeps):
             parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=weight.device)
             stored[i] |= {key + suffix: parameters[key] for key in parameters_of(schemes[i])}

@@ -34,6 +34,10 @@ class Moments:
         """Return the moments of some of the columns, as one half of a split weight needs them."""
         return Moments(self.second[:, columns, columns], self.count)
 
+    def to(self, device: torch.device) -> "Moments":
+        """Return the moments on a device."""
+        return Moments(self.second.to(device), self.count)
+
     def importance_of(self, lines: int) -> Tensor:
         """Return the importance of every weight of a matrix [lines, n], of mean 1 in each row and nowhere zero."""
         importance = self.importance.float().clamp_min(0)

@@ -11,6 +11,7 @@ class CalibrationSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     protocol: str | dict[str, Any] = Field(description="name or path of a protocol, or the protocol itself")
-    images: int = Field(default=64, strict=True, ge=1, description="trajectories, of the protocol's steps")
+    images: int = Field(default=64, strict=True, ge=1, description="trajectories")
+    steps: int | None = Field(default=None, strict=True, ge=1, description="of the sampler; absent: the protocol's")
     first_seed: int = Field(default=900_000_000, strict=True, ge=0, description="seed of the first image")
     sweeps: int = Field(default=4, strict=True, ge=0, description="rounds of refit and descent after error feedback")

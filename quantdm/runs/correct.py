@@ -21,7 +21,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job, configured
 from quantdm.runs.labels import labels_of
 from quantdm.runs.run import Run
-from quantdm.runs.tune import used_tuning
+from quantdm.runs.tune import own_tuning
 
 
 def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
@@ -34,7 +34,8 @@ def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
     subject = run.open_subject()
     spec = None if bits == 16 else activation_spec_of(subject.denoiser, bits)
     with Engine(run, subject) as engine:
-        return load_correction(correct_run(run, engine, recipe, spec, images=images, anew=True))
+        tuned = own_tuning(run, labels_of(recipe, subject.layers, subject.part_names))
+        return load_correction(correct_run(run, engine, recipe, spec, images=images, anew=True, tuned=tuned))
 
 
 def activation_spec_of(denoiser: nn.Module, bits: Literal[6, 8]) -> ActivationSpec:
@@ -47,7 +48,14 @@ STEPS_VERSION = 2
 
 
 def correct_run(
-    run: Run, engine: Engine, recipe: Recipe, activations: ActivationSpec | None, *, images: int, anew: bool = False
+    run: Run,
+    engine: Engine,
+    recipe: Recipe,
+    activations: ActivationSpec | None,
+    *,
+    images: int,
+    anew: bool = False,
+    tuned: Path | None = None,
 ) -> Path:
     """Write correction.safetensors: noise statistics along full-precision trajectories, and the variant that helps.
 
@@ -56,6 +64,7 @@ def correct_run(
 
     Args:
         images: trajectories for the statistics, and again for each draw on which the variants run freely.
+        tuned: the tuned weights of the recipe, if it is tuned.
 
     Raises:
         QuantDMError: the recipe does not fit the denoiser or quantizes further parts of the pipeline; images are NaN.
@@ -63,8 +72,8 @@ def correct_run(
     labels = labels_of(recipe, engine.subject.layers, engine.subject.part_names)
     path, record = run.path("correction.safetensors"), run.path("correction_steps.json")
     spec = None if activations is None else activations.model_dump(mode="json")
-    tuned = used_tuning(run)
-    key = digest(weights_digest(labels), spec, images, *([] if tuned is None else [tensors_digest(tuned)]))
+    tuning = None if tuned is None else tensors_digest(tuned)
+    key = digest(weights_digest(labels), spec, images, *([] if tuning is None else [tuning]))
     whole = path.is_file() and record.is_file()
     if not anew and whole and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
@@ -93,7 +102,7 @@ def correct_run(
         )
     steps = step_table(correction, pipe.scheduler, run.settings.protocol.steps)
     correction.save(path)
-    write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "steps": steps})  # last: it says the pair is whole
+    write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "tuning": tuning, "steps": steps})  # last
     return path
 
 

@@ -46,6 +46,7 @@ class RunSettings(BaseModel):
     noise_images: int
     calibration_images: int = 16  # what runs before 0.3 had, whose manifests do not say
     sweeps: int = 0
+    calibration_steps: int | None = None  # None: those of the trials, as runs before 0.3 had
     dtype: Literal["bfloat16", "float16", "float32"]
 
     @property
@@ -60,6 +61,7 @@ class RunSettings(BaseModel):
         return CalibrationSpec(
             protocol=own or self.protocol.model_dump(mode="json"),
             images=self.calibration_images,
+            steps=self.calibration_steps or self.label_steps,
             first_seed=(self.seed * 1000 + CALIBRATION_SEED) * 10**6,
             sweeps=self.sweeps,
         )

@@ -78,6 +78,7 @@ def make_settings(
         seed=seed,
         protocol=protocol or default_protocol(subject.name),
         dtype=fast_dtype() if free else str(subject.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )
 

@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantdm.denoisers.calls import Call
-from quantdm.files import digest, read_json, write_json
+from quantdm.files import digest, read_json, tensors_digest, write_json
 from quantdm.hub.export import lossless_dtype
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
 from quantdm.pipelines.generate import generate
+from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
 from quantdm.progress import bar
 from quantdm.quantizers import QuantizedWeight
@@ -51,6 +55,7 @@ def tune_run(run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *
         start = time.monotonic()
         found = _train(run, engine, labels, settings, images, inputs)
         seconds = round(time.monotonic() - start, 1)
+        record.unlink(missing_ok=True)  # first: what it says is of the weights before
         _joined(found).save(path)
         figures = _compare(run, engine, labels, path)
         better = all(b["fid_fp"] < a["fid_fp"] for a, b in zip(figures["untuned"], figures["tuned"], strict=True))
@@ -59,6 +64,7 @@ def tune_run(run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *
             {
                 "version": TUNING_VERSION,
                 "inputs": inputs,
+                "tuned": tensors_digest(path),
                 "settings": vars(settings) | {"images": images},
                 "curve": {part: tuned.curve for part, tuned in found.items()},
                 "figures": {name: mean_and_sd(rows) for name, rows in figures.items()},
@@ -66,6 +72,8 @@ def tune_run(run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *
                 "seconds": seconds,
             },
         )
+    for checkpoint in run.folder.glob("tuning-*.safetensors"):  # only now: what was trained is recorded
+        checkpoint.unlink()
     return used_tuning(run)
 
 
@@ -78,9 +86,18 @@ def tune_recipe(run: Run, settings: TuneSettings, *, images: int) -> Path | None
 
 def used_tuning(run: Run) -> Path | None:
     """Return the tuned weights of a run, if it has some that are better than the untuned ones."""
-    record = run.path(TUNING_FILE)
-    used = record.is_file() and read_json(record, version=TUNING_VERSION)["used"]
-    return run.path(TUNED_FILE) if used else None
+    path = run.path(TUNED_FILE)
+    if not run.path(TUNING_FILE).is_file() or not path.is_file():
+        return None
+    record = read_json(run.path(TUNING_FILE), version=TUNING_VERSION)
+    return path if record["used"] and record["tuned"] == tensors_digest(path) else None
+
+
+def own_tuning(run: Run, labels: Mapping[str, str | None]) -> Path | None:
+    """Return the tuned weights of a run if they are in use and of this configuration, as a changed recipe is not."""
+    path = used_tuning(run)
+    wanted = {name: label for name, label in labels.items() if label is not None}
+    return path if path is not None and TunedWeights.load(path).labels == wanted else None
 
 
 def _train(
@@ -88,8 +105,11 @@ def _train(
 ) -> dict[str, Tuned]:
     """Tune every denoiser on its own calls."""
     subject, bank = engine.subject, engine.local.bank
+    exact = subject.in_dtype(torch.float32)
+    denoisers = find_denoisers(exact)
     calls, held_out = (
-        _record(run, subject, seed, count) for seed, count in ((TRAIN_SEED, images), (HELD_OUT_SEED, HELD_OUT_IMAGES))
+        _record(run, subject, exact, seed, count)
+        for seed, count in ((TRAIN_SEED, images), (HELD_OUT_SEED, HELD_OUT_IMAGES))
     )
     found: dict[str, Tuned] = {}
     with bar(settings.steps * len(subject.part_names), "tune: steps") as progress:
@@ -100,7 +120,7 @@ def _train(
                 if owner == part and label is not None:
                     weights[own] = bank.get(name, Scheme.parse(label))
             found[part] = tune(
-                subject.denoisers[part],
+                denoisers[part],
                 weights,
                 calls[part],
                 held_out[part],
@@ -112,11 +132,11 @@ def _train(
     return found
 
 
-def _record(run: Run, subject: Subject, seed: int, images: int) -> dict[str, list[Call]]:
+def _record(run: Run, subject: Subject, exact: DiffusionPipeline, seed: int, images: int) -> dict[str, list[Call]]:
     """Return every denoiser's calls along full-precision trajectories."""
     first = (run.settings.seed * 1000 + seed) * 10**6
-    with subject.recording(subject.pipe) as recorded:
-        generate(subject.pipe, run.settings.protocol, range(first, first + images))
+    with subject.recording(exact) as recorded:
+        generate(exact, run.settings.protocol, range(first, first + images))
     return {part: recording.calls for part, recording in recorded.items()}
 
 

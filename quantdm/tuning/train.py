@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from quantdm.quantizers import QuantizedWeight
 from quantdm.tuning.weights import TunableWeight
 
 BETAS = (0.9, 0.95)
+FULL_RATE_AT = 0.2  # untuned held-out loss from which on the rate is the given one; below, it falls with the loss
+POSITIONS = ("img_ids", "txt_ids", "rotary", "freqs")  # names of arguments that count tokens, not samples
 OTHERS = 0.02  # learning rate of biases and norms, as a share of that of tables (which is relative to their entries)
 
 
@@ -84,7 +86,7 @@ def tune(
         held_out: other calls, on which the state to keep is chosen.
         settings: steps, rates and seed.
         others_dtype: what biases and norms are rounded to, as they are stored.
-        checkpoint: file in which the training can go on; it is deleted at the end.
+        checkpoint: file in which the training can go on; it stays, and a finished training is not repeated.
         progress: called with the number of steps that are done.
 
     Raises:
@@ -108,8 +110,6 @@ def tune(
                 if training.diverged:
                     break
                 training.save(checkpoint, step + 1)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
         return training.result()
 
 
@@ -126,6 +126,31 @@ def _frozen(denoiser: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def take_rows(value: Any, rows: Tensor, count: int, *, name: str = "") -> Any:
+    """Return some rows of every tensor with `count` rows, or a multiple (frames of a sample), in nested conditions.
+
+    Positions have no rows of samples: those of POSITIONS, and matrices of another length, are returned as they are.
+    """
+    if isinstance(value, Tensor):
+        if not value.dim() or any(word in name for word in POSITIONS):
+            return value
+        if len(value) == count:
+            return value[rows]
+        whole = value.dim() > 2 and len(value) and len(value) % count == 0
+        return value.unflatten(0, (count, -1))[rows].flatten(0, 1) if whole else value
+    if isinstance(value, Mapping):
+        return {key: take_rows(item, rows, count, name=str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([take_rows(item, rows, count, name=name) for item in value])
+    return value
+
+
+def on_device(weight: QuantizedWeight, denoiser: nn.Module) -> QuantizedWeight:
+    """Return a weight where the denoiser is."""
+    device = next(denoiser.parameters()).device
+    return replace(weight, tensors={key: tensor.to(device) for key, tensor in weight.tensors.items()})
+
+
 class _Training:
     """The trained state, its optimizer and its best moment."""
 
@@ -137,7 +162,7 @@ class _Training:
         others_dtype: torch.dtype,
     ) -> None:
         self.denoiser, self.settings, self.others_dtype = denoiser, settings, others_dtype
-        self.weights = {name: TunableWeight(weight) for name, weight in weights.items()}
+        self.weights = {name: TunableWeight(on_device(weight, denoiser)) for name, weight in weights.items()}
         own = {f"{name}.weight" for name in weights}
         self.others = {
             name: nn.Parameter(value.detach().clone())
@@ -155,12 +180,13 @@ class _Training:
         self.rates = [group["lr"] for group in groups]
         self.optimizer = torch.optim.Adam(groups, betas=BETAS)
         self.curve: list[tuple[int, float]] = []
+        self.broken = False  # the last look was no number
         self.best: dict[str, Tensor] = self._state()
 
     @property
     def diverged(self) -> bool:
         """Whether the last look was worse than ten times the untuned start, or no number."""
-        return not self.curve[-1][1] <= 10 * self.curve[0][1]
+        return self.broken or self.curve[-1][1] > 10 * self.curve[0][1]
 
     def step(self, step: int, calls: Sequence[Call]) -> None:
         """Train on some rows of one call, which the seed and the number of the step choose."""
@@ -168,7 +194,8 @@ class _Training:
         pick = random.Random(settings.seed * 10**9 + step)
         call = pick.choice(calls)
         rows = torch.tensor(sorted(pick.sample(range(len(call.output)), min(settings.rows, len(call.output)))))
-        share = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        # What starts near the goal must not be shaken: Adam's first steps have the full rate, whatever the slope.
+        share = 0.5 * (1 + math.cos(math.pi * step / settings.steps)) * min(1.0, self.curve[0][1] / FULL_RATE_AT)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share
         self.optimizer.zero_grad()
@@ -183,6 +210,11 @@ class _Training:
         parameters |= {name: value.to(self.others_dtype).to(value.dtype) for name, value in self.others.items()}
         losses = [float(self._loss(call, torch.arange(len(call.output)), parameters)) for call in held_out]
         loss = sum(losses) / len(losses)
+        self.broken = not math.isfinite(loss)
+        if self.broken:
+            if not self.curve:
+                raise QuantDMError("tune: the untuned error is NaN or infinite; load the pipeline in float32")
+            return
         if not self.curve or loss < min(value for _, value in self.curve):
             self.best = self._state()
         self.curve.append((step, loss))
@@ -199,13 +231,8 @@ class _Training:
         return found | {f"{name}.weight": weight() for name, weight in self.weights.items()}
 
     def _loss(self, call: Call, rows: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        count = len(call.output)
         rows = rows.to(call.output.device)
-
-        def take(value: Any) -> Any:
-            return value[rows] if isinstance(value, Tensor) and value.dim() and len(value) == count else value
-
-        args, kwargs = tuple(map(take, call.args)), {key: take(value) for key, value in call.kwargs.items()}
+        args, kwargs = take_rows((call.args, call.kwargs), rows, len(call.output))
         wanted = call.output[rows]
         found = first_tensor(functional_call(self.denoiser, parameters, args, kwargs))
         return (found - wanted).square().mean() / wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).tiny)
