@@ -1,5 +1,7 @@
 """Tuning: the held-out loss falls, the bytes stay, an interrupted training ends as an undisturbed one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,6 +55,15 @@ def test_before_training_a_tunable_weight_is_the_stored_one(label: str, split: i
     assert torch.allclose(tunable(), weight.dequantize(dtype=torch.float32), rtol=1e-6, atol=0)
     again = tunable.stored()
     assert torch.equal(again.dequantize(), weight.dequantize())
+
+
+def test_a_small_table_with_large_scales_is_stored_as_it_is() -> None:
+    weight = quantize_weight(gaussian(12, 50), Scheme.parse("kmeans-shared-2"))
+    share = 60_000 / float(weight.tensors["scale"].abs().max())
+    scale, table = weight.tensors["scale"].float() * share, weight.tensors["codebook"].float() / share
+    large = replace(weight, tensors={**weight.tensors, "scale": scale.half(), "codebook": table.half()})
+    assert float(large.tensors["scale"].abs().max()) > 2**15
+    assert torch.equal(TunableWeight(large).stored().dequantize(), large.dequantize())
 
 
 @pytest.mark.parametrize("label", LABELS)

@@ -199,9 +199,7 @@ def rows_of(axes: "Axes", names: Sequence[str], *, mono: bool = True) -> None:
 def legend_above(canvas: Any, *found: Any) -> None:
     entries = [entry for axes in found for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
     handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
-    canvas.figure.legend(
-        handles, labels, loc="outside upper left", ncols=4 if len(found) == 1 else 5, columnspacing=1.6
-    )
+    canvas.figure.legend(handles, labels, loc="outside upper left", ncols=4, columnspacing=1.6)
 
 
 def short_name(name: str, limit: int = 44) -> str:

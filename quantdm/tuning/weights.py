@@ -17,7 +17,7 @@ from quantdm.quantizers.uniform import MIN_SCALE
 from quantdm.quantizers.weight import halves, parameters_of, tables_of
 from quantdm.schemes import Scheme
 
-LARGEST = 2.0**15  # stored entries and scales stay below it
+LARGEST = torch.finfo(torch.float16).max  # of stored entries and scales: small tables have large scales
 
 
 class TunableWeight(nn.Module):
@@ -82,7 +82,7 @@ class TunableTable(nn.Module):
         if self.step is not None:
             table, dtype = self._rounded(), torch.int8
         else:
-            table, dtype = self.table.detach().clamp(1 - LARGEST, LARGEST - 1), torch.float16
+            table, dtype = self.table.detach().clamp(-LARGEST, LARGEST), torch.float16
         order = table.argsort(dim=2, stable=True)
         rank = order.argsort(dim=2).to(torch.uint8).view(-1)
         codes = rank.index_select(0, self.fit.place.view(-1))
@@ -119,6 +119,6 @@ class TunableScale(nn.Module):
         """Return scales (and the table) as they are stored; a scale that would not be a normal number stays."""
         scale = shared.stored_scales(self.scale.detach().clamp(-LARGEST, LARGEST), self.scale_step)
         if self.scheme.granularity == "shared":
-            return {"scale": scale, "codebook": self.grid.detach().clamp(1 - LARGEST, LARGEST - 1).half()}
+            return {"scale": scale, "codebook": self.grid.detach().clamp(-LARGEST, LARGEST).half()}
         floor = scale.abs() if self.scheme.symmetric else scale
         return {"scale": torch.where(floor >= MIN_SCALE, scale, self.start)}
