@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
-
 from quantdm.activations.moments import LazyMoments, gather_moments
 from quantdm.denoisers.calls import record_calls
 from quantdm.errors import QuantDMError
 from quantdm.pipelines.generate import generate
+from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol, load_protocol
 from quantdm.quantizers import Moments

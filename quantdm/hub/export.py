@@ -66,18 +66,9 @@ def export_pipeline(
     if correction is not None:
         fitted = load_correction(correction)
         fitted.check_belongs(joint_labels(source.pipe, recipe, example_inputs), recipe.activations)
-    recipe = recipe.model_copy(
-        update={
-            "correction": None if fitted is None else CORRECTION_FILE,
-            "calibration": calibration or recipe.calibration,
-        }
-    )
-    plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
-    if any(map(calibrated_layers, plans)):
-        check_calibration(source.pipe, plans, recipe.calibration)
-        bank = packed_bank(load_pipeline(model, variant=variant), recipe, example_inputs)
-        plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
-    works = _prepare(source, plans)
+    own = {"correction": None if fitted is None else CORRECTION_FILE, "calibration": calibration or recipe.calibration}
+    recipe = recipe.model_copy(update=own)
+    works = _prepare(source, _plans(source, model, recipe, bank, example_inputs, variant))
     workplace = Workplace(place, _key(source, works))
     try:
         _write(source, works, workplace)
@@ -92,6 +83,23 @@ def export_pipeline(
         workplace.close()
     workplace.remove()
     return Path(folder)
+
+
+def _plans(
+    source: Source,
+    model: str | Path,
+    recipe: Recipe,
+    bank: Bank | None,
+    example_inputs: Mapping[str, Any] | None,
+    variant: str | None,
+) -> list[Plan]:
+    """Return what is asked of every model; for calibrated schemes that no bank has, the pipeline is opened and run."""
+    plans = plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
+    if not any(map(calibrated_layers, plans)):
+        return plans
+    check_calibration(source.pipe, plans, recipe.calibration)
+    bank = packed_bank(load_pipeline(model, variant=variant), recipe, example_inputs)
+    return plan_recipe(source.pipe, recipe, bank=bank, example_inputs=example_inputs)
 
 
 def _key(source: Source, works: Mapping[str, Work]) -> str:

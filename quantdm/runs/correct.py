@@ -1,6 +1,8 @@
 """Fit the sampler's correction for a run's recipe with quantized activations."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,7 @@ from quantdm.correction import Correction, fit_correction, load_correction, step
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, tensors_digest, write_json
 from quantdm.metrics import batched, frechet_distance
+from quantdm.metrics.features import Extractor
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
@@ -79,13 +82,8 @@ def correct_run(
         return path
     evaluator = engine.local
     pipe = evaluator.pipe
-
-    def distance(images_a: torch.Tensor, images_b: torch.Tensor) -> float:
-        return frechet_distance(*(batched(evaluator.extractor, x) for x in (images_a, images_b)))
-
-    weights = None if tuned is None else str(tuned)
-    job = Job(Draw(0, 0, 0), labels, spec, tuned=weights)
-    weights_only = Job(Draw(0, 0, 0), labels, tuned=weights)
+    job = Job(Draw(0, 0, 0), labels, spec, tuned=None if tuned is None else str(tuned))
+    weights_only = replace(job, activations=None)
     joint = Recipe(model=recipe.model, layers=labels, activations=activations)
     with told(f"correction of {job.description}"):
         correction = fit_correction(
@@ -93,7 +91,7 @@ def correct_run(
             lambda: configured(pipe, evaluator.bank, job),
             fit_runs=_runs_of(run, 50, FIT_DRAWS, images // FIT_DRAWS),
             test_runs=_runs_of(run, 60, TEST_DRAWS, images),
-            distance=distance,
+            distance=partial(_distance, evaluator.extractor),
             # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
             # noise is explained (docs/method.md, When not to correct).
             explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
@@ -104,6 +102,10 @@ def correct_run(
     correction.save(path)
     write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "tuning": tuning, "steps": steps})  # last
     return path
+
+
+def _distance(extractor: Extractor, images_a: torch.Tensor, images_b: torch.Tensor) -> float:
+    return frechet_distance(*(batched(extractor, images) for images in (images_a, images_b)))
 
 
 def _runs_of(run: Run, first: int, count: int, images: int) -> list[Callable[[DiffusionPipeline], torch.Tensor]]:
