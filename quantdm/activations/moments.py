@@ -13,7 +13,7 @@ from quantdm.denoisers.calls import Call, replay
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.quantizers import Moments
-from quantdm.recipe.joint import SEPARATOR, split_name
+from quantdm.recipe.joint import joint_prefix, split_name
 
 BUDGET_BYTES = 2**31
 ROWS = 2**13  # input vectors that are multiplied at a time
@@ -132,7 +132,7 @@ class JointMoments(Mapping[str, Moments]):
 
     def __iter__(self) -> Iterator[str]:
         for number, (part, moments) in enumerate(self.parts.items()):
-            yield from (f"{part}{SEPARATOR}{name}" if number else name for name in moments)
+            yield from (joint_prefix(part, number) + name for name in moments)
 
     def __len__(self) -> int:
         return sum(map(len, self.parts.values()))

@@ -10,14 +10,14 @@ from torch import nn
 
 from quantdm.denoisers.graph import Block, Graph, Node
 from quantdm.denoisers.inventory import LayerRecord
-from quantdm.recipe.joint import SEPARATOR
+from quantdm.recipe.joint import joint_prefix
 
 
 def join_layers(layers: Mapping[str, Sequence[LayerRecord]]) -> tuple[LayerRecord, ...]:
     """Return the layers of all parts under joint names, in order."""
     found: list[LayerRecord] = []
     for number, (part, records) in enumerate(layers.items()):
-        prefix, start = _prefix(part, number), len(found)
+        prefix, start = joint_prefix(part, number), len(found)
         found += [
             replace(
                 record,
@@ -37,7 +37,7 @@ def join_graphs(graphs: Mapping[str, Graph]) -> Graph:
     edges: list[tuple[int, int]] = []
     blocks: list[Block] = []
     for number, (part, graph) in enumerate(graphs.items()):
-        prefix, first, first_block = _prefix(part, number), len(nodes), len(blocks)
+        prefix, first, first_block = joint_prefix(part, number), len(nodes), len(blocks)
         nodes += [
             replace(
                 node,
@@ -72,13 +72,9 @@ def join_weights(modules: Mapping[str, nn.Module]) -> nn.Module:
         return next(iter(modules.values()))
     joint = nn.Module()
     for number, (part, module) in enumerate(modules.items()):
-        prefix = _prefix(part, number)
+        prefix = joint_prefix(part, number)
         for name, child in module.named_children():
             joint.add_module(prefix + name, child)
         for name, parameter in module.named_parameters(recurse=False):
             joint.register_parameter(prefix + name, parameter)
     return joint
-
-
-def _prefix(part: str, number: int) -> str:
-    return f"{part}{SEPARATOR}" if number else ""

@@ -13,7 +13,7 @@ from quantdm.hub.quantize import Bank, model_layers, pack_layers
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.quantizers import Moments, QuantizedWeight, quantize_weight
 from quantdm.recipe import CalibrationSpec, Recipe
-from quantdm.recipe.joint import SEPARATOR
+from quantdm.recipe.joint import joint_prefix
 from quantdm.schemes import Scheme
 
 
@@ -102,14 +102,14 @@ def with_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | N
 
 def packed_bank(pipe: Any, recipe: Recipe, example_inputs: Mapping[str, Any] | None) -> Bank:
     """Quantize the denoisers of a pipeline by a calibrated recipe and return their weights; the pipeline stays."""
-    names = {id(model): name for name, model in find_denoisers(pipe).items()}
-    main = next(iter(names.values()))
+    prefixes = {
+        id(model): joint_prefix(name, number) for number, (name, model) in enumerate(find_denoisers(pipe).items())
+    }
     found: dict[str, QuantizedWeight] = {}
     plans = plan_recipe(pipe, recipe, example_inputs=example_inputs)
     for plan in with_calibration(pipe, plans, recipe.calibration):
-        part = names.get(id(plan.model))
-        if part is not None:
-            prefix = "" if part == main else f"{part}{SEPARATOR}"
+        prefix = prefixes.get(id(plan.model))
+        if prefix is not None:
             packed = pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what)
             found |= {prefix + name: weight for name, weight in packed.items()}
     return PackedBank(found)

@@ -13,7 +13,7 @@ from torch import Tensor
 from quantdm.quantizers import shared
 from quantdm.quantizers.descent import descend
 from quantdm.quantizers.objective import OutputError
-from quantdm.quantizers.refit import ScaleFit, Segments, TableFit, places, solve
+from quantdm.quantizers.refit import ScaleFit, Segments, places, solve, sort_tables
 from quantdm.quantizers.tables import round_codebook
 from quantdm.quantizers.uniform import MAX_ZERO, MIN_SCALE
 from quantdm.quantizers.weight import tables_of
@@ -91,18 +91,11 @@ def _refits(scheme: Scheme) -> tuple[Refit, ...]:
     return (_refit_scale,) if scheme.symmetric or scheme.method == "log2" else (_refit_grid, _refit_scale)
 
 
-def _sorted(theta: Tensor, fit: TableFit) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tables in ascending order, that order, and the codes of the weights then."""
-    order = theta.argsort(dim=2, stable=True)
-    rank = order.argsort(dim=2).to(torch.uint8).view(-1)
-    return theta.gather(2, order), order, rank.index_select(0, fit.place.view(-1)).view(fit.place.shape)
-
-
 def _refit_tables(error: OutputError, scheme: Scheme, now: Fitted, length: int) -> tuple[Parameters, Tensor]:
     """Refit the codebooks of rows, groups or the tensor."""
     table = tables_of(scheme, now.parameters)
     fit = places(now.codes, table, length)
-    theta, order, codes = _sorted(solve(error, fit, table).clamp(1 - LARGEST, LARGEST - 1), fit)
+    theta, order, codes = sort_tables(solve(error, fit, table).clamp(1 - LARGEST, LARGEST - 1), fit)
     if scheme.table != "int8":
         return {**now.parameters, "codebook": theta.half()}, codes
     mass = fit.weigh(error.curvature()).gather(2, order)
@@ -142,7 +135,7 @@ def _refit_shared_table(error: OutputError, scheme: Scheme, now: Fitted, length:
     gain = _segments(scale, length).spread(scale, now.codes.shape[1]).expand_as(now.decoded)
     codebook = now.parameters["codebook"].float()
     fit = replace(places(now.codes, codebook, length), gain=gain)
-    theta, _, codes = _sorted(solve(error, fit, codebook).clamp(1 - LARGEST, LARGEST - 1), fit)
+    theta, _, codes = sort_tables(solve(error, fit, codebook).clamp(1 - LARGEST, LARGEST - 1), fit)
     return {**now.parameters, "codebook": theta.half()}, codes
 
 

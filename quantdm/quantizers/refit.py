@@ -97,6 +97,13 @@ def places(codes: Tensor, table: Tensor, length: int) -> TableFit:
     return TableFit(place, (lines, groups, k))
 
 
+def sort_tables(table: Tensor, fit: TableFit) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tables [lines, groups, k] in ascending order, that order, and the codes [C, n] of the weights then."""
+    order = table.argsort(dim=2, stable=True)
+    rank = order.argsort(dim=2).to(torch.uint8).view(-1)
+    return table.gather(2, order), order, rank.index_select(0, fit.place.view(-1)).view(fit.place.shape)
+
+
 def solve(error: OutputError, fit: ScaleFit | TableFit, theta: Tensor, *, steps: int = STEPS) -> Tensor:
     """Return the theta that conjugate gradients reach from the start `theta` [lines, groups, m].
 

@@ -20,6 +20,11 @@ class _Own(NamedTuple):
     op_type: str
 
 
+def joint_prefix(part: str, number: int) -> str:
+    """Return what stands before the names of a part in joint names; `number` counts the parts, the main one is 0."""
+    return f"{part}{SEPARATOR}" if number else ""
+
+
 def split_name(name: str, parts: Sequence[str]) -> tuple[str, str]:
     """Return the part that a joint name belongs to, and its name there; `parts` are all parts, the main one first."""
     head, separator, tail = name.partition(SEPARATOR)

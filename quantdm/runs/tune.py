@@ -10,7 +10,6 @@ import torch
 from quantdm.denoisers.calls import Call
 from quantdm.files import digest, read_json, tensors_digest, write_json
 from quantdm.hub.export import lossless_dtype
-from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
@@ -19,13 +18,14 @@ from quantdm.pipelines.subject import Subject
 from quantdm.progress import bar
 from quantdm.quantizers import QuantizedWeight
 from quantdm.recipe import Recipe, load_recipe, weights_digest
-from quantdm.recipe.joint import SEPARATOR, split_name
+from quantdm.recipe.joint import joint_prefix, split_name
 from quantdm.runs.choose import verification_draws
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.labels import labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TUNED_FILE, TunedWeights
+from quantdm.runs.verify import verify
 from quantdm.schemes import Scheme
 from quantdm.tuning import Tuned, TuneSettings, tune
 
@@ -96,8 +96,7 @@ def used_tuning(run: Run) -> Path | None:
 def own_tuning(run: Run, labels: Mapping[str, str | None]) -> Path | None:
     """Return the tuned weights of a run if they are in use and of this configuration, as a changed recipe is not."""
     path = used_tuning(run)
-    wanted = {name: label for name, label in labels.items() if label is not None}
-    return path if path is not None and TunedWeights.load(path).labels == wanted else None
+    return path if path is not None and not TunedWeights.load(path).differing(labels) else None
 
 
 def _train(
@@ -144,21 +143,19 @@ def _joined(found: Mapping[str, Tuned]) -> TunedWeights:
     """Return what was tuned under joint names."""
     weights, others = {}, {}
     for number, (part, tuned) in enumerate(found.items()):
-        prefix = f"{part}{SEPARATOR}" if number else ""
+        prefix = joint_prefix(part, number)
         weights |= {prefix + name: weight for name, weight in tuned.weights.items()}
         others |= {prefix + name: value for name, value in tuned.others.items()}
     return TunedWeights(weights, others)
 
 
 def _compare(run: Run, engine: Engine, labels: dict[str, str | None], path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Measure the recipe without and with its tuning on the draws of the verification."""
-    draws: list[Draw] = verification_draws(run)
-    jobs = [Job(draw, labels, tuned=tuned) for tuned in (None, str(path)) for draw in draws]
-    rows: list[dict[str, Any]] = [{}] * len(jobs)
-    with bar(len(jobs), "tune: compare") as progress:
-        for _ in engine.map("prepare", draws):
-            pass
-        for index, result in engine.map("measure", jobs):
+    """Measure the recipe with its tuning on the draws of the verification, which has measured it without."""
+    draws = verification_draws(run)
+    untuned = verify(run, engine, {"untuned": labels}, draws, "tune: compare, untuned")
+    rows: list[dict[str, Any]] = [{}] * len(draws)
+    with bar(len(draws), "tune: compare, tuned") as progress:
+        for index, result in engine.map("measure", [Job(draw, labels, tuned=str(path)) for draw in draws]):
             rows[index] = result
             progress.update()
-    return {"untuned": rows[: len(draws)], "tuned": rows[len(draws) :]}
+    return untuned | {"tuned": rows}

@@ -44,15 +44,19 @@ class TunedWeights:
         """Return what a bias or norm was trained to; None: it was not."""
         return self.others.get(parameter_name)
 
+    def differing(self, labels: Mapping[str, str | None]) -> list[str]:
+        """Return the layers that a configuration gives another scheme than they have here, in order of their names."""
+        wanted = {name: label for name, label in labels.items() if label is not None}
+        return sorted(n for n in wanted.keys() | self.labels.keys() if wanted.get(n) != self.labels.get(n))
+
     def check(self, labels: Mapping[str, str | None]) -> None:
         """Check that these are the weights of a configuration.
 
         Raises:
             QuantDMError: a layer has another scheme.
         """
-        wanted = {name: label for name, label in labels.items() if label is not None}
-        if wanted != self.labels:
-            names = sorted(n for n in wanted.keys() | self.labels.keys() if wanted.get(n) != self.labels.get(n))
+        names = self.differing(labels)
+        if names:
             raise QuantDMError(
                 f"tuned weights: belong to another recipe ({len(names)} layers differ, first {names[0]}); tune it anew"
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantdm.quantizers import QuantizedWeight, shared
 from quantdm.quantizers.packing import pack_codes, unpack_codes
-from quantdm.quantizers.refit import ScaleFit, Segments, places
+from quantdm.quantizers.refit import ScaleFit, Segments, places, sort_tables
 from quantdm.quantizers.rows import row_layout
 from quantdm.quantizers.uniform import MIN_SCALE
 from quantdm.quantizers.weight import halves, parameters_of, tables_of
@@ -83,10 +83,8 @@ class TunableTable(nn.Module):
             table, dtype = self._rounded(), torch.int8
         else:
             table, dtype = self.table.detach().clamp(-LARGEST, LARGEST), torch.float16
-        order = table.argsort(dim=2, stable=True)
-        rank = order.argsort(dim=2).to(torch.uint8).view(-1)
-        codes = rank.index_select(0, self.fit.place.view(-1))
-        return {"codebook": table.gather(2, order).to(dtype), "codes": pack_codes(codes, self.bits)}
+        ascending, _, codes = sort_tables(table, self.fit)
+        return {"codebook": ascending.to(dtype), "codes": pack_codes(codes.view(-1), self.bits)}
 
 
 class TunableScale(nn.Module):
