@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quantdm.activations import usual_activations
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
 from quantdm.files import read_json, write_json
 from quantdm.hub.size import ExportSize
@@ -28,7 +29,6 @@ from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import Provenance, Recipe, load_recipe
 from quantdm.runs import final
 from quantdm.runs.choose import candidate_choices
-from quantdm.runs.correct import activation_spec_of
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.explain import SURROGATES, explain, fit_surrogates
@@ -87,7 +87,7 @@ def measure_sizes(
 ) -> None:
     """Verify and measure the recipe and its baselines at every size; `result` is written after each."""
     attributions, block_scores = explain(run, fitted), score_blocks(fitted["graph"])
-    spec, export_size = activation_spec_of(subject.denoiser, ACTIVATION_BITS), ExportSize(subject.pipe)
+    spec, export_size = usual_activations(subject.denoiser, ACTIVATION_BITS), ExportSize(subject.pipe)
     for size in SIZES:
         candidates = candidate_choices(run, space, attributions, block_scores, target_bits=size)
         result["sizes"][f"{size:g}"] = measure_size(run, engine, space, candidates, size, spec, export_size)
