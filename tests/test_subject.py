@@ -32,6 +32,7 @@ from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.seen import differences
 from quantdm.pipelines.subject import look_at
 from quantdm.recipe import Rules, joint_config, joint_rules
+from quantdm.runs.engines import local
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Evaluator, Job
 from quantdm.runs.run import Run
@@ -180,18 +181,26 @@ def test_a_plain_script_without_a_guard_can_search(tmp_path):
     assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
-def test_a_worker_that_fails_or_dies_is_one_clear_error(tmp_path):
+def test_what_a_worker_raises_is_one_clear_error(tmp_path):
     run, subject = start("digits-dit", tmp_path / "run")
     with Engine(run, subject, workers=2) as engine, pytest.raises(QuantDMError, match="no such file"):
         list(engine.map("prepare", [Draw(1, 2, 2), Draw(2, 2, 2)]))  # there is no bank yet
+
+
+def test_the_job_of_a_worker_that_dies_goes_to_a_new_one_and_one_that_always_hangs_is_an_error(tmp_path, monkeypatch):
+    run, subject = start("digits-dit", tmp_path / "run")
     build_bank(run, subject)
     with Engine(run, subject, workers=2) as engine:
-        jobs = engine.map("prepare", [Draw(base, 40, 20) for base in range(8)])
+        jobs = engine.map("prepare", [Draw(base, 8, 2) for base in range(6)])
         next(jobs)
         for process in engine._processes:
             process.kill()
-        with pytest.raises(QuantDMError, match=r"a worker process ended \(exit code -9\)"):
-            list(jobs)
+        assert len(list(jobs)) == 5
+        assert len(list(run.path("reference").iterdir())) == 6
+        engine._slowest, engine.first_patience = 0.0, 0.2
+        monkeypatch.setattr(local, "TRIES", 1)
+        with pytest.raises(QuantDMError, match=r"ended 1 worker processes \(the last with exit code -9\)"):
+            list(engine.map("prepare", [Draw(base, 300, 20) for base in (50, 51)]))
 
 
 # ------------------------------------------------------------------------------------------------ example inputs

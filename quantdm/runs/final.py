@@ -19,6 +19,7 @@ from quantdm.progress import bar
 from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
+from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.labels import label_bits, labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
@@ -100,17 +101,9 @@ def measure_rows(
     keys = {place: run_key(run, job) for place, job in work.items()}
     distinct = {keys[place]: job for place, job in work.items()}  # two rows may be the same configuration
     with bar(len(distinct), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
-        found = {key: store.get(key) for key in distinct}
-        todo = [key for key, record in found.items() if record is None]
-        progress.update(len(distinct) - len(todo))
-        for _ in engine.map("prepare", draws if todo else []):
-            pass
-        for index, result in engine.map("measure", [distinct[key] for key in todo]):
-            found[todo[index]] = result
-            store.put(todo[index], result)
-            progress.update()
+        found = measure_jobs(engine, store, distinct, progress=progress)
     return [
-        _row(space, name, job, note, [found[keys[name, draw]] or {} for draw in draws], size)
+        _row(space, name, job, note, [found[keys[name, draw]] for draw in draws], size)
         for name, (job, note) in jobs.items()
     ]
 

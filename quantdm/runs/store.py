@@ -45,6 +45,8 @@ class TrialStore:
         """
         real = check_output(self.folder, folder=True)
         for path in sorted(real.iterdir()) if real.is_dir() else ():
+            if path.name.startswith("."):  # claims of running processes
+                continue
             if not self._is_trial(path) or (keys is not None and path.stem not in keys):
                 raise QuantDMError(
                     f"{self.folder}: holds {path.name}, which is none of these trials; choose an empty or new directory"

@@ -14,6 +14,7 @@ from quantdm.progress import bar
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.explain import SURROGATES, is_current
+from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.proposals import propose
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
@@ -117,27 +118,17 @@ def label_of(trial: dict[str, Any]) -> float:
 def label_trials(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, progress: Any) -> np.ndarray:
     """Measure choices [T, L] that have no trial yet and return the labels y [T] of all of them."""
     store = TrialStore(run.path("trials"))
-    configs = [space.config(choice).to_labels() for choice in choices]
-    jobs = [Job(label_draw(run), labels) for labels in configs]
-    records: dict[int, dict[str, Any]] = {}
-    for index, job in enumerate(jobs):
-        record = store.get(job.key)
-        if record is not None:
-            records[index] = record
-    progress.update(len(records))
-    todo = [index for index in range(len(jobs)) if index not in records]
-    if todo:
-        engine.local.reference(label_draw(run))  # once, before the workers want it
-    for position, result in engine.map("measure", [jobs[index] for index in todo]):
-        index = todo[position]
-        records[index] = {
-            "config": configs[index],
-            "avg_bits": float(space.avg_bits(choices[index])[0]),
-            **result,
-        }
-        store.put(jobs[index].key, records[index])
-        progress.update()
-    return np.array([label_of(records[index]) for index in range(len(jobs))])
+    draw = label_draw(run)
+    labels = [space.config(choice).to_labels() for choice in choices]
+    jobs = [Job(draw, config) for config in labels]
+    avg_bits = {job.key: float(bits) for job, bits in zip(jobs, space.avg_bits(choices), strict=True)}
+
+    def record_of(key: str, figures: dict[str, Any]) -> dict[str, Any]:
+        return {"config": distinct[key].labels, "avg_bits": avg_bits[key], **figures}
+
+    distinct = {job.key: job for job in jobs}
+    found = measure_jobs(engine, store, distinct, progress=progress, record_of=record_of)
+    return np.array([label_of(found[job.key]) for job in jobs])
 
 
 def _distinct(choices: np.ndarray) -> np.ndarray:

@@ -7,6 +7,7 @@ from quantdm.metrics.samples import Draw
 from quantdm.progress import bar
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
+from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.run import Run
 from quantdm.runs.store import TrialStore
 
@@ -21,13 +22,5 @@ def verify(
     jobs = {(name, draw): Job(draw, labels) for name, labels in configs.items() for draw in draws}
     distinct = {job.key: job for job in jobs.values()}  # two candidates may be the same configuration
     with bar(len(distinct), description) as progress:
-        found = {key: store.get(key) for key in distinct}
-        todo = [key for key, record in found.items() if record is None]
-        progress.update(len(distinct) - len(todo))
-        for _ in engine.map("prepare", list(draws) if todo else []):
-            pass
-        for index, result in engine.map("measure", [distinct[key] for key in todo]):
-            found[todo[index]] = result
-            store.put(todo[index], result)
-            progress.update()
-    return {name: [found[jobs[name, draw].key] or {} for draw in draws] for name in configs}
+        found = measure_jobs(engine, store, distinct, progress=progress)
+    return {name: [found[jobs[name, draw].key] for draw in draws] for name in configs}

@@ -7,8 +7,9 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, is_dataclass
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ PACKAGE = Path(__file__).resolve().parents[3]
 # With another busy process a two-threaded forward can slow down thirty-fold, because OpenMP threads spin.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 PATIENCE = 5.0  # seconds that a worker may take to end
+TRIES = 3  # workers that may end over one job
+FIRST_PATIENCE, LEAST_PATIENCE, HANGS_AFTER = 3600.0, 300.0, 30  # seconds, seconds, times the slowest job so far
+_END, _NOTHING = -1, object()
 
 
 class Engine:
@@ -38,6 +42,8 @@ class Engine:
         self.subject = subject
         alone = subject.device.type != "cpu" or subject.location is None
         self.workers = 1 if alone else workers or cores()
+        self.first_patience = FIRST_PATIENCE
+        self._slowest, self._closing = 0.0, False
         self._processes: list[subprocess.Popen[str]] = []
         self._threads: list[threading.Thread] = []
 
@@ -49,6 +55,7 @@ class Engine:
 
     def close(self, *, now: bool = False) -> None:
         """End the workers: at once, or when they have finished what they are doing."""
+        self._closing = True
         for process in self._processes:
             assert process.stdin is not None
             process.kill() if now else process.stdin.close()
@@ -61,45 +68,90 @@ class Engine:
         for thread in self._threads:
             thread.join()
         for process in self._processes:
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):  # what was still to be written has no reader any more
-                    assert pipe is not None
-                    pipe.close()
-        self._processes, self._threads = [], []
+            _bury(process)
+        self._processes, self._threads, self._closing = [], [], False
 
     @cached_property
     def local(self) -> Evaluator:
         """The evaluator of this process."""
         return Evaluator(self.run, self.subject)
 
-    def map(self, method: str, arguments: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def map(self, method: str, arguments: Iterable[Any], *, at_most: int | None = None) -> Iterator[tuple[int, Any]]:
         """Yield (index, result) of `Evaluator.method(argument)` in the order in which they finish.
 
+        Arguments are taken when a worker is free for one; there are `at_most` so many, and a single one is not worth
+        starting workers. A job whose worker dies or hangs is given to a new worker.
+
         Raises:
-            QuantDMError: what a job raised, or a worker that ended.
+            QuantDMError: what a job raised, or a job whose workers ended again and again.
         """
-        if self.workers == 1 or len(arguments) <= 1:
+        count = len(arguments) if isinstance(arguments, Sequence) else at_most
+        if self.workers == 1 or count in (0, 1):
             for index, argument in enumerate(arguments):
                 yield index, getattr(self.local, method)(argument)
             return
         if not self._processes:
             self._processes = [self._start() for _ in range(self.workers)]
-        todo: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        for index, argument in enumerate(arguments):
-            plain = asdict(argument) if is_dataclass(argument) and not isinstance(argument, type) else argument
-            todo.put((index, json.dumps({"method": method, "argument": plain})))
+        source, done = _Source(method, arguments), queue.SimpleQueue[tuple[int, Any]]()
         self._threads = [
-            threading.Thread(target=_serve, args=(process, todo, done), daemon=True) for process in self._processes
+            threading.Thread(target=self._serve, args=(place, source, done), daemon=True)
+            for place in range(self.workers)
         ]
         for thread in self._threads:
             thread.start()
-        for _ in arguments:
+        working = len(self._threads)
+        while working:
             index, answer = done.get()
-            if isinstance(answer, QuantDMError):
+            if isinstance(answer, BaseException):
                 self.close(now=True)
                 raise answer
-            yield index, answer
+            if index == _END:
+                working -= 1
+            else:
+                yield index, answer
+
+    def _serve(self, place: int, source: "_Source", done: "queue.SimpleQueue[tuple[int, Any]]") -> None:
+        """Give the worker of a place jobs until none is left; results, or the error that ends it all, go to `done`."""
+        try:
+            while (job := source.next()) is not None:
+                index, line = job
+                answer: Any = None
+                for _ in range(TRIES):
+                    answer = self._ask(place, line)
+                    if not isinstance(answer, _Ended) or self._closing:
+                        break
+                    _bury(self._processes[place])
+                    self._processes[place] = self._start()
+                done.put((index, answer.error() if isinstance(answer, _Ended) else answer))
+        except BaseException as error:  # what the source raised is the caller's
+            done.put((_END, error))
+        else:
+            done.put((_END, None))
+
+    def _ask(self, place: int, line: str) -> Any:
+        """Return the answer of a place's worker, or `_Ended` if it died or hung."""
+        process, start = self._processes[place], time.monotonic()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        watch = threading.Timer(self._patience(), process.kill)
+        watch.daemon = True
+        watch.start()
+        try:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except (OSError, ValueError):  # it ended, or was ended
+            answer = ""
+        finally:
+            watch.cancel()
+        if not answer:
+            return _Ended(process)
+        self._slowest = max(self._slowest, time.monotonic() - start)
+        return _result(answer)
+
+    def _patience(self) -> float:
+        """Return the seconds after which a job counts as hung: many times the slowest one so far."""
+        return self.first_patience if not self._slowest else max(LEAST_PATIENCE, HANGS_AFTER * self._slowest)
 
     def _start(self) -> "subprocess.Popen[str]":
         path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
@@ -113,34 +165,47 @@ class Engine:
         )
 
 
-def _serve(
-    process: "subprocess.Popen[str]",
-    todo: "queue.SimpleQueue[tuple[int, str]]",
-    done: "queue.SimpleQueue[tuple[int, Any]]",
-) -> None:
-    """Give one worker jobs until none is left; results, or the error that ends it all, go into `done`."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    while True:
-        try:
-            index, job = todo.get_nowait()
-        except queue.Empty:
-            return
-        try:
-            process.stdin.write(job + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except (OSError, ValueError):  # it ended, or was ended
-            line = ""
-        done.put((index, _result(line, process)))
+class _Source:
+    """Numbered jobs as lines, taken by several threads; the arguments are made one at a time."""
+
+    def __init__(self, method: str, arguments: Iterable[Any]) -> None:
+        self._method, self._arguments = method, iter(arguments)
+        self._count, self._lock = 0, threading.Lock()
+
+    def next(self) -> tuple[int, str] | None:
+        """Return (index, line) of the next job, or None."""
+        with self._lock:
+            argument = next(self._arguments, _NOTHING)
+            if argument is _NOTHING:
+                return None
+            index, self._count = self._count, self._count + 1
+        plain = asdict(argument) if is_dataclass(argument) and not isinstance(argument, type) else argument
+        return index, json.dumps({"method": self._method, "argument": plain})
 
 
-def _result(line: str, process: "subprocess.Popen[str]") -> Any:
-    if not line:
+def _bury(process: "subprocess.Popen[str]") -> None:
+    """Close what led to a worker that has ended."""
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was still to be written has no reader any more
+            assert pipe is not None
+            pipe.close()
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A worker that ended in the middle of a job."""
+
+    process: "subprocess.Popen[str]"
+
+    def error(self) -> QuantDMError:
         return QuantDMError(
-            f"a worker process ended (exit code {process.wait()}); what it said stands above. If memory ran out, use "
-            "fewer workers; run the same command again to go on"
+            f"a job ended {TRIES} worker processes (the last with exit code {self.process.wait()}); what they said "
+            "stands above. If memory ran out, use fewer workers; run the same command again to go on"
         )
+
+
+def _result(line: str) -> Any:
     answer = json.loads(line)
     if "traceback" in answer:
         return QuantDMError(f"a worker process failed:\n{answer['traceback']}")

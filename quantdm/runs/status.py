@@ -1,0 +1,72 @@
+"""How far a run is: which stages have their record, how many measurements are finished, who works on what."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from quantdm.runs.claims import Claim, Claims
+from quantdm.runs.jobs import CLAIMS
+from quantdm.runs.run import Run
+
+# What every stage leaves, in their order.
+STAGES = {
+    "bank": "bank",
+    "sensitivities": "space.json",
+    "trials": "trials.json",
+    "surrogates": "surrogate.json",
+    "recipe": "recipe.yaml",
+    "tuning": "tuning.json",
+    "correction": "correction.safetensors",
+    "final rows": "summary.json",
+    "report": "report.html",
+}
+STORES = ("trials", "verified", "final")  # folders of measurements
+RECENT = 20  # measurements of which the rate is taken
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is there of a run. `rate` is trials per minute, None where too few tell."""
+
+    stages: dict[str, bool]
+    trials: int
+    planned: int
+    rate: float | None
+    last: float | None  # seconds since the last trial was finished
+    measurements: dict[str, int]  # store -> finished
+    working: dict[str, list[Claim]]  # store -> who has claimed what, the stale left out
+
+    @property
+    def minutes_left(self) -> float | None:
+        """Minutes to the last trial at this rate."""
+        if self.rate is None or self.trials >= self.planned:
+            return None
+        return (self.planned - self.trials) / self.rate
+
+
+def status_of(run: Run) -> Status:
+    """Return how far a run is; nothing is opened but its folders, so it costs nothing while others work on it."""
+    finished = {name: _times(run.path(name)) for name in STORES}
+    recent = finished["trials"][-RECENT:]
+    span = recent[-1] - recent[0] if len(recent) > 1 else 0.0
+    working = {}
+    for name in STORES:
+        claims = Claims(run.path(name) / CLAIMS)
+        done = {path.stem for path in run.path(name).glob("*.json")}
+        found = [claim for claim in claims.holders() if claim.key not in done and not claims.is_stale(claim)]
+        if found:
+            working[name] = found
+    return Status(
+        stages={stage: run.path(name).exists() for stage, name in STAGES.items()},
+        trials=len(finished["trials"]),
+        planned=run.settings.trials,
+        rate=60 * (len(recent) - 1) / span if span > 0 else None,
+        last=time.time() - recent[-1] if recent else None,
+        measurements={name: len(times) for name, times in finished.items()},
+        working=working,
+    )
+
+
+def _times(folder: Path) -> list[float]:
+    """Return when the measurements in a folder were finished, in order."""
+    return sorted(path.stat().st_mtime for path in folder.glob("*.json"))
