@@ -30,6 +30,7 @@ class FeatureSet:
     resize: str = ""  # what the extractor does, and what was done before
     steps: int | None = None
     seeds: str | None = None
+    constant: int = 0  # images of one colour only: black ones of a safety checker look equal to each other
 
     def __add__(self, other: "FeatureSet") -> "FeatureSet":
         """Return the union of two sets, e.g. of what two processes made.
@@ -42,13 +43,14 @@ class FeatureSet:
         kept = torch.cat([self.features, other.features]) if both else None  # pyright: ignore[reportArgumentType]
         seeds = " + ".join(dict.fromkeys(s for s in (self.seeds, other.seeds) if s)) or None
         steps = self.steps if self.steps == other.steps else None
-        return replace(self, moments=moments, features=kept, seeds=seeds, steps=steps)
+        constant = self.constant + other.constant
+        return replace(self, moments=moments, features=kept, seeds=seeds, steps=steps, constant=constant)
 
     def save(self, path: str | Path) -> None:
         """Write sums, features if there are any, and what they are of to one safetensors file."""
         m = self.moments
         tensors = {"total": m.total, "outer": m.outer} | ({} if self.features is None else {"features": self.features})
-        told = {key: getattr(self, key) for key in ("name", "distance", "resize", "steps", "seeds")}
+        told = {key: getattr(self, key) for key in ("name", "distance", "resize", "steps", "seeds", "constant")}
         save_tensors(path, tensors, {"kind": KIND, "n": m.n, "ruler": m.ruler, "source": m.source, **told})
 
     @classmethod
@@ -64,7 +66,7 @@ class FeatureSet:
         if header.get("kind") != KIND:
             raise QuantDMError(f"{path}: holds no feature statistics; make some with `quantdm evaluate fid ref`")
         moments = Moments(header["n"], tensors["total"], tensors["outer"], header["ruler"], str(path))
-        told = {key: header[key] for key in ("name", "distance", "resize", "steps", "seeds")}
+        told = {key: header[key] for key in ("name", "distance", "resize", "steps", "seeds", "constant")}
         return cls(moments, tensors.get("features"), **told)
 
 
@@ -109,16 +111,20 @@ def feature_set(images: ImageSet, space: FeatureSpace, *, keep: bool = False, ca
         if found.features is not None or not keep:
             moments = replace(found.moments, source=images.source)
             return replace(found, moments=moments, steps=images.steps, seeds=images.seeds)
-    moments, kept = None, []
+    moments, kept, constant = None, [], 0
     with bar(len(images), f"features of {Path(images.source).name}") as progress:
         for batch in images.batches():
             features = batched(space.extract, batch)
             some = Moments.of(features, ruler=space.ruler, source=images.source)
             moments = some if moments is None else moments + some
             kept += [features] if keep else []
+            pixels = batch.flatten(2)
+            constant += int((pixels.amax(2) == pixels.amin(2)).all(1).sum())
             progress.update(len(batch))
     assert moments is not None
-    found = FeatureSet(moments, torch.cat(kept) if keep else None, **told, steps=images.steps, seeds=images.seeds)
+    found = FeatureSet(
+        moments, torch.cat(kept) if keep else None, **told, steps=images.steps, seeds=images.seeds, constant=constant
+    )
     if place is not None:
         found.save(place)
     return found

@@ -18,8 +18,8 @@ from PIL import Image, ImageOps
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, load_tensors, read_json
 from quantdm.pipelines.inputs import PICTURES
+from quantdm.pipelines.to_folder import MANIFEST
 
-MANIFEST = "manifest.json"  # beside images that `quantdm evaluate generate` made: how
 BATCH = 64
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
@@ -93,6 +93,11 @@ def _of_folder(folder: Path, side: int | None, rgb: bool) -> ImageSet:
     if (folder / MANIFEST).is_file():
         record = read_json(folder / MANIFEST)
         told = {"steps": record.get("steps"), "seeds": record.get("seeds")}
+        if record.get("images", len(names)) != len(names):
+            raise QuantDMError(
+                f"{folder}: holds {len(names)} of the {record['images']} images that its manifest names; run "
+                "`quantdm evaluate generate` again to make the rest"
+            )
         if len(prompts := record.get("prompts") or ()) == len(names):
             told["prompts"] = tuple(str(p) for p in prompts)
     return ImageSet(

@@ -13,7 +13,7 @@ from quantdm.metrics.images import ImageSet
 from quantdm.metrics.intervals import frechet_infinity
 from quantdm.metrics.kernels import cmmd, kid
 from quantdm.metrics.neighbours import neighbour_figures
-from quantdm.metrics.one_by_one import inception_score, values_of_each
+from quantdm.metrics.one_by_one import classes_of, inception_score, values_of_each
 from quantdm.metrics.registry import METRICS, Need, check_metrics
 
 Reference = ImageSet | FeatureSet
@@ -62,7 +62,7 @@ def measure(
             if isinstance(reference, FeatureSet)
             else feature_set(reference, space, keep=keep or len(made) < ENOUGH, cached=cached)
         )
-        found |= set_figures(sets, mine, other)
+        found |= set_figures(sets, mine, other, paired=pairs is not None)
     if each:
         found |= _each_figures(each, made, space, pairs, asked, clip)
     order = [*metrics, *(name for name in found if name not in metrics)]
@@ -87,6 +87,8 @@ def _have(
         have.add("prompts")
     if space.logits is not None:
         have.add("class scores")
+    if classes_of(prompts, space) is not None:
+        have.add("classes")
     if space.name.startswith("clip:"):
         have.add("CLIP features")
     return have
@@ -95,7 +97,9 @@ def _have(
 # -------------------------------------------------------------------------------------------------- against other sets
 
 
-def set_figures(names: Sequence[str], mine: FeatureSet, other: FeatureSet) -> dict[str, Figure]:
+def set_figures(
+    names: Sequence[str], mine: FeatureSet, other: FeatureSet, *, paired: bool = False
+) -> dict[str, Figure]:
     """Return the figures that compare two sets of features; KID is added where a Frechet distance is of few images.
 
     Raises:
@@ -112,7 +116,7 @@ def set_figures(names: Sequence[str], mine: FeatureSet, other: FeatureSet) -> di
             value, error = frechet_infinity(_kept(x), other.moments)
             notes = (f"by a line in 1/N, standard error {error:.3f}",)
         elif name == "kid":
-            value, error = kid(_kept(x), _kept(y))
+            value, error = kid(_kept(x), _kept(y), paired=paired)
             notes = () if error is None else (f"mean of 100 subsets of 1,000, standard error {error:.1e}",)
         elif name == "cmmd":
             value = cmmd(_kept(x), _kept(y))
@@ -121,7 +125,7 @@ def set_figures(names: Sequence[str], mine: FeatureSet, other: FeatureSet) -> di
             value = near[name]
         found[name] = _of_sets(name, value, mine, other, notes)
     if "fd" in found and found["fd"].notes and "kid" not in found and x is not None and y is not None:
-        found |= set_figures(["kid"], mine, other)
+        found |= set_figures(["kid"], mine, other, paired=paired)
     return found
 
 
@@ -133,6 +137,8 @@ def doubts(mine: FeatureSet, other: FeatureSet) -> tuple[str, ...]:
         singular = f"; {n:,} images give {width:,} features a singular covariance" if n <= width else ""
         found.append(f"biased upwards: of fewer than {max(ENOUGH, width + 1):,} images{singular}. Look at KID")
     for each in (mine, other):
+        if each.constant:
+            found.append(f"{each.constant} of {each.moments.n:,} images of {each.moments.source} have one colour only")
         if not each.moments.ruler:
             found.append(f"{each.moments.source} does not say its features, resizing and number of images")
     return tuple(found)
@@ -170,7 +176,7 @@ def _each_figures(
     for name in names:
         known, own = METRICS[name], values[name]
         value = inception_score(own) if name == "inception_score" else own.mean().item()
-        of_features = name in ("cosine", "inception_score")
+        of_features = name in ("cosine", "inception_score", "agreement")
         resize = "; ".join(part for part in (made.resized, space.kind.resize if of_features else "") if part)
         equal = int((own >= 100).sum()) if name == "psnr" else 0
         found[name] = Figure(

@@ -12,7 +12,17 @@ from quantdm.metrics.lpips import Lpips
 from quantdm.metrics.paired import cosine_each, psnr_each, ssim_each
 from quantdm.metrics.prompted import ClipScore
 from quantdm.metrics.registry import METRICS
+from quantdm.pipelines.embedded.digits import digit_of
 from quantdm.progress import bar
+
+
+def classes_of(prompts: Sequence[str] | None, space: FeatureSpace) -> torch.Tensor | None:
+    """Return the class that each prompt asks for, int64 [N]: the number it is, or the digit it names.
+
+    None without prompts, or if one of them names no class.
+    """
+    found = [int(p) if p.isdigit() else digit_of(p) if space.name == "digits" else None for p in prompts or ()]
+    return torch.tensor(found) if found and None not in found else None
 
 
 def values_of_each(
@@ -34,6 +44,7 @@ def values_of_each(
     if prompts is not None and len(prompts) != len(made):
         raise QuantDMError(f"prompts: got {len(prompts)}, expected {len(made)}: one per image of {made.source}")
     functions = _functions(names, space, clip)
+    classes = classes_of(prompts, space) if "agreement" in names else None
     found: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     start = 0
     with bar(len(made), "image by image") as progress:
@@ -41,7 +52,8 @@ def values_of_each(
             said = list(prompts[start : start + len(mine)]) if prompts is not None else None
             for name in names:
                 needs = METRICS[name].needs
-                second = theirs if "pairs" in needs else said
+                asked = None if classes is None else classes[start : start + len(mine)]
+                second = {"pairs": theirs, "prompts": said, "classes": asked}.get(needs[-1])
                 found[name].append(functions[name](mine) if second is None else functions[name](mine, second))
             start += len(mine)
             progress.update(len(mine))
@@ -55,10 +67,14 @@ def _functions(names: Sequence[str], space: FeatureSpace, clip: str | None) -> d
         assert space.logits is not None
         return space.logits(batched(space.extract, images)).double()
 
+    def agrees(images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return (logits(images).argmax(1) == classes).double()
+
     made: dict[str, Callable[[], Callable[..., torch.Tensor]]] = {
         "psnr": lambda: psnr_each,
         "ssim": lambda: ssim_each,
         "cosine": lambda: cosine_each(space.extract),
+        "agreement": lambda: agrees,
         "lpips": Lpips,
         "clip_score": lambda: ClipScore(clip or ""),
         "inception_score": lambda: logits,

@@ -7,7 +7,7 @@ from typing import Literal
 from quantdm.errors import QuantDMError, nearest
 from quantdm.metrics import lpips, prompted
 
-Need = Literal["images", "set", "pairs", "prompts", "class scores", "features kept", "CLIP features"]
+Need = Literal["images", "set", "pairs", "prompts", "class scores", "classes", "features kept", "CLIP features"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ METRICS: dict[str, Metric] = {
     "coverage": Metric("coverage", "higher", ("set", "features kept"), "recall that outliers do not fool"),
     "inception_score": Metric(
         "Inception Score by {features}", "higher", ("class scores",), "sure classes, and many of them; no reference"
+    ),
+    "agreement": Metric(
+        "agreement by {features}", "higher", ("class scores", "classes"), "share of images that show their class"
     ),
     "psnr": Metric("PSNR", "higher", ("pairs",), "dB between images of equal noise: what changed, not what is bad", 2),
     "ssim": Metric("SSIM", "higher", ("pairs",), "structure that images of equal noise share"),
@@ -104,6 +107,7 @@ _WHAT: dict[Need, str] = {
     "pairs": "the images of equal seeds by full precision, not only statistics",
     "prompts": "a CLIP model (--clip) and one prompt per image (--prompts FILE, or the manifest of generated images)",
     "class scores": "features with class scores: efficientnet-lite0, inception-... or digits",
+    "classes": "one class per image: a number, or a prompt that names a digit (--prompts, or the images' manifest)",
     "features kept": "the features of the reference, not only sums: make its statistics with --keep-features",
     "CLIP features": "features clip:PATH",
 }
