@@ -89,9 +89,7 @@ def announce(name: str, tflops: float) -> None:
     per_step = flops_per_image(paper)
     print(f"{name}: {paper.title}")
     labels = "" if paper.labels is None else f"{paper.labels:,} images per label, "
-    print(
-        f"  {labels}{paper.images:,} for tables; {paper.values}; {paper.resolution} px; steps and guidance: {settings}"
-    )
+    print(f"  {labels}{paper.images:,} for tables; {paper.values}; {paper.resolution} px; {paper.settings}")
     for steps in paper.steps:
         hours = paper.images * steps * per_step / (tflops * 1e12) / 3600
         print(

@@ -1,4 +1,4 @@
-"""A second ruler for our own claims: do ImageNet features order the rows of the embedded pipelines as digit features do?
+"""A second ruler: do ImageNet features order the rows of the embedded pipelines as digit features do?
 
     python eval/second_ruler.py digits-dit -o runs/ruler      # needs the extra `features`; run it again to go on
     python eval/second_ruler.py digits-sd -o runs/ruler
