@@ -4,7 +4,7 @@
     python eval/evaluate.py path/to/pixart 3bit=exports/pixart-3bit 4bit=exports/pixart-4bit -o tables/pixart \
         --protocol coco.yaml --images 5000 --seeds 1 --features inception-pytorch-fid,dinov2:path --clip path
 
-Writes table.md, table.json and table.csv with a hashed manifest; run it again to go on.
+Writes one table as Markdown, JSON and CSV, with a hashed manifest; run it again to go on.
 """
 
 import sys

@@ -8,8 +8,8 @@
         --features inception-pytorch-fid --recipe recipes/dit-xl-2-3.5bit.yaml -o reproduce/dit --generate-only
 
 Full precision, one scheme everywhere and the recipe on equal seeds, with FID to real images, distances to full
-precision and CLIP score; table.md, table.json, table.csv with a hashed manifest. Run it again to go on. Real images
-that are not square are scaled and cropped to the resolution. LDM-4: give a directory that ClassLDMPipeline
+precision and CLIP score; one table as Markdown, JSON and CSV, with a hashed manifest. Run it again to go on. Real
+images that are not square are scaled and cropped to the resolution. LDM-4: give a directory that ClassLDMPipeline
 (paper_pipelines.py) saved; its correction is fitted by `quantdm correct` and is not part of the table here.
 """
 

@@ -143,7 +143,7 @@ def test_a_table_has_every_row_on_equal_seeds_and_its_differences(tmp_path):
         "--seeds", "1,2", "--steps", 2, "--features", "digits,pyramid",
     )  # fmt: skip
     text = run(*arguments)
-    assert text.strip() == (out / "table.md").read_text().strip()
+    assert text.strip() == out.joinpath("table").with_suffix(".md").read_text().strip()
     record = json.loads((out / "table.json").read_text())
     rows = {row["row"]: row for row in record["rows"]}
     assert list(rows) == ["full precision", "four", "two"]

@@ -97,7 +97,7 @@ def labelled(rows: tuple[str, ...]) -> dict[str, str]:
 
 
 def make_table(asked: Asked) -> str:
-    """Generate every row to folders, measure them, write table.md, table.json and table.csv; return the Markdown."""
+    """Generate every row to folders, measure them, write the table; return its Markdown."""
     check_draws(asked.images, asked.seeds)
     check_output(asked.out, folder=True)
     rows = {"full precision": asked.reference, **labelled(asked.rows)}
@@ -121,10 +121,10 @@ def make_table(asked: Asked) -> str:
 
 
 def write_table(table: Table, out: Path, against: str | None) -> str:
-    """Write a table as table.md, table.json and table.csv into a folder; return the Markdown."""
+    """Write a table into a folder as `table` in Markdown, JSON and CSV; return the Markdown."""
     text = table.markdown(against)
-    for name, content in (("table.md", text), ("table.csv", table.csv())):
-        with atomic_path(out / name) as temporary:
+    for kind, content in (("md", text), ("csv", table.csv())):
+        with atomic_path(out / f"table.{kind}") as temporary:
             temporary.write_text(content, encoding="utf-8")
     write_json(out / "table.json", table.record(against))
     return text
