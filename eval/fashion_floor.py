@@ -46,10 +46,9 @@ def main() -> None:
             mine, other = (first(parts[split], size) for split in FILES)
             names = ["fd", "kid", *(["fd_infinity"] if size >= 5000 else [])]
             found = {key: figure.record() for key, figure in set_figures(names, mine, other).items()}
-            record["floors"].setdefault(arguments.features, {})[str(size)] = {
-                key: {name: value[name] for name in ("title", "value", "notes", "protocol")}
-                for key, value in found.items()
-            }
+            kept = ("title", "value", "notes", "protocol")
+            told = {key: {name: value[name] for name in kept} for key, value in found.items()}
+            record["floors"].setdefault(arguments.features, {})[str(size)] = told
             print(size, {key: value["value"] for key, value in found.items()}, flush=True)
             machine = {"versions": versions(), "machine": platform.machine(), "date": datetime.date.today().isoformat()}
             write_json(OUT, record | machine)
