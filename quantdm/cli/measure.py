@@ -1,12 +1,10 @@
-"""Sub-commands that make images: generate, evaluate, correct."""
+"""Sub-commands that make images: generate, correct."""
 
-import json
 from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import AsJson, Model, Out, ProtocolFile, RunDir, Seed, app
-from quantdm.errors import QuantDMError
+from quantdm.cli.app import Model, Out, ProtocolFile, RunDir, Seed, app
 
 
 @app.command(epilog="Example: quantdm generate digits-sd -o digits.png --images 40")
@@ -24,39 +22,6 @@ def generate(
 
     path = generate_grid(model, out, images=images, seed=seed, steps=steps, protocol=protocol, columns=columns)
     typer.echo(f"images: {path}")
-
-
-@app.command(epilog="Example: quantdm evaluate runs/mine/export --reference digits-dit")
-def evaluate(
-    model: Model,
-    reference: Annotated[str | None, typer.Option(help="Full-precision pipeline, given the same noises.")] = None,
-    images: Annotated[int, typer.Option(help="Images per draw, 2 or more.")] = 1000,
-    seeds: Annotated[str, typer.Option(help="Base seeds, one draw each.")] = "101,102,103",
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the protocol's).")] = None,
-    protocol: ProtocolFile = None,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a pipeline: FID to full precision with equal noise, paired error, FID to real images."""
-    from quantdm.cli.images import evaluate_model
-    from quantdm.metrics.statistics import spread
-
-    try:
-        draws = tuple(int(seed) for seed in seeds.split(","))
-    except ValueError:
-        raise QuantDMError(
-            f"seeds: got {seeds!r}, expected whole numbers with commas between, e.g. 101,102,103"
-        ) from None
-    result = evaluate_model(model, reference=reference, images=images, seeds=draws, steps=steps, protocol=protocol)
-    if as_json:
-        typer.echo(json.dumps(result, indent=1))
-        return
-    typer.echo(f"{model}: {result['protocol']}")
-    for key, value in result["mean"].items():
-        typer.echo(f"  {key:<10} " + ("-" if value is None else spread(value, result["sd"][key])))
-    typer.echo(
-        f"  of {images * len(draws):,} images the safety checker flagged {result['flagged']}, and {result['constant']} "
-        "others have one colour only"
-    )
 
 
 @app.command(epilog="Example: quantdm correct --run-dir runs/mine --bits 6")

@@ -5,6 +5,7 @@ import math
 import torch
 
 from quantdm.errors import QuantDMError
+from quantdm.metrics.moments import Moments, check_same_ruler
 
 
 def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> float:
@@ -18,8 +19,25 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
     Raises:
         QuantDMError: fewer than two rows, or a feature that is NaN or infinite.
     """
-    mean_a, cov_a = _statistics(features_a)
-    mean_b, cov_b = _statistics(features_b)
+    return _frechet(*_statistics(features_a), *_statistics(features_b))
+
+
+def frechet_of_moments(a: Moments, b: Moments) -> float:
+    """Return the Frechet distance of two feature sets from their sums.
+
+    Raises:
+        QuantDMError: fewer than two images, or statistics of different features or resizes.
+    """
+    check_same_ruler(a, b)
+    return _frechet(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def frechet_of_gaussians(mean_a: torch.Tensor, cov_a: torch.Tensor, mean_b: torch.Tensor, cov_b: torch.Tensor) -> float:
+    """Return the Frechet distance of two Gaussians, means [F] and covariances [F, F] in float64."""
+    return _frechet(mean_a, cov_a, mean_b, cov_b)
+
+
+def _frechet(mean_a: torch.Tensor, cov_a: torch.Tensor, mean_b: torch.Tensor, cov_b: torch.Tensor) -> float:
     # tr (C1 C2)^(1/2) from the symmetric product C1^(1/2) C2 C1^(1/2), which has the same eigenvalues.
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T

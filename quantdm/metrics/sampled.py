@@ -1,0 +1,43 @@
+"""A pipeline as a set of images: made when they are asked for, known by what they depend on."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+
+from quantdm.errors import QuantDMError, told
+from quantdm.files import digest
+from quantdm.metrics.door import check_measures
+from quantdm.metrics.images import ImageSet
+from quantdm.metrics.samples import Draw
+from quantdm.pipelines.generate import as_pictures, generate_batches
+from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.text_memory import memoized_text_encoders
+from quantdm.pipelines.to_folder import manifest_of
+
+
+def sampled_images(
+    pipe: DiffusionPipeline, protocol: Protocol, draw: Draw, *, name: str, batch_size: int | Literal["auto"] = "auto"
+) -> ImageSet:
+    """Return the images of a draw as a set; nothing is made yet, and of a set in the cache nothing ever is.
+
+    Raises:
+        QuantDMError: fewer than two images, or the pipeline cannot make them.
+    """
+    if draw.images < 2:
+        raise QuantDMError(f"images: got {draw.images}, expected two or more: one has no distance to others")
+    check_measures(pipe, protocol)
+    manifest = manifest_of(pipe, protocol, draw.seeds, draw.steps)
+
+    def batches() -> Iterator[torch.Tensor]:
+        with told(f"draw {draw.base_seed} of {name}"), memoized_text_encoders(pipe):
+            for found in generate_batches(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size):
+                yield as_pictures(found.images, protocol)
+
+    names = tuple(f"{i:06d}" for i in range(draw.images))
+    prompts = manifest["prompts"]
+    return ImageSet(
+        name, names, batches, lambda: digest(manifest["identity"], manifest["versions"]), draw.steps,
+        manifest["seeds"], None if prompts is None else tuple(prompts),
+    )  # fmt: skip
