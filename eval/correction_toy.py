@@ -4,7 +4,8 @@ python eval/correction_toy.py [--samples 200000]      # every sampler, 20 and 50
 
 The data are a mixture of two Gaussians in one dimension, so the network is its exact posterior mean. Its output is
 given a gain, a bias and fresh noise, and the correction is told them. Distances are Wasserstein-1 to the samples of the
-same sampler without them from the same noises; `floor` is that of samples without them from other noises.
+same sampler without them from the same noises; `floor` is that of samples without them from other noises, `last` that
+of samples with noise on the last output alone, which no correction of a sampler can take off.
 """
 
 import argparse
@@ -123,9 +124,9 @@ def planted_std(prediction: str, sigma: float) -> float:
 
 
 def sample(
-    sampler: Sampler, steps: int, correction: Correction | None, *, noisy: bool, seed: int, num: int
+    sampler: Sampler, steps: int, correction: Correction | None, *, noisy: str, seed: int, num: int
 ) -> torch.Tensor:
-    """Return the sorted samples of one run."""
+    """Return the sorted samples of one run, with noise on "all" outputs, on the "last" one, or on none ("")."""
     scheduler = make_scheduler(sampler, steps, correction)
     prediction = prediction_of(scheduler)
     noise, rounding = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
@@ -134,13 +135,17 @@ def sample(
     arguments = {**sampler.arguments}
     if "generator" in taken.__code__.co_varnames:
         arguments["generator"] = noise
-    for t in scheduler.timesteps:
+    for i, t in enumerate(scheduler.timesteps):
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, t)
         level = level_of(scheduler, t)
         out = exact_output(x, level, prediction)
-        if noisy:
-            out = (1 + K) * out + BIAS + planted_std(prediction, level.sigma) * torch.randn(x.shape, generator=rounding, dtype=torch.float64)
+        if noisy == "all" or (noisy == "last" and i == len(scheduler.timesteps) - 1):
+            out = (
+                (1 + K) * out
+                + BIAS
+                + planted_std(prediction, level.sigma) * torch.randn(x.shape, generator=rounding, dtype=torch.float64)
+            )
         x = scheduler.step(out, t, x, **arguments, return_dict=False)[0].double()
     return x.flatten().sort().values
 
@@ -150,13 +155,16 @@ def w1(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().mean().item()
 
 
-def distances(sampler: Sampler, steps: int, variants: Sequence[str], num: int) -> dict[str, float]:
+def distances(
+    sampler: Sampler, steps: int, variants: Sequence[str], num: int, floor_seeds: Sequence[int] = FLOOR_SEEDS
+) -> dict[str, float]:
     """Return the distance of every variant to the sampler without noise, and the floor."""
-    exact = sample(sampler, steps, None, noisy=False, seed=0, num=num)
-    others = [sample(sampler, steps, None, noisy=False, seed=seed, num=num) for seed in FLOOR_SEEDS]
+    exact = sample(sampler, steps, None, noisy="", seed=0, num=num)
+    others = [sample(sampler, steps, None, noisy="", seed=seed, num=num) for seed in floor_seeds]
     found = {"floor": sum(w1(exact, other) for other in others) / len(others)}
+    found["last"] = w1(exact, sample(sampler, steps, None, noisy="last", seed=0, num=num))
     for variant in variants:
-        found[variant] = w1(exact, sample(sampler, steps, planted(sampler, variant), noisy=True, seed=0, num=num))
+        found[variant] = w1(exact, sample(sampler, steps, planted(sampler, variant), noisy="all", seed=0, num=num))
     return found
 
 

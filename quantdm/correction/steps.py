@@ -6,18 +6,25 @@ from typing import Any
 import torch
 
 from quantdm.correction.corrected import KEY, corrected_class
-from quantdm.correction.levels import check_served
+from quantdm.correction.levels import check_served, plain_name
 from quantdm.correction.record import Correction
 from quantdm.correction.schedulers import plain_class, plain_config
 
 
 def step_arguments(scheduler: Any, output: Any, timestep: Any, sample: Any) -> dict[str, Any]:
     """Return the arguments of a scheduler's step: those that it cannot do without, and no tensors of a pipeline."""
-    others = {"old_pred_original_sample": None, "timestep_back": None, "original_image": sample, "mask": sample}
+    mask = torch.zeros_like(sample)  # nothing is known of the picture
+    others = {"old_pred_original_sample": None, "timestep_back": None, "original_image": sample, "mask": mask}
     taken = inspect.signature(scheduler.step).parameters
     clock = timestep.reshape(1) if hasattr(scheduler, "_alpha_cumprod") else timestep
     found = {"model_output": output, "timestep": clock, "sample": sample}
     return found | {name: value for name, value in others.items() if name in taken}
+
+
+def steps_of(scheduler: Any) -> Any:
+    """Return the timesteps at which a network is asked: two schedulers also keep that of the image."""
+    last = plain_name(scheduler) in ("DDPMWuerstchenScheduler", "SCMScheduler")
+    return scheduler.timesteps[:-1] if last else scheduler.timesteps
 
 
 def step_table(correction: Correction, scheduler: Any, steps: int, *, eta: float = 0.0) -> list[dict[str, float]]:
@@ -40,7 +47,9 @@ def step_table(correction: Correction, scheduler: Any, steps: int, *, eta: float
     sample = torch.zeros(1, full.channels, 1, 1).movedim(1, full.axis)
     learned = ours.config.get("variance_type") in ("learned", "learned_range")
     output = torch.cat([sample, sample], dim=1) if learned else sample
-    for timestep in ours.timesteps:  # what a step does depends on no sample
+    for timestep in steps_of(ours):  # what a step does depends on no sample
+        if hasattr(ours, "scale_model_input"):
+            ours.scale_model_input(sample, timestep)
         ours.step(**step_arguments(ours, output, timestep, sample))
         did = ours.did
         assert did is not None

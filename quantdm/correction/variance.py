@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 # The deterministic step is first order: it is taken only while the excess it compensates is small against sigma_next^2.
-EXCESS_LIMIT = 0.25
+EXCESS_LIMIT = 0.5
 MAX_LOG_SNR = 27.6  # where alpha_bar is 1e-12 from its end
 
 
