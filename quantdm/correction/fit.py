@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from quantdm.correction.collect import Network, Run, collect_, network, network_digest
 from quantdm.correction.levels import prediction_of
-from quantdm.correction.record import Correction, load_correction
+from quantdm.correction.record import FINER, NOISIER, Correction, load_correction
 from quantdm.correction.schedulers import apply_correction, check_corrects, remove_correction
 from quantdm.correction.statistics import NoiseStatistics
 from quantdm.correction.variance import MAX_LOG_SNR
@@ -26,6 +26,7 @@ CONFIDENCE = 0.95
 
 
 FIT_VERSION = 1
+END = 2 * MAX_LOG_SNR  # beyond all levels
 
 
 def fit_correction(
@@ -156,15 +157,11 @@ def choose_variant(
             best, name = candidate, variant
     if name != "none" and len(correction.log_snr) > 1:
         middle = float(np.median(correction.log_snr))
-        for half, within in (("noisier half", (-math.inf, middle)), ("finer half", (middle, math.inf))):
-            candidate = replace(correction.with_variant(best.variant), within=_finite(within))
+        for half, within in ((NOISIER, (-END, middle)), (FINER, (middle, END))):
+            candidate = replace(correction.with_variant(best.variant), within=within)
             if _is_lower(distances(f"{best.variant}, {half}", candidate), measured[name]):
                 best, name = candidate, f"{best.variant}, {half}"
     return replace(best, measured=measured)
-
-
-def _finite(within: tuple[float, float]) -> tuple[float, float]:
-    return max(within[0], -2 * MAX_LOG_SNR), min(within[1], 2 * MAX_LOG_SNR)
 
 
 @contextmanager

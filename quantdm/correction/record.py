@@ -17,6 +17,7 @@ from quantdm.recipe import ActivationSpec, Recipe, weights_digest
 CORRECTION_VERSION, KIND = 2, "correction"
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction", "edm", "consistency", "trigflow")
 MIN_K = -0.5
+NOISIER, FINER = "noisier half", "finer half"
 _ARRAYS = ("log_snr", "k", "bias", "shift", "q")
 _TABLES = ("gain", "bias", "q")  # of a rival
 
@@ -151,6 +152,13 @@ class Correction:
     def room(self) -> str | None:
         """How steps make room for the noise that remains (`variance.ROOMS`); None: they do not."""
         return variant_of(self.variant).room
+
+    @property
+    def choice(self) -> str:
+        """The name under which `measured` knows what is in use: the variant, and the half of the levels it acts on."""
+        if self.within is None:
+            return self.variant
+        return f"{self.variant}, {NOISIER if self.within[0] < self.log_snr[0] else FINER}"
 
     def fitted_for(self, recipe: Recipe | None) -> "Correction":
         """Return it as that of an exact recipe: its weights and activations (None: as it is).

@@ -180,7 +180,7 @@ def noise(records: Records) -> str:
         timesteps: Sequence[float] = [step["timestep"] for step in records.steps]
         found = {key: [step[key] for step in records.steps] for key in records.steps[0]}
     else:
-        timesteps = c.timesteps.tolist()
+        timesteps = c.log_snr.tolist()
         found = {"k": c.k.tolist(), "bias": np.abs(c.bias).max(axis=1).tolist(), "q": c.q.tolist()}
         found |= {name: np.asarray(values).tolist() for name, values in c.diagnostics.items()}
     panels = [
@@ -193,8 +193,8 @@ def noise(records: Records) -> str:
     ]
     svg = charts.noise_per_step(timesteps, [(title, text, found[key]) for title, key, text in panels if key in found])
     caption = (
-        "Error of the quantized network's output on the same inputs, after guidance, fitted per timestep as k · output "
-        "+ bias + rest. Where lag-1 is near 1 the rest repeats from step to step: no variance correction absorbs it."
+        "Error of the quantized network's output on the same inputs, after guidance, fitted per noise level as k · "
+        "output + bias + rest. Where lag-1 is near 1 the rest repeats from step to step: no variance correction absorbs it."
     )
     html = figure(svg, "Quantization noise per sampling step.", caption)
     if not c.measured:
