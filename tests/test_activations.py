@@ -1,4 +1,4 @@
-"""Activation quantization: its closed forms, and that it comes on and off a real denoiser without leftovers."""
+"""Activation quantization: its closed forms, what an integer product can factor out, on and off a real denoiser."""
 
 import copy
 
@@ -6,20 +6,22 @@ import pytest
 import torch
 from diffusers import HunyuanDiT2DModel, PixArtTransformer2DModel, UNet2DConditionModel
 from torch import nn
+from torch.nn import functional as F
 
 from quantdm.activations import (
-    KEEP_8BIT,
     activation_spec,
-    default_keep_8bit,
-    fake_quantize,
-    layer_bits,
+    quantize_activations,
+    sensitive_types,
     set_activation_bits_,
+    usual_activations,
 )
+from quantdm.activations.attention import QuantizedAttention, quantize_probabilities
+from quantdm.activations.sensitive import SENSITIVE
 from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.modules import quantize_module_
 from quantdm.quantizers import quantize_weight
-from quantdm.recipe import ActivationSpec
+from quantdm.recipe import ActivationScheme, ActivationSpec
 from quantdm.schemes import Scheme
 
 
@@ -73,13 +75,83 @@ def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("bits", [6, 8])
+def rounded(x: torch.Tensor, label: str, dims: int | tuple[int, ...] = -1, channel: int = -1) -> torch.Tensor:
+    """Round with a scheme by its label."""
+    return quantize_activations(x, ActivationScheme.parse(label), dims=dims, channel=channel)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Return standard normal values."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+LABELS = ("token-6", "sample-4-mse", "tensor-8-static-percentile", "map-3", "token-4-symmetric-hadamard-outliers16")
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_a_label_is_read_as_it_was_written(label: str) -> None:
+    assert ActivationScheme.parse(label).label == label
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("token", "expected GRANULARITY-BITS such as 'token-6'"),
+        ("token-2", "got 2 bits, expected 3 to 8"),
+        ("token-6-static", "static ranges are those of a tensor"),
+        ("tensor-6-static-outliers8", "outliers are found in the input itself"),
+        ("channel-6", "tensor, sample, token, map"),
+    ],
+)
+def test_a_label_that_says_nothing_sensible_is_refused(label: str, message: str) -> None:
+    with pytest.raises(QuantDMError, match=message):
+        ActivationScheme.parse(label)
+
+
+def test_the_form_of_earlier_versions_is_read_as_what_it_meant() -> None:
+    old = ActivationSpec.model_validate({"bits": 6, "keep_8bit": ["conv_in"]})
+    assert old == ActivationSpec(default="map-6", patterns={"conv_in": "map-8"}, attention="map-6")
+    assert ActivationSpec.model_validate(old.model_dump(mode="json")) == old
+    assert old.bits == 6
+    assert old.is_simulation
+    assert not ActivationSpec(default="token-6").is_simulation
+    for wrong in ({"bits": 5}, {"bits": 6, "keep": []}, {"bits": 6, "keep_8bit": "conv_in"}):
+        with pytest.raises(ValueError, match="expected"):
+            ActivationSpec.model_validate(wrong)
+
+
+def test_rules_take_precedence_as_those_of_weights_and_patterns_reach_operation_types() -> None:
+    model = make_transformer()
+    name = "transformer_blocks.1.attn1.to_q"
+    spec = ActivationSpec(
+        default="token-4",
+        types={"ff.net.2": "token-8", "attn1.to_q": "token-7"},
+        patterns={"attn2.*": "token-5", "transformer_blocks.0.attn1.*": None},
+        layers={name: "tensor-3"},
+    )
+    schemes = {layer: None if s is None else s.label for layer, s in spec.resolve(list_layers(model)).items()}
+    assert schemes[name] == "tensor-3"
+    assert schemes["transformer_blocks.0.attn1.to_q"] is None
+    assert schemes["transformer_blocks.0.attn2.to_k"] == "token-5"
+    assert schemes["transformer_blocks.0.ff.net.2"] == "token-8"
+    assert schemes["proj_out"] == "token-4"
+    with pytest.raises(QuantDMError, match=r"'ff\.net\.9' .*ff\.net\.2"):
+        ActivationSpec(default="token-4", types={"ff.net.9": "token-8"}).resolve(list_layers(model))
+
+
+# ---------------------------------------------------------------------------------------------------------- rounding
+
+
+@pytest.mark.parametrize("bits", [3, 6, 8])
 @pytest.mark.parametrize("dims", [-1, (2, 3)], ids=["token", "map"])
 def test_every_range_has_at_most_2_to_the_bits_values_within_half_a_step(
     bits: int, dims: int | tuple[int, int]
 ) -> None:
-    x = torch.randn(2, 3, 20, 300, generator=torch.Generator().manual_seed(0)) + 1
-    y = fake_quantize(x, bits, dims)
+    x = noise(2, 3, 20, 300) + 1
+    y = rounded(x, f"token-{bits}", dims)
     step = (x.amax(dims, keepdim=True) - x.amin(dims, keepdim=True)) / (2**bits - 1)
     assert ((y - x).abs() <= 0.5001 * step + 1e-6).all()
     grid = torch.round(y / step)
@@ -87,41 +159,75 @@ def test_every_range_has_at_most_2_to_the_bits_values_within_half_a_step(
     assert (grid.amax(dims) - grid.amin(dims)).max() <= 2**bits - 1
 
 
+def test_a_symmetric_grid_holds_zero_and_its_largest_value() -> None:
+    x = noise(7, 50)
+    y = rounded(x, "token-4-symmetric")
+    largest = x.abs().amax(-1, keepdim=True)
+    steps = y / (largest / 7)
+    assert (steps - steps.round()).abs().max() < 1e-5
+    assert torch.allclose(y.abs().amax(-1, keepdim=True), largest)
+
+
 def test_tokens_and_maps_are_quantized_independently() -> None:
-    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    x = noise(5, 40)
     loud = x.clone()
     loud[0] *= 1000
-    assert torch.equal(fake_quantize(x, 6)[1:], fake_quantize(loud, 6)[1:])
+    assert torch.equal(rounded(x, "token-6")[1:], rounded(loud, "token-6")[1:])
     maps = x.view(1, 5, 5, 8)
-    assert torch.equal(fake_quantize(maps, 6, (2, 3))[:, 1:], fake_quantize(loud.view(1, 5, 5, 8), 6, (2, 3))[:, 1:])
+    assert torch.equal(rounded(maps, "map-6", (2, 3))[:, 1:], rounded(loud.view(1, 5, 5, 8), "map-6", (2, 3))[:, 1:])
 
 
 def test_values_on_the_grid_zeros_and_constants_stay_exact() -> None:
     grid = torch.arange(-20.0, 44.0)[None] / 4
-    assert torch.equal(fake_quantize(grid, 6), grid)
+    assert torch.equal(rounded(grid, "token-6"), grid)
     # Ends that round apart (half to even) would need 65 levels: the upper one is clipped.
-    assert fake_quantize(torch.tensor([[-1.5, 61.5]]), 6).tolist() == [[-2.0, 61.0]]
-    assert torch.equal(fake_quantize(torch.zeros(2, 5), 6), torch.zeros(2, 5))
-    torch.testing.assert_close(fake_quantize(torch.full((2, 5), -7.3), 6), torch.full((2, 5), -7.3))
-    relu = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).relu()
-    assert (fake_quantize(relu, 6)[relu == 0] == 0).all()
+    assert rounded(torch.tensor([[-1.5, 61.5]]), "token-6").tolist() == [[-2.0, 61.0]]
+    assert torch.equal(rounded(torch.zeros(2, 5), "token-6"), torch.zeros(2, 5))
+    torch.testing.assert_close(rounded(torch.full((2, 5), -7.3), "token-6"), torch.full((2, 5), -7.3))
+    relu = noise(4, 50).relu()
+    assert (rounded(relu, "token-6")[relu == 0] == 0).all()
+
+
+def test_a_clipped_range_errs_less_than_the_full_one_and_a_percentile_leaves_the_tail_out() -> None:
+    x = noise(3, 4000)
+    x[:, 0] = 40.0
+    error = {rule: (rounded(x, f"token-4{rule}") - x).square().mean() for rule in ("", "-mse")}
+    assert error["-mse"] < error[""]
+    body = (rounded(x, "token-4-percentile") - x)[:, 1:].square().mean()
+    assert body < 0.05 * (rounded(x, "token-4") - x)[:, 1:].square().mean()
 
 
 def test_more_bits_are_closer_and_powers_of_two_scale_along() -> None:
-    x = torch.randn(8, 200, generator=torch.Generator().manual_seed(0))
-    error = {bits: (fake_quantize(x, bits) - x).square().mean() for bits in (6, 8)}
+    x = noise(8, 200)
+    error = {bits: (rounded(x, f"token-{bits}") - x).square().mean() for bits in (6, 8)}
     assert error[8] * 8 < error[6]
-    assert torch.equal(fake_quantize(4 * x, 6), 4 * fake_quantize(x, 6))
+    assert torch.equal(rounded(4 * x, "token-6"), 4 * rounded(x, "token-6"))
 
 
 def test_bf16_is_the_fp32_result_rounded_once_and_the_gradient_passes_straight_through() -> None:
-    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(fake_quantize(x, 8), fake_quantize(x.float(), 8).bfloat16())
-    y = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    quantized = fake_quantize(y, 6)
-    assert torch.equal(quantized, fake_quantize(y.detach(), 6))
+    x = noise(4, 64).bfloat16()
+    assert torch.equal(rounded(x, "token-8"), rounded(x.float(), "token-8").bfloat16())
+    y = noise(4, 64).requires_grad_()
+    quantized = rounded(y, "token-6")
+    assert torch.equal(quantized, rounded(y.detach(), "token-6"))
     quantized.sum().backward()
     assert torch.equal(y.grad, torch.ones_like(y))
+
+
+# ---------------------------------------------------------------------------------------------------------- outliers
+
+
+@pytest.mark.parametrize("variant", ["-hadamard", "-outliers8", "-outliers16"])
+def test_every_remedy_repairs_what_outlier_channels_break(variant: str) -> None:
+    x = noise(2, 30, 256)
+    x[..., 17] *= 50
+    plain = (rounded(x, "token-4") - x).square().sum()
+    assert (rounded(x, f"token-4{variant}") - x).square().sum() < 0.1 * plain
+    if variant == "-outliers16":
+        assert torch.equal(rounded(x, f"token-4{variant}")[..., 17], x[..., 17])
+
+
+# ------------------------------------------------------------------------------------------------------------- hooks
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -129,18 +235,17 @@ def test_bits_order_the_error_and_switching_off_leaves_nothing_behind(make) -> N
     model = make()
     exact, attributes = run(model), set(model.__dict__)
     error = {}
-    for bits in (6, 8):
-        set_activation_bits_(model, ActivationSpec(bits=bits))
+    for bits in (4, 6, 8):
+        set_activation_bits_(model, ActivationSpec(default=f"token-{bits}", attention=f"token-{bits}"))
         count = hooks(model)
-        set_activation_bits_(model, ActivationSpec(bits=bits))
+        set_activation_bits_(model, ActivationSpec(default=f"token-{bits}", attention=f"token-{bits}"))
         assert hooks(model) == count  # replaced, not stacked
         error[bits] = (run(model) - exact).square().mean().item()
-    keep = default_keep_8bit(model)
-    assert keep
-    set_activation_bits_(model, ActivationSpec(bits=6, keep_8bit=keep))
-    assert activation_spec(model) == ActivationSpec(bits=6, keep_8bit=keep)
+    spec = usual_activations(model, 6)
+    set_activation_bits_(model, spec)
+    assert activation_spec(model) == spec
     kept = (run(model) - exact).square().mean().item()
-    assert 0 < error[8] < kept < error[6]
+    assert 0 < error[8] < kept < error[6] < error[4]
     set_activation_bits_(model, None)
     assert torch.equal(run(model), exact)
     assert hooks(model) == 0
@@ -148,59 +253,79 @@ def test_bits_order_the_error_and_switching_off_leaves_nothing_behind(make) -> N
     assert activation_spec(model) is None
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "sample", "token", "map"])
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_every_layer_sees_a_quantized_input_and_q_k_v_leave_quantized(make) -> None:
+def test_a_scale_varies_only_where_the_granularity_says(make, granularity: str) -> None:
     model = make()
-    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    set_activation_bits_(model, ActivationSpec(bits=6))
-    for record in list_layers(model):  # registered later, so these see what the layer sees and returns in the end
+    seen: dict[str, torch.Tensor] = {}
+    set_activation_bits_(model, ActivationSpec(default=f"{granularity}-4"))
+    for record in list_layers(model):  # registered later, so these see what the layer sees in the end
         layer = model.get_submodule(record.name)
-        layer.register_forward_hook(lambda _, args, out, name=record.name: seen.update({name: (args[0], out)}))
+        layer.register_forward_hook(lambda _, args, out, name=record.name: seen.update({name: args[0]}))
     run(model)
     for record in list_layers(model):
-        x, y = seen[record.name]
-        rows = x.flatten(0, -2) if record.kind == "linear" else x.flatten(0, 1).flatten(1)
-        assert all(len(row.unique()) <= 64 for row in rows), record.name
-        if record.op_type.endswith(("to_q", "to_k", "to_v")):
-            width = y.shape[-1]
-            wide = all(len(row.unique()) <= 64 for row in y.reshape(-1, width))
-            assert wide
-            assert torch.allclose(fake_quantize(y, 6), y, atol=1e-5)
+        x, linear = seen[record.name], record.kind == "linear"
+        pixels = linear or all(size == 1 for size in record.shape[2:])
+        if granularity == "tensor":
+            groups = [x.flatten()]
+        elif granularity == "map" and not linear:
+            groups = list(x.flatten(0, 1).flatten(1))
+        elif granularity != "sample" and pixels:
+            groups = list(x.movedim(-1 if linear else 1, -1).flatten(0, -2))
+        else:
+            groups = list(x.flatten(1))
+        halves = 1 if record.split is None else 2
+        assert all(len(group.unique()) <= 16 * halves for group in groups), record.name
 
 
-def test_globs_match_operation_types_and_names_and_must_match_something() -> None:
+def test_queries_keys_and_values_enter_the_product_quantized_and_probabilities_leave_the_softmax_so() -> None:
+    q, k, v = (noise(1, 2, 6, 8, seed=seed) for seed in range(3))
+    operands = ActivationScheme.parse("token-8")
+    with QuantizedAttention(operands, None):
+        y = F.scaled_dot_product_attention(q, k, v)
+    expected = F.scaled_dot_product_attention(*(quantize_activations(x, operands) for x in (q, k, v)))
+    assert torch.equal(y, expected)
+    with QuantizedAttention(None, "uniform-8"):
+        close = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        masked = F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(6, 6, dtype=torch.bool).tril())
+    assert torch.allclose(close, F.scaled_dot_product_attention(q, k, v, is_causal=True), atol=0.02)
+    assert torch.equal(close, masked)
+    p = (noise(4, 100) * 3).softmax(-1)
+    for method in ("uniform", "log2", "shiftedlog2"):
+        few, many = (quantize_probabilities(p, f"{method}-{bits}") for bits in (3, 6))
+        assert len(many.unique()) <= 64
+        assert method == "log2" or (many - p).square().sum() < (few - p).square().sum()
+    powers = 2.0 ** -torch.arange(16.0)
+    assert torch.equal(quantize_probabilities(powers, "log2-4"), powers)
+
+
+def test_attention_is_quantized_only_while_the_denoiser_runs_even_if_it_fails() -> None:
     model = make_transformer()
-    spec = ActivationSpec(bits=6, keep_8bit=("ff.net.2", "transformer_blocks.1.attn1.to_q"))
-    bits = layer_bits(model, spec)
-    assert {name for name, b in bits.items() if b == 8} == {
-        "transformer_blocks.0.ff.net.2",
-        "transformer_blocks.1.ff.net.2",
-        "transformer_blocks.1.attn1.to_q",
+    exact = run(model)
+    set_activation_bits_(model, ActivationSpec(attention="token-3", probabilities="log2-3"))
+    assert not torch.equal(run(model), exact)
+    q = noise(1, 2, 6, 8)
+    plain = F.scaled_dot_product_attention(q, q, q)
+    with pytest.raises((RuntimeError, TypeError, AttributeError, ValueError)):
+        model("no tensor")
+    assert torch.equal(F.scaled_dot_product_attention(q, q, q), plain)
+
+
+def test_the_sensitive_types_are_the_ends_the_time_and_the_feed_forwards_end() -> None:
+    model = make_transformer()
+    assert set(sensitive_types(model)) == {
+        "pos_embed.proj",
+        "adaln_single.emb.timestep_embedder.linear_1",
+        "adaln_single.emb.timestep_embedder.linear_2",
+        "adaln_single.linear",
+        "ff.net.2",
+        "proj_out",
     }
-    assert set(bits) == {record.name for record in list_layers(model)}
-    set_activation_bits_(model, spec)
-    with pytest.raises(QuantDMError, match=r"'ff\.net\.9' matches no layer.*ff\.net\.2"):
-        set_activation_bits_(model, ActivationSpec(bits=6, keep_8bit=("ff.net.9",)))
-    assert activation_spec(model) == spec  # nothing changed
-    assert set(default_keep_8bit(model)) < set(KEEP_8BIT)
-    kept = layer_bits(model, ActivationSpec(bits=6, keep_8bit=default_keep_8bit(model)))
-    for name in ("pos_embed.proj", "adaln_single.linear", "proj_out", "transformer_blocks.0.ff.net.2"):
-        assert kept[name] == 8
-    for name in ("transformer_blocks.0.attn1.to_q", "transformer_blocks.0.attn2.to_out.0"):
-        assert kept[name] == 6
-
-
-def test_default_globs_keep_the_ends_and_the_time_embedding_of_a_unet() -> None:
-    model = make_unet()
-    kept = layer_bits(model, ActivationSpec(bits=6, keep_8bit=default_keep_8bit(model)))
-    for name in (
-        "conv_in",
-        "conv_out",
-        "time_embedding.linear_1",
-        "mid_block.attentions.0.transformer_blocks.0.ff.net.2",
-    ):
-        assert kept[name] == 8
-    assert kept["mid_block.resnets.0.conv1"] == 6
+    kept = usual_activations(make_unet(), 6).resolve(list_layers(make_unet()))
+    for name in ("conv_in", "conv_out", "time_embedding.linear_1"):
+        assert kept[name].bits == 8  # type: ignore[union-attr]
+    assert kept["mid_block.resnets.0.conv1"].bits == 6  # type: ignore[union-attr]
+    assert len(SENSITIVE) == len(set(SENSITIVE))
 
 
 def test_the_halves_of_a_concatenated_long_skip_have_their_own_ranges() -> None:
@@ -219,16 +344,20 @@ def test_the_halves_of_a_concatenated_long_skip_have_their_own_ranges() -> None:
         text_len=4,
         text_len_t5=4,
     ).eval()
-    record = next(record for record in list_layers(model) if record.split is not None)
-    set_activation_bits_(model, ActivationSpec(bits=6))
-    layer = model.get_submodule(record.name)
-    seen: list[torch.Tensor] = []
-    layer.register_forward_hook(lambda _, args, out: seen.append(args[0]))
-    x = torch.randn(1, 3, layer.in_features)
-    x[..., record.split :] *= 1000  # with one range the first half would be rounded to zero
-    layer(x)
-    error = (seen[0] - x)[..., : record.split].abs().max()
-    assert error < 0.1
+    unet = make_unet()
+    for network in (model, unet):
+        record = next(record for record in list_layers(network) if record.split is not None)
+        set_activation_bits_(network, ActivationSpec(default="token-6"))
+        layer = network.get_submodule(record.name)
+        seen: list[torch.Tensor] = []
+        layer.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args[0]))
+        dim = -1 if record.kind == "linear" else 1
+        x = torch.randn(1, 3, layer.in_features) if dim == -1 else torch.randn(1, record.shape[1], 4, 4)
+        loud = x.tensor_split([record.split], dim)[1]
+        loud *= 1000  # with one range the first half would be rounded to zero
+        layer(x)
+        error = (seen[0] - x).tensor_split([record.split], dim)[0].abs().max()
+        assert error < 0.1
 
 
 def test_quantized_weights_and_activations_combine_and_a_copy_is_independent() -> None:
@@ -237,7 +366,7 @@ def test_quantized_weights_and_activations_combine_and_a_copy_is_independent() -
         layer = model.get_submodule(record.name)
         quantize_module_(model, record.name, quantize_weight(layer.weight, Scheme.parse("uniform-channel-4")))
     exact = run(model)
-    set_activation_bits_(model, ActivationSpec(bits=8))
+    set_activation_bits_(model, ActivationSpec(default="token-8"))
     changed = run(model)
     assert not torch.equal(changed, exact)
     other = copy.deepcopy(model)
@@ -248,6 +377,17 @@ def test_quantized_weights_and_activations_combine_and_a_copy_is_independent() -
 
 def test_a_layer_called_with_keywords_only_is_an_error_not_an_omission() -> None:
     model = make_transformer()
-    set_activation_bits_(model, ActivationSpec(bits=8))
+    set_activation_bits_(model, ActivationSpec(default="token-8"))
     with pytest.raises(QuantDMError, match=r"proj_out: was called with keywords"):
         model.proj_out(input=torch.zeros(1, 16))
+
+
+def test_a_rule_that_matches_nothing_changes_nothing() -> None:
+    model = make_transformer()
+    spec = ActivationSpec(default="token-6")
+    set_activation_bits_(model, spec)
+    with pytest.raises(QuantDMError, match="no_such"):
+        set_activation_bits_(model, ActivationSpec(default="token-6", patterns={"no_such*": "token-8"}))
+    with pytest.raises(QuantDMError, match="static and have no ranges"):
+        set_activation_bits_(model, ActivationSpec(default="tensor-6-static"))
+    assert activation_spec(model) == spec

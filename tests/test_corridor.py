@@ -27,6 +27,7 @@ from quantdm import (
     load_recipe,
     write_report,
 )
+from quantdm.activations import usual_activations
 from quantdm.corridor.export import export_run
 from quantdm.corridor.table import show_table
 from quantdm.hub.export import lossless_dtype
@@ -41,7 +42,7 @@ from quantdm.report.charts import MARKS
 from quantdm.report.insights import MIXES
 from quantdm.report.sections import ROW_NAMES, SHORT_NAMES
 from quantdm.runs import final
-from quantdm.runs.correct import activation_spec_of, correct_recipe, correct_run
+from quantdm.runs.correct import correct_recipe, correct_run
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.run import Run
@@ -119,7 +120,7 @@ def measured(finished):
     pipe = load_pipeline("digits-dit")
     denoiser = get_denoiser(pipe)
     space = SearchSpace.load(run.path("space.json"))
-    spec = activation_spec_of(denoiser, 6)
+    spec = usual_activations(denoiser, 6)
     seeds: dict[str, set[int]] = {"correction": set(), "final": set()}
     with Engine(run, look_at(pipe), workers=1) as engine, pytest.MonkeyPatch.context() as patch:
 
@@ -258,7 +259,7 @@ def test_an_exported_correction_was_fitted_for_the_recipe_beside_it(measured, tm
     said = []
     folder = export_run(run, tmp_path / "out", corrected=True, say=said.append)
     recipe, correction = load_recipe(folder / "recipe.yaml"), load_correction(folder / "correction.safetensors")
-    assert recipe.activations == correction.activations == activation_spec_of(get_denoiser(load_pipeline(folder)), 6)
+    assert recipe.activations == correction.activations == usual_activations(get_denoiser(load_pipeline(folder)), 6)
     assert correction.weights == weights_digest(recipe.layers)
     assert recipe.correction == "correction.safetensors"
     assert "6 bits" in said[0]
@@ -309,7 +310,7 @@ def test_six_bit_activations_change_images_and_come_off(dit):
 
     protocol, denoiser = load_protocol("digits-dit"), get_denoiser(dit)
     plain = generate(dit, protocol, range(4), steps=3)
-    set_activation_bits_(denoiser, activation_spec_of(denoiser, 6))
+    set_activation_bits_(denoiser, usual_activations(denoiser, 6))
     six = generate(dit, protocol, range(4), steps=3)
     set_activation_bits_(denoiser, ActivationSpec(bits=8))
     eight = generate(dit, protocol, range(4), steps=3)

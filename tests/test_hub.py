@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from quantdm.activations import activation_spec, default_keep_8bit, set_activation_bits_
+from quantdm.activations import activation_spec, set_activation_bits_, usual_activations
 from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.hub import QuantDMConfig, QuantDMQuantizer, apply_recipe, register
@@ -65,7 +65,7 @@ def test_a_saved_model_opens_bit_by_bit_the_same(
     name: str, dtype: torch.dtype, dense_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     model = load(dense_dirs[name], dtype=dtype)
-    activations = ActivationSpec(bits=6, keep_8bit=default_keep_8bit(model))
+    activations = usual_activations(model, 6)
     recipe = mixed_recipe(model, activations)
     assert apply_recipe(model, recipe) is model
     y = run(model)

@@ -56,7 +56,7 @@ def test_a_recipe_that_does_not_fit_leaves_the_model_as_it_was(dense_dirs: dict[
     with pytest.raises(QuantDMError, match=r"recipe for tiny is for another model.*first transformer_blocks"):
         apply_recipe(model, other)
     recipe = mixed_recipe(model, ActivationSpec(bits=6, keep_8bit=("no_such_layer",)))
-    with pytest.raises(QuantDMError, match="'no_such_layer' matches no layer"):
+    with pytest.raises(QuantDMError, match="no_such_layer"):
         apply_recipe(model, recipe)
     set_activation_bits_(model, ActivationSpec(bits=8))
     broken = model.proj_out_2.weight.data.clone()
@@ -206,7 +206,7 @@ def test_a_cut_file_a_flipped_header_or_another_config_version_is_one_clear_erro
     with pytest.raises(QuantDMError, match="got version 1, expected 2"):
         DiTTransformer2DModel.from_pretrained(damaged)
     edit_config(damaged, version=2, activations={"bits": 7})
-    with pytest.raises(QuantDMError, match=r"activations\.bits"):
+    with pytest.raises(QuantDMError, match=r"activations: bits: got 7"):
         DiTTransformer2DModel.from_pretrained(damaged)
     edit_config(damaged, activations=None, future_key=1)  # a later quantdm may write more
     DiTTransformer2DModel.from_pretrained(damaged)

@@ -90,6 +90,15 @@ def test_more_noise_means_more_different_configurations(space):
     assert differing[0] < differing[1] < differing[2]
 
 
+@pytest.mark.parametrize("end", ["low", "high"])
+def test_a_frontier_at_the_end_of_what_is_reachable_holds_many_configurations(space, end):
+    bits = {"low": space.bits.min(axis=1), "high": space.bits.max(axis=1)}[end]
+    target = float(bits.sum() / space.num_weights.sum()) + {"low": 0.005, "high": -0.005}[end]
+    near = sample_frontier(space, -space.noise_error, 24, target_bits=target, seed=0, allow_fewer=True)
+    assert len(near) >= 20
+    assert (np.abs(space.avg_bits(near) - target) < 0.5).all()
+
+
 def test_one_width_is_enough(space):
     options = tuple(Scheme(method=method, bits=4) for method in ("uniform", "kmeans"))
     assert sample_configs(planted_space(options), 10, seed=0).max() == 1

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from quantdm import QuantDMError, Recipe, get_denoiser, load_pipeline, load_recipe
+from quantdm.activations import usual_activations
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR, baseline_choices, mean_of_standardised
 from quantdm.correction import load_correction
 from quantdm.files import read_json
@@ -16,7 +17,7 @@ from quantdm.runs import choose as choosing
 from quantdm.runs import explain as explaining
 from quantdm.runs import final
 from quantdm.runs import trials as trying
-from quantdm.runs.correct import activation_spec_of, correct_run
+from quantdm.runs.correct import correct_run
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.run import Run
@@ -132,10 +133,10 @@ def test_a_recipe_of_patterns_is_corrected_as_the_weights_that_it_means(run, spa
     recipe = by_hand(run, {"default": "uniform-channel-4", "patterns": {"*.attn1.*": "uniform-channel-2"}})
     assert recipe.layers == {}  # that is what was measured before: nothing quantized
     with Engine(run, look_at(dit)) as engine:
-        path = correct_run(run, engine, recipe, activation_spec_of(get_denoiser(dit), 6), images=8)
+        path = correct_run(run, engine, recipe, usual_activations(get_denoiser(dit), 6), images=8)
         worse = load_correction(path).measured["none"]
         before = path.stat().st_mtime_ns
-        spec = activation_spec_of(get_denoiser(dit), 6)
+        spec = usual_activations(get_denoiser(dit), 6)
         assert correct_run(run, engine, recipe.exact(space.layers), spec, images=8) == path
         assert path.stat().st_mtime_ns == before  # patterns and exact names say the same
         finer = by_hand(run, {"default": "kmeans-channel-4"})
@@ -146,7 +147,7 @@ def test_a_recipe_of_patterns_is_corrected_as_the_weights_that_it_means(run, spa
 def test_the_rows_of_a_recipe_of_patterns_are_of_the_weights_that_it_means(run, space, finished):
     keep = space.layer_names[0]
     recipe = by_hand(run, {"default": "kmeans-channel-4", "layers": {keep: "original"}})
-    spec = activation_spec_of(get_denoiser(load_pipeline("digits-dit")), 6)
+    spec = usual_activations(get_denoiser(load_pipeline("digits-dit")), 6)
     jobs = final.final_jobs(run, space, recipe, spec, "correction.safetensors")
     labels = {name: None if name == keep else "kmeans-channel-4" for name in space.layer_names}
     for name in ("recipe", "recipe+a6", "recipe+a6+correction"):
@@ -159,7 +160,7 @@ def test_the_rows_of_a_recipe_of_patterns_are_of_the_weights_that_it_means(run, 
 
 def test_a_recipe_that_quantizes_further_parts_is_refused_where_only_the_denoiser_is_measured(run, space, dit):
     recipe = by_hand(run, {"default": "kmeans-channel-4", "components": {"vae": {"default": "uniform-channel-8"}}})
-    spec = activation_spec_of(get_denoiser(dit), 6)
+    spec = usual_activations(get_denoiser(dit), 6)
     with (
         Engine(run, look_at(dit)) as engine,
         pytest.raises(QuantDMError, match=r"quantizes vae.*take its components"),
@@ -171,7 +172,7 @@ def test_a_recipe_that_quantizes_further_parts_is_refused_where_only_the_denoise
 
 def test_a_recipe_of_other_layers_is_refused(run, space, dit):
     recipe = Recipe(model="digits-dit", layers=dict.fromkeys(space.layer_names[1:], "kmeans-channel-4"))
-    spec = activation_spec_of(get_denoiser(dit), 6)
+    spec = usual_activations(get_denoiser(dit), 6)
     with Engine(run, look_at(dit)) as engine, pytest.raises(QuantDMError, match="no scheme for 1 layers"):
         correct_run(run, engine, recipe, spec, images=8)
 
@@ -183,7 +184,7 @@ def test_the_uniform_row_is_uniform_even_where_a_mix_is_better(run, space, finis
     record = read_json(run.path("selection.json"))
     record["candidates"][LEAST_WEIGHT_ERROR]["fid_fp_mean"] = 0.0  # the best of all that need no search
     run.path("selection.json").write_text(json.dumps(record))
-    spec = activation_spec_of(get_denoiser(load_pipeline("digits-dit")), 6)
+    spec = usual_activations(get_denoiser(load_pipeline("digits-dit")), 6)
     jobs = final.final_jobs(run, space, finished[1], spec, None)
     uniform, note = jobs["uniform-next-width"]
     assert set(uniform.labels.values()) == {note}

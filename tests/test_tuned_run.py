@@ -7,13 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from quantdm import QuantDMError, get_denoiser, load_pipeline, load_recipe
+from quantdm.activations import usual_activations
 from quantdm.corridor.export import export_run
 from quantdm.files import read_json, tensors_digest, write_json
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.subject import look_at
 from quantdm.quantizers import quantize_weight
 from quantdm.runs import final
-from quantdm.runs.correct import activation_spec_of
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job, configured
 from quantdm.runs.run import Run
@@ -79,7 +79,7 @@ def test_a_tuned_job_takes_the_tuned_weights_and_puts_the_old_ones_back(tuned, f
 
 def test_the_result_table_has_the_recipe_before_and_after(tuned, finished):
     run, _, pipe = tuned
-    spec, path = activation_spec_of(get_denoiser(pipe), 6), str(run.path(TUNED_FILE))
+    spec, path = usual_activations(get_denoiser(pipe), 6), str(run.path(TUNED_FILE))
     jobs = final.final_jobs(run, load_space(run), finished[1], spec, None, path)
     assert jobs["recipe-untuned"][0].tuned is None
     assert all(jobs[name][0].tuned == path for name in ("recipe", "recipe+a6"))

@@ -1,14 +1,7 @@
-"""Activation quantization: which layers take how many bits, hooks that round, and the moments of layer inputs."""
+"""Activation quantization: which inputs take how many bits, hooks that round, and the moments of layer inputs."""
 
-from quantdm.activations.bits import KEEP_8BIT, default_keep_8bit, layer_bits
 from quantdm.activations.hooks import activation_spec, set_activation_bits_
-from quantdm.activations.rounding import fake_quantize
+from quantdm.activations.rounding import quantize_activations
+from quantdm.activations.sensitive import sensitive_types, usual_activations
 
-__all__ = [
-    "KEEP_8BIT",
-    "activation_spec",
-    "default_keep_8bit",
-    "fake_quantize",
-    "layer_bits",
-    "set_activation_bits_",
-]
+__all__ = ["activation_spec", "quantize_activations", "sensitive_types", "set_activation_bits_", "usual_activations"]

@@ -1,35 +1,23 @@
-"""Dynamic activation quantization of any denoiser, quantized or not, with hooks that come off again.
+"""Activation quantization of any denoiser, quantized or not, with hooks that come off again.
 
-Simulated ("fake") quantization: values are rounded to the integer grid and returned as floats. Softmax probabilities
-stay in floating point: fused attention kernels never show them.
+Simulated ("fake") quantization: values are rounded to the integer grid and returned as floats.
 """
 
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+import inspect
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantdm.activations.bits import layer_bits
-from quantdm.activations.rounding import fake_quantize
-from quantdm.denoisers.inventory import list_layers
+from quantdm.activations.attention import QuantizedAttention
+from quantdm.activations.rounding import Dims, quantize_activations
+from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
-from quantdm.recipe import ActivationSpec
+from quantdm.recipe import ActivationScheme, ActivationSpec
 
-# Projections whose outputs are the operands of an attention product (diffusers' and transformers' names).
-_ATTENTION_OPERANDS = (
-    "*to_q",
-    "*to_k",
-    "*to_v",
-    "*to_qkv",
-    "*to_kv",
-    "*add_[qkv]_proj",
-    "*[qkv]_proj",
-    "*query",
-    "*key",
-    "*value",
-)
 _STATE = "_quantdm_activations"
 
 
@@ -39,62 +27,136 @@ class _State:
     handles: tuple[Any, ...]
 
 
+def shared_dims(record: LayerRecord, scheme: ActivationScheme, ndim: int) -> Dims:
+    """Return the dimensions of a layer's input that share a scale (`ActivationScheme`, granularity)."""
+    linear, pixel = record.kind == "linear", all(size == 1 for size in record.shape[2:])
+    if scheme.granularity == "tensor":
+        return tuple(range(ndim))
+    if scheme.granularity == "map" and not linear:
+        return tuple(range(2, ndim))
+    if scheme.granularity in ("token", "map") and (linear or pixel):
+        return -1 if linear else 1
+    return tuple(range(1, ndim)) if ndim > 1 else 0
+
+
+class _Clock:
+    """Forward pre-hook of the denoiser: in which bucket of timesteps it runs now."""
+
+    def __init__(self, denoiser: nn.Module, buckets: tuple[float, ...]) -> None:
+        self.bucket = 0
+        self._buckets = [-t for t in buckets]  # ascending
+        names = list(inspect.signature(denoiser.forward).parameters)
+        self._index = names.index("timestep") if "timestep" in names else None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        at = timestep_of(args, kwargs, self._index)
+        if at is None:
+            raise QuantDMError("activations: ranges per bucket of timesteps, but the denoiser was called without one")
+        self.bucket = bisect_left(self._buckets, -at)
+
+
+def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int | None) -> float | None:
+    """Return the (largest) timestep that a denoiser was called with, or None."""
+    value = kwargs.get("timestep")
+    if value is None and index is not None and index < len(args):
+        value = args[index]
+    return None if value is None else float(torch.as_tensor(value).float().max())
+
+
 @dataclass(frozen=True)
 class _QuantizeInput:
     """Forward pre-hook: quantize the first argument of a layer."""
 
-    name: str
-    bits: int
-    dims: int | tuple[int, ...]
-    split: int | None
+    record: LayerRecord
+    scheme: ActivationScheme
+    ranges: tuple[tuple[float, float], ...] = ()
+    clock: _Clock | None = field(default=None, compare=False)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not args:
-            raise QuantDMError(
-                f"{self.name}: was called with keywords only, expected the input first; unset activations"
-            )
-        x, *rest = args
-        if self.split is None or self.dims != -1:
-            return (fake_quantize(x, self.bits, self.dims), *rest)
-        # Tokens of a concatenated long skip: each half has its own range, as each half of the weight has.
-        halves = (x[..., : self.split], x[..., self.split :])
-        return (torch.cat([fake_quantize(half, self.bits) for half in halves], dim=-1), *rest)
+        x, *rest = first_input(self.record.name, args)
+        return (quantize_input(x, self.record, self.scheme, self._given()), *rest)
+
+    def _given(self) -> tuple[float, float] | None:
+        return self.ranges[self.clock.bucket if self.clock else 0] if self.scheme.static else None
 
 
-@dataclass(frozen=True)
-class _QuantizeOutput:
-    """Forward hook: quantize what a query, key or value projection returns, per token."""
+def first_input(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what a layer was called with.
 
-    bits: int
+    Raises:
+        QuantDMError: with keywords only, which a hook cannot quantize.
+    """
+    if not args:
+        raise QuantDMError(f"{name}: was called with keywords only, expected the input first; unset activations")
+    return args
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        return fake_quantize(output, self.bits)
+
+def quantize_input(
+    x: torch.Tensor, record: LayerRecord, scheme: ActivationScheme, given: tuple[float, float] | None = None
+) -> torch.Tensor:
+    """Return the input of a layer as a scheme rounds it; the halves of a concatenated long skip each by themselves."""
+    channel = -1 if record.kind == "linear" else 1
+    dims = shared_dims(record, scheme, x.dim())
+    if record.split is None:
+        return quantize_activations(x, scheme, dims=dims, channel=channel, given=given)
+    parts = x.tensor_split([record.split], dim=channel)
+    halves = [quantize_activations(part, scheme, dims=dims, channel=channel, given=given) for part in parts]
+    return torch.cat(halves, dim=channel)
 
 
 def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> None:
-    """Quantize the inputs of all Linear and Conv layers, and Q, K, V, while the denoiser runs; None switches it off.
+    """Quantize the inputs of Linear and Conv layers, and attention, while the denoiser runs; None switches it off.
 
-    Linear inputs get one range per token, conv inputs one per (sample, channel) map. Setting replaces what was set
-    before; None removes every hook.
+    Setting replaces what was set before; None removes every hook.
 
     Raises:
-        QuantDMError: a glob of `spec.keep_8bit` matches nothing; nothing is changed then.
+        QuantDMError: a rule of `spec` matches nothing, a static scheme has no ranges; nothing is changed then.
     """
-    bits = {} if spec is None else layer_bits(denoiser, spec)
+    records = () if spec is None else list_layers(denoiser)
+    schemes = {} if spec is None else spec.resolve(records)
     state: _State | None = denoiser.__dict__.pop(_STATE, None)
     for handle in state.handles if state else ():
         handle.remove()
     if spec is None:
         return
-    handles = []
-    for record in list_layers(denoiser):
-        module = denoiser.get_submodule(record.name)
-        dims = -1 if record.kind == "linear" else tuple(range(2, 2 + int(record.kind[4])))
-        hook = _QuantizeInput(record.name, bits[record.name], dims, record.split)
-        handles.append(module.register_forward_pre_hook(hook))
-        if any(fnmatchcase(record.op_type, pattern) for pattern in _ATTENTION_OPERANDS):
-            handles.append(module.register_forward_hook(_QuantizeOutput(bits[record.name])))
+    handles: list[Any] = []
+    clock = _Clock(denoiser, spec.buckets) if spec.buckets else None
+    if clock is not None:
+        handles.append(denoiser.register_forward_pre_hook(clock, with_kwargs=True))
+    for record in records:
+        scheme = schemes[record.name]
+        if scheme is not None:
+            hook = _QuantizeInput(record, scheme, spec.ranges.get(record.name, ()), clock)
+            handles.append(denoiser.get_submodule(record.name).register_forward_pre_hook(hook))
+    if spec.attention is not None or spec.probabilities is not None:
+        handles += _inside_attention(denoiser, spec)
     denoiser.__dict__[_STATE] = _State(spec, tuple(handles))
+
+
+class _Attention:
+    """A pair of hooks of the denoiser between which its attention is quantized."""
+
+    def __init__(self, spec: ActivationSpec) -> None:
+        self._operands = None if spec.attention is None else ActivationScheme.parse(spec.attention)
+        self._probabilities = spec.probabilities
+        self._active: list[QuantizedAttention] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        mode = QuantizedAttention(self._operands, self._probabilities)
+        mode.__enter__()
+        self._active.append(mode)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._active:
+            self._active.pop().__exit__(None, None, None)
+
+
+def _inside_attention(denoiser: nn.Module, spec: ActivationSpec) -> list[Any]:
+    hooks = _Attention(spec)
+    return [
+        denoiser.register_forward_pre_hook(hooks.enter),
+        denoiser.register_forward_hook(hooks.leave, always_call=True),
+    ]
 
 
 def activation_spec(denoiser: nn.Module) -> ActivationSpec | None:

@@ -64,8 +64,8 @@ def sample_frontier(
 
     What each option loses against the best of its layer under `values` [L, O] (larger is better, e.g. minus the
     one-layer noise errors) is multiplied by log-normal noise of standard deviation `noise`, half of it shared by the
-    layer; then the knapsack is solved at target_bits ± spread. With `allow_fewer` it stops where nothing new comes:
-    when the best options of all layers together fit the budget, noise changes little.
+    layer; then the knapsack is solved at target_bits ± spread. With `allow_fewer` goals where nothing new comes are
+    left out: when the best options of all layers together fit the budget, noise changes little.
 
     Raises:
         QuantDMError: values of another shape, target out of reach, or too few distinct configurations.
@@ -74,10 +74,13 @@ def sample_frontier(
     _check_reachable(space, target_bits)
     loss = table.max(axis=1, keepdims=True) - table
     total = int(space.num_weights.sum())
-    cheapest = int(space.bits.min(axis=1).sum())
+    cheapest, dearest = int(space.bits.min(axis=1).sum()), int(space.bits.max(axis=1).sum())
 
     def draw(index: int, rng: np.random.Generator) -> Ints:
         goal = target_bits + spread * (2 * _van_der_corput(index + 1) - 1)
+        # Beyond the ends there is one configuration only: goals are mirrored there.
+        goal = cheapest / total + abs(goal - cheapest / total)
+        goal = dearest / total - abs(dearest / total - goal)
         factors = rng.normal(size=(len(loss), 1)) + rng.normal(size=loss.shape)
         noisy = -loss * np.exp(noise / np.sqrt(2) * factors)
         return fill_budget(list(noisy), list(space.bits), max(cheapest, int(goal * total)))
@@ -106,7 +109,7 @@ def _collect(
                 break
         else:
             if allow_fewer and seen:
-                break
+                continue
             raise QuantDMError(
                 f"got only {index} distinct configurations ({len(space.layers)} layers x {len(space.options)} options) "
                 f"where {count} were asked for; ask for fewer, or raise noise or spread"

@@ -271,4 +271,4 @@ def _activations(path: str | Path, record: Any) -> ActivationSpec | None:
 def _described(spec: ActivationSpec | None) -> str:
     if spec is None:
         return "activations that are not quantized"
-    return f"{spec.bits}-bit activations" + (f" (8 bits in {', '.join(spec.keep_8bit)})" if spec.keep_8bit else "")
+    return spec.description

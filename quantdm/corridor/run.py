@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantdm.activations import usual_activations
 from quantdm.correction.schedulers import is_served
 from quantdm.corridor.export import export_run
 from quantdm.corridor.levels import Level, level_of
@@ -22,7 +23,7 @@ from quantdm.report.insight_files import save_insights
 from quantdm.report.page import REPORT_FILE
 from quantdm.runs import final
 from quantdm.runs.choose import choose
-from quantdm.runs.correct import activation_spec_of, correct_run
+from quantdm.runs.correct import correct_run
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.run import Run
@@ -155,7 +156,7 @@ class _Way:
         weights = tune_run(run, engine, recipe, level.tune, images=level.tune_images) if tuned else None
         if tuned and weights is None:
             say("       it does not help on every draw and is left out")
-        spec = activation_spec_of(subject.denoiser, ACTIVATION_BITS)
+        spec = usual_activations(subject.denoiser, ACTIVATION_BITS)
         correction = None
         if is_served(subject.pipe.scheduler):
             say("[8/10] 6-bit activations and the sampler's correction")

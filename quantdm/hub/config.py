@@ -73,8 +73,9 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
                 activations = ActivationSpec.model_validate(activations)
             except ValidationError as error:
                 problem = error.errors()[0]
-                where = ".".join(map(str, problem["loc"]))
-                raise QuantDMError(f"quantization_config: activations.{where}: {problem['msg']}") from None
+                where = ".".join(("activations", *map(str, problem["loc"])))
+                reason = problem["msg"].removeprefix("Value error, ")
+                raise QuantDMError(f"quantization_config: {where}: {reason}") from None
         if isinstance(recipe, Recipe):
             activations = activations or recipe.activations
             model, avg_bits = model or recipe.model, avg_bits or recipe.avg_bits

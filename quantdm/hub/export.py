@@ -23,7 +23,7 @@ from quantdm.machine import versions
 from quantdm.pipelines.casting import cast_
 from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
 from quantdm.pipelines.source import Source, StoredPart, open_source
-from quantdm.recipe import CalibrationSpec, Recipe, weights_digest
+from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, weights_digest
 
 
 def export_pipeline(
@@ -179,7 +179,8 @@ def configuration_digest(
 
     `tuning` is the digest of the tuned weights, as a recipe's provenance has it.
     """
-    spec = None if activations is None else dict(activations)
+    # as it is read, so that older files and newer ones that say the same have the same hash
+    spec = None if activations is None else ActivationSpec.model_validate(activations).model_dump(mode="json")
     parts = [weights_digest(labels), spec, None if correction is None else tensors_digest(correction)]
     return digest(*parts, *([] if tuning is None else [tuning]))
 

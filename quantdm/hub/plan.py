@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantdm.activations.bits import layer_bits
 from quantdm.activations.hooks import activation_spec
 from quantdm.denoisers.analysis import analyse
 from quantdm.denoisers.given_inputs import describe_inputs
+from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.hub.config import QuantDMConfig
 from quantdm.hub.quantize import Bank, average_bits, model_layers
@@ -71,7 +71,7 @@ def _check_activations(model: nn.Module, spec: ActivationSpec | None) -> None:
         raise QuantDMError(
             f"activations: are quantized in denoisers only, got a {type(model).__name__}; leave them out"
         )
-    layer_bits(model, spec)  # a glob that matches nothing raises before anything is changed
+    spec.resolve(list_layers(model))  # a rule that matches nothing raises before anything is changed
 
 
 def calibration_of(recipe_or_config: Recipe | QuantConfig | str | Path) -> CalibrationSpec | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from quantdm.recipe.activations import ActivationScheme, ActivationSpec
 from quantdm.recipe.calibration import CalibrationSpec
 from quantdm.recipe.joint import joint_config, joint_rules, split_name
 from quantdm.recipe.reading import load_recipe
@@ -10,7 +11,6 @@ from quantdm.recipe.schema import (
     ORIGINAL,
     PUBLISHED_INSIGHT,
     RECIPE_VERSION,
-    ActivationSpec,
     Provenance,
     Recipe,
     Rules,
@@ -34,6 +34,7 @@ __all__ = [
     "ORIGINAL",
     "PUBLISHED_INSIGHT",
     "RECIPE_VERSION",
+    "ActivationScheme",
     "ActivationSpec",
     "CalibrationSpec",
     "Layer",

@@ -47,6 +47,11 @@ def pattern_matcher(pattern: str) -> Callable[[str], bool]:
     return lambda name: fnmatchcase(name, pattern)
 
 
+def _layer_matcher(pattern: str, also_types: bool) -> Callable[[Layer], bool]:
+    matches = pattern_matcher(pattern)
+    return lambda layer: matches(layer.name) or (also_types and matches(layer.op_type))
+
+
 def resolve_rules(
     exact: Mapping[str, str | None],
     patterns: Mapping[str, str | None],
@@ -55,8 +60,12 @@ def resolve_rules(
     layers: Sequence[Layer],
     what: str,
     missing: Any,
+    *,
+    also_types: bool = False,
 ) -> dict[str, str | None]:
     """Return layer name -> label; `default` is the label of all other layers, or the mark `missing`.
+
+    With `also_types` a pattern is tried on operation types as well as on names.
 
     Raises:
         QuantDMError: see `Rules.resolve`.
@@ -65,19 +74,19 @@ def resolve_rules(
     if not patterns and not types and default is missing:
         check_names(exact, names, what=what)
         return {name: exact[name] for name in names}
-    matchers = [(pattern_matcher(pattern), pattern) for pattern in patterns]
+    matchers = [(_layer_matcher(pattern, also_types), pattern) for pattern in patterns]
     problems = _useless(exact, names, "layer") + _useless(types, list({layer.op_type for layer in layers}), "type")
     problems += [
         f"pattern {pattern!r} matches no layer ({_nearest_parts(pattern, names)})"
         for matches, pattern in matchers
-        if not any(matches(name) for name in names)
+        if not any(matches(layer) for layer in layers)
     ]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise QuantDMError(f"{what} does not fit the model: {'; '.join(problems[:3])}{more}")
     labels: dict[str, Any] = {}
     for layer in layers:
-        found = next((patterns[pattern] for matches, pattern in matchers if matches(layer.name)), missing)
+        found = next((patterns[pattern] for matches, pattern in matchers if matches(layer)), missing)
         of_type = types.get(layer.op_type, default) if found is missing else found
         labels[layer.name] = exact.get(layer.name, of_type)
     bare = [name for name, label in labels.items() if label is missing]

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from quantdm.errors import QuantDMError
 from quantdm.files import YAML_COMMENT, check_output, check_replaceable, digest, write_text
+from quantdm.recipe.activations import ActivationSpec
 from quantdm.recipe.calibration import CalibrationSpec
 from quantdm.recipe.rules import Layer, check_pattern, pattern_matcher, resolve_rules
 from quantdm.schemes import QuantConfig, Scheme
@@ -31,18 +32,6 @@ def _check_default(label: str | None) -> str | None:
 
 Label = Annotated[str | None, AfterValidator(_check_label)]
 Labels = dict[str, Label]
-
-
-class ActivationSpec(BaseModel):
-    """Dynamic activation quantization: asymmetric min-max per token, no calibration.
-
-    `bits` holds everywhere except in layers whose name or operation type matches a glob of `keep_8bit` (8 bits there).
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    bits: Literal[6, 8]
-    keep_8bit: tuple[str, ...] = ()
 
 
 class Provenance(BaseModel):
@@ -201,7 +190,8 @@ class Recipe(RecipeBase):
         order = ("version", "model", "default", "types", "patterns", "layers", "components")
         record = {key: record[key] for key in (*order, *(key for key in record if key not in order))}
         record["components"] = {name: _without_empty(rules) for name, rules in record["components"].items()}
-        record["provenance"] = _without_empty(record["provenance"])
+        for key in ("provenance", "activations"):
+            record[key] = _without_empty(record[key] or {})
         record = _without_empty(record)
         if not self.has_rules and not self.components:
             record["layers"] = {}  # of a model without layers

@@ -4,12 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import nn
 
-from quantdm.activations import default_keep_8bit
+from quantdm.activations import usual_activations
 from quantdm.correction import Correction, fit_correction, load_correction, step_table
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
@@ -36,15 +34,10 @@ def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
         raise QuantDMError(f"images: got {images}, expected {2 * FIT_DRAWS} or more, {FIT_DRAWS} draws of two")
     recipe = load_recipe(run.path("recipe.yaml"))
     subject = run.open_subject()
-    spec = None if bits == 16 else activation_spec_of(subject.denoiser, bits)
+    spec = None if bits == 16 else usual_activations(subject.denoiser, bits)
     with Engine(run, subject) as engine:
         tuned = own_tuning(run, labels_of(recipe, subject.layers, subject.part_names))
         return load_correction(correct_run(run, engine, recipe, spec, images=images, anew=True, tuned=tuned))
-
-
-def activation_spec_of(denoiser: nn.Module, bits: Literal[6, 8]) -> ActivationSpec:
-    """Return dynamic activation quantization with the usual sensitive layers at 8 bits."""
-    return ActivationSpec(bits=bits, keep_8bit=default_keep_8bit(denoiser))
 
 
 FIT_DRAWS, TEST_DRAWS = 2, 4

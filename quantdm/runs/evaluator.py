@@ -57,7 +57,8 @@ class Job:
             labels = sorted({str(label or ORIGINAL) for label in self.labels.values()})
             mix = f"{labels[0]} everywhere" if len(labels) == 1 else f"a mix of {', '.join(labels)}"
             weights = f"{mix} over {len(self.labels)} layers (configuration {digest(self.labels)})"
-        activations = "" if self.activations is None else f", {self.activations['bits']}-bit activations"
+        spec = None if self.activations is None else ActivationSpec.model_validate(self.activations)
+        activations = "" if spec is None else f", {spec.description}"
         tuned = "" if self.tuned is None else ", tuned"
         return weights + tuned + activations + ("" if self.correction is None else ", corrected sampler")
 

@@ -89,7 +89,9 @@ def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], se
     plan = [anchors, prune(space, mixes)]
     each = max(1, round(total * FRONTIER_SHARE / len(targets)))
     for index, target in enumerate(targets):
-        frontier = sample_frontier(space, -space.noise_error, each, target_bits=target, seed=seed + index)
+        frontier = sample_frontier(
+            space, -space.noise_error, each, target_bits=target, seed=seed + index, allow_fewer=True
+        )
         plan.append(prune(space, frontier))
     return _distinct(np.concatenate(plan))[:total]
 
