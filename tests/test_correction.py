@@ -131,7 +131,7 @@ def test_a_saved_correction_comes_back_the_same(tmp_path):
     back = load_correction(fit.save(tmp_path / "correction.safetensors"))
     assert (back.variant, back.prediction_type, back.model) == ("k", "epsilon", "m")
     assert back.measured == {"none": [0.5, 0.25]}
-    assert set(back.diagnostics) == {"r2", "k_se", "bias_se", "q_se", "q_robust", "lag1", "count"}
+    assert set(back.diagnostics) == {"r2", "k_se", "bias_se", "q_se", "q_robust", "lag1", "count", "snr"}
     for name in ("log_snr", "k", "bias", "shift", "q"):
         assert np.array_equal(getattr(back, name), getattr(fit, name))
         assert np.array_equal(getattr(Correction.from_dict(fit.to_dict()), name), getattr(fit, name))

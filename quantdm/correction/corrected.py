@@ -1,8 +1,8 @@
 """Corrected schedulers: any served diffusers scheduler whose step undoes the quantization noise, made from its class.
 
 A corrected scheduler keeps the plain config and adds one private entry, `_quantdm`. diffusers carries private entries
-through `save_pretrained`, `from_pretrained` and `from_config` of every scheduler class, so a corrected pipeline saves
-and loads as it is (after `import quantdm`), and the same scheduler_config.json opens as the plain scheduler without us.
+through `save_pretrained`, `from_pretrained` and `from_config` of every scheduler class: a corrected pipeline is saved
+as one with the plain scheduler, which plain diffusers opens; after `import quantdm` it opens corrected.
 """
 
 import functools
@@ -175,11 +175,9 @@ def corrected_class(plain: type) -> type:
 
     names = multistep.UPDATES.get(plain.__name__, ())
     updates = {name: _corrected_update(getattr(plain, name), name) for name in names}
-    made = type(f"Corrected{plain.__name__}", (CorrectedScheduler, plain), {"step": step, **updates})
-    # model_index.json names the module of a scheduler's class, and diffusers looks there for `SchedulerMixin` to know
-    # how to open it: a path that stays the same wherever this file moves.
-    made.__module__ = "quantdm.correction.schedulers"
-    return made
+    # It goes by the plain class's name and module, which is what model_index.json and scheduler_config.json will say.
+    names = {"__module__": plain.__module__, "__qualname__": f"Corrected{plain.__name__}"}
+    return type(plain.__name__, (CorrectedScheduler, plain), {"step": step, **updates, **names})
 
 
 def _corrected_update(plain: Callable, name: str) -> Callable:

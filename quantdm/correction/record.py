@@ -93,7 +93,7 @@ class Correction:
         axis: axis of the channels in a sample (1; -1 for tokens, 2 for [N, F, C, H, W]).
         network: hash of the denoiser's class and configuration ("": not known).
         within: log-SNR from and to which it corrects (None: everywhere).
-        diagnostics: per level, [T] each: r2, k_se, bias_se, q_se, q_robust, lag1, count.
+        diagnostics: per level, [T] each: r2, k_se, bias_se, q_se, q_robust, lag1, count, snr.
         measured: variant -> distances to full precision, one per held-out run (lower is better).
         weights: `weights_digest` of the schemes that it was fitted for ("": not known).
         activations: the activation quantization that it was fitted for (None: none, if `weights` is known).
@@ -226,7 +226,8 @@ class Correction:
         """Write the correction as safetensors, atomically; it replaces nothing but another correction."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         for part in ("diagnostics", "rivals", "components"):
-            arrays |= {f"{part}.{name}": np.asarray(a, dtype=np.float64) for name, a in getattr(self, part).items()}
+            kept = np.float32 if part == "rivals" else np.float64  # below 1 MB with 128 channels, too
+            arrays |= {f"{part}.{name}": np.asarray(a, dtype=kept) for name, a in getattr(self, part).items()}
         metadata = {"kind": KIND, "version": CORRECTION_VERSION, "measured": self.measured, **self._labels()}
         if self.weights:
             spec = self.activations

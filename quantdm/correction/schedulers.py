@@ -1,5 +1,6 @@
 """Give a pipeline its corrected scheduler, and take it away again."""
 
+import functools
 from typing import Any
 
 import diffusers
@@ -12,13 +13,43 @@ from quantdm.correction.levels import READERS, check_served, plain_name, predict
 from quantdm.correction.record import Correction
 from quantdm.errors import QuantDMError
 
+_MARK = "_quantdm_corrects"
+
 
 def __getattr__(name: str) -> type:
-    """Return the corrected class of that name, e.g. CorrectedDDIMScheduler: model_index.json asks for it here."""
+    """Return the corrected class of that name, e.g. CorrectedDDIMScheduler: old pipelines name it in their index."""
     plain = name.removeprefix("Corrected")
     if plain == name or plain not in READERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return corrected_class(getattr(diffusers, plain))
+
+
+def register_schedulers() -> None:
+    """Let diffusers open a scheduler that was saved corrected as a corrected one; again changes nothing.
+
+    diffusers has no door for this: `from_pretrained`, which all schedulers share, is wrapped. Only what has our entry
+    in its config is touched.
+    """
+    plain: Any = SchedulerMixin.from_pretrained
+    if hasattr(plain.__func__, _MARK):
+        return
+
+    @functools.wraps(plain.__func__)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = plain.__func__(cls, *args, **kwargs)
+        if isinstance(loaded, tuple):
+            return (_as_saved(loaded[0]), *loaded[1:])
+        return _as_saved(loaded)
+
+    setattr(from_pretrained, _MARK, True)
+    SchedulerMixin.from_pretrained = classmethod(from_pretrained)  # type: ignore[assignment]
+
+
+def _as_saved(scheduler: Any) -> Any:
+    if KEY not in scheduler.config or isinstance(scheduler, CorrectedScheduler) or not is_served(scheduler):
+        return scheduler
+    made: Any = corrected_class(type(scheduler))
+    return made.from_config({key: value for key, value in scheduler.config.items() if key != "_class_name"})
 
 
 def is_served(scheduler: SchedulerMixin) -> bool:

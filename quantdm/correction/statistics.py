@@ -88,7 +88,7 @@ class NoiseStatistics:
         axis: int = 1,
         network: str = "",
     ) -> Correction:
-        """Fit every level; diagnostics are r2, k_se, bias_se, q_se, q_robust, lag1 and count.
+        """Fit every level; diagnostics are r2, k_se, bias_se, q_se, q_robust, lag1, count and snr.
 
         Args:
             prediction_type: what the network predicts.
@@ -108,6 +108,7 @@ class NoiseStatistics:
             "q_robust": [self._robust_q(level, fits[level]) for level in levels],
             "lag1": [self._lag1(level, fits) for level in levels],
             "count": [self._steps[level].count for level in levels],
+            "snr": [self._snr(level) for level in levels],
         }
         return Correction(
             log_snr=np.array(levels),
@@ -145,6 +146,12 @@ class NoiseStatistics:
             "cov": np.stack([part.cov.numpy() for part in parts]).astype(np.float64),
             "count": np.array([part.count for part in parts], dtype=np.float64),
         }
+
+    def _snr(self, level: float) -> float:
+        """Return |output| / |error|, PTQD's signal-to-noise ratio; a huge one where there is no error."""
+        moments = self._steps[level]
+        m, delta = (moments.mean**2).sum(1) + moments.cov.diagonal()
+        return float((m / delta.clamp(min=1e-30)).sqrt())
 
     def _robust_q(self, level: float, fit: NoiseFit) -> float:
         """Return IQR / 1.349 of the residual: far below q when a few outliers make up its variance."""
