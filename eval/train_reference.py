@@ -1,4 +1,5 @@
-"""Train the embedded reference pipelines from scikit-learn's digits: classifier, VAE, digits-dit, digits-sd.
+"""Train the embedded reference pipelines from scikit-learn's digits: classifier, VAE, digits-dit, digits-sd,
+digits-flow.
 
     python eval/train_reference.py                    # everything, ~35 minutes on two cores
     python eval/train_reference.py --stage digits-dit # one stage (the VAE must exist)
@@ -15,6 +16,7 @@ import torch
 from reference_training.classifier import train_classifier
 from reference_training.common import LOGS
 from reference_training.dit import train_dit
+from reference_training.flow import train_flow
 from reference_training.sd import train_sd
 from reference_training.vae import train_vae
 
@@ -34,7 +36,13 @@ def draw_losses() -> None:
     fig.savefig(LOGS / "loss.png", dpi=110)
 
 
-STAGES = {"classifier": train_classifier, "vae": train_vae, "digits-dit": train_dit, "digits-sd": train_sd}
+STAGES = {
+    "classifier": train_classifier,
+    "vae": train_vae,
+    "digits-dit": train_dit,
+    "digits-sd": train_sd,
+    "digits-flow": train_flow,
+}
 
 
 def main() -> None:
@@ -52,8 +60,8 @@ def main() -> None:
     def start(stage: str, threads: int) -> subprocess.Popen:
         return subprocess.Popen([sys.executable, __file__, "--stage", stage, "--threads", str(threads)])
 
-    for group in (("classifier", "vae"), ("digits-dit", "digits-sd")):  # one core each, two at a time
-        processes = [start(stage, max(1, args.threads // 2)) for stage in group]
+    for group in (("classifier", "vae"), ("digits-dit", "digits-sd"), ("digits-flow",)):  # one core each, two at a time
+        processes = [start(stage, max(1, args.threads // len(group))) for stage in group]
         if sum(process.wait() for process in processes):
             sys.exit(f"training failed in one of: {', '.join(group)}")
     draw_losses()

@@ -152,7 +152,7 @@ def make_run(folder: Path, space: SearchSpace, *, model: str = "digits-dit") -> 
     steps = np.arange(951, 0, -190)
     level = np.linspace(-5, 5, len(steps))
     Correction(
-        timesteps=steps, log_snr=level, k=0.1 * np.exp(-(level**2)), bias=np.zeros((len(steps), 4)),
+        log_snr=level, k=0.1 * np.exp(-(level**2)), bias=np.zeros((len(steps), 4)),
         shift=np.zeros((len(steps), 4)), q=0.1 + 0 * level, variant="k", model=model,
         diagnostics={"r2": 0.2 + 0 * level, "lag1": 0.1 + 0 * level}, measured={"none": [0.5, 0.6], "k": [0.3, 0.4]},
     ).save(run.path("correction.safetensors"))  # fmt: skip

@@ -8,31 +8,39 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AmusedScheduler,
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
-    EulerDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    HeunDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    UniPCMultistepScheduler,
 )
 from torch import nn
 
 from quantdm.correction import (
-    CorrectedDDIMScheduler,
+    RIVALS,
     Correction,
     NoiseStatistics,
     apply_correction,
     choose_variant,
     collect_,
+    corrected_class,
     fit_correction,
+    for_guidance,
     remove_correction,
 )
+from quantdm.correction.corrected import CorrectedScheduler
 from quantdm.errors import QuantDMError
 
 STEPS = 4
+FLOW = DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
 
 
 def disturbed(denoiser, gain, bias, noise=0.0):
@@ -130,8 +138,29 @@ def mse(images, reference):
         (make_dit(DDPMScheduler(clip_sample=False)), dit_run(3), 0.0),
         (make_sd(), sd_run(3), 0.0),
         (make_sd(), sd_run(3, eta=1.0), 0.0),
+        (make_dit(DDIMScheduler(clip_sample=False, prediction_type="v_prediction")), dit_run(3), 0.0),
+        (make_dit(DDPMScheduler(clip_sample=False, prediction_type="sample")), dit_run(3), 0.0),
+        (make_dit(UniPCMultistepScheduler()), dit_run(3), 0.0),
+        (make_dit(EulerAncestralDiscreteScheduler()), dit_run(3), 0.0),
+        (
+            make_dit(DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")),
+            dit_run(3),
+            0.0,
+        ),
     ],
-    ids=["dit", "dit without guidance", "dit eta 1", "dit ddpm", "sd", "sd eta 1"],
+    ids=[
+        "dit",
+        "dit without guidance",
+        "dit eta 1",
+        "dit ddpm",
+        "sd",
+        "sd eta 1",
+        "v",
+        "sample",
+        "unipc",
+        "euler a",
+        "flow",
+    ],
 )
 def test_a_gain_and_bias_of_the_denoiser_are_found_behind_the_guidance(pipe, run, eta):
     own = pipe.scheduler
@@ -139,13 +168,70 @@ def test_a_gain_and_bias_of_the_denoiser_are_found_behind_the_guidance(pipe, run
     denoiser = getattr(pipe, name)
     quantized = disturbed(denoiser, gain=0.2, bias=0.05)
     fit = fit_correction(pipe, quantized, fit_runs=[run], variant="both", eta=eta, model="tiny")
-    assert len(fit.timesteps) == STEPS
+    assert len(fit.log_snr) == STEPS
     assert fit.k == pytest.approx([0.2] * STEPS, abs=1e-4)  # guidance is linear, so a gain stays the same gain
     assert np.allclose(fit.bias, 0.05, atol=1e-4)  # and its weights sum to 1, so a bias the same bias
     assert fit.q.max() < 1e-4
+    assert fit.prediction_type == pipe.scheduler.config.prediction_type
+    guided = for_guidance(fit, 6.0) if fit.components else fit
+    assert guided.k == pytest.approx([0.2] * STEPS, abs=1e-4)
     assert pipe.scheduler is own
     assert getattr(pipe, name) is denoiser
     assert "step" not in vars(own)
+
+
+def test_planted_noise_is_recovered_within_its_errors_at_the_guidance_of_the_fit_and_at_others():
+    pipe = make_dit()
+    quantized = disturbed(pipe.transformer, gain=0.2, bias=0.05, noise=0.02)
+    fit = fit_correction(pipe, quantized, fit_runs=[dit_run(3, num=8)], variant="both+variance")
+    for scale in (3.0, 1.5):
+        found, q = for_guidance(fit, scale), 0.02 * (scale**2 + (1 - scale) ** 2) ** 0.5
+        errors = found.diagnostics
+        assert (abs(found.k - 0.2) < 4 * errors["k_se"] + 1e-6).all()
+        assert (abs(found.bias - 0.05) < 4 * errors["bias_se"][:, None]).all()
+        assert (abs(found.q - q) < 4 * errors["q_se"]).all()
+    for name in ("k", "bias", "q"):
+        assert np.allclose(getattr(for_guidance(fit, 3.0), name), getattr(fit, name), rtol=1e-5)
+
+
+def test_one_fit_serves_other_samplers_and_numbers_of_steps():
+    pipe = make_dit()
+    quantized = disturbed(pipe.transformer, 0.2, 0.05)
+    fit = fit_correction(pipe, quantized, fit_runs=[dit_run(3)], variant="both")
+    for scheduler in (UniPCMultistepScheduler(), DDPMScheduler(clip_sample=False), HeunDiscreteScheduler()):
+        other = make_dit(scheduler)
+        exact = dit_run(5)(other)
+        other.transformer = quantized
+        none = mse(dit_run(5)(other), exact)
+        assert mse(dit_run(5)(apply_correction(other, fit)), exact) < 1e-2 * none
+
+
+def test_an_interrupted_fit_goes_on_where_it_was(tmp_path):
+    pipe = make_dit()
+    quantized, tests = disturbed(pipe.transformer, 0.2, 0.05), [dit_run(100), dit_run(200)]
+    asked = []
+
+    def fit(distance):
+        return fit_correction(
+            pipe, quantized, fit_runs=[dit_run(3)], test_runs=tests, distance=distance, resume=tmp_path / "fit.json"
+        )
+
+    def breaking(images, reference):
+        asked.append(1)
+        if len(asked) > 5:
+            raise KeyboardInterrupt
+        return mse(images, reference)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(breaking)
+    before = len(asked) - 1
+    asked.clear()
+    resumed = fit(lambda images, reference: asked.append(1) or mse(images, reference))
+    assert len(asked) == 2 * len(resumed.measured) - before // 2 * 2
+    assert (
+        resumed.measured
+        == fit_correction(pipe, quantized, fit_runs=[dit_run(3)], test_runs=tests, distance=mse).measured
+    )
 
 
 def test_the_quantized_network_sees_the_full_precision_trajectory():
@@ -259,7 +345,7 @@ def test_runs_that_do_not_repeat_themselves_are_refused():
 
 def flat_correction(k=0.1):
     rows = np.ones(2)
-    return Correction(np.array([9, 5]), np.arange(2.0), k * rows, rows[:, None], rows[:, None], rows)
+    return Correction(np.arange(2.0), k * rows, rows[:, None], rows[:, None], rows)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +370,36 @@ def test_the_simplest_variant_that_lowers_the_distance_beyond_noise_is_kept(gain
 
     chosen = choose_variant(measure, flat_correction())
     assert chosen.variant == expected
-    assert list(chosen.measured) == order
+    assert list(chosen.measured)[:5] == order
+    assert chosen.within is None
+    assert chosen.choice == expected
+
+
+def test_a_variant_that_helps_at_fine_levels_only_is_kept_there():
+    noise = np.random.default_rng(0).normal(0, 0.01, (6, 3))
+
+    def measure(correction):
+        if correction is None:
+            return list(2.0 + noise[:, 0])
+        gain = {None: 0.3, False: -0.2, True: 0.5}[correction.within and correction.within[0] > -10]
+        return list(2.0 - gain * (correction.variant == "bias") + noise[:, 1])
+
+    chosen = choose_variant(measure, flat_correction())
+    assert chosen.choice == "bias, finer half"
+    assert chosen.at(0.0).is_nothing
+    assert not chosen.at(1.0).is_nothing
+
+
+def test_rivals_are_tried_like_the_own_variants():
+    pipe = make_dit()
+    quantized = disturbed(pipe.transformer, 0.2, 0.0)
+    fit = fit_correction(
+        pipe, quantized, fit_runs=[dit_run(3)], test_runs=[dit_run(9), dit_run(19)], distance=mse,
+        variants=("none", *RIVALS),
+    )  # fmt: skip
+    assert {*RIVALS} <= {*fit.measured}
+    assert max(fit.measured["ptqd"]) < 1e-2 * min(fit.measured["none"])
+    assert fit.measured["qdrift"] != fit.measured["none"]
 
 
 def test_without_a_significant_slope_the_variants_of_the_slope_are_not_tried():
@@ -314,7 +429,7 @@ def test_a_correction_is_put_on_exchanged_and_taken_off(scheduler):
     fit, plain, images = fitted(pipe), pipe.scheduler, dit_run(5)(pipe)
     assert apply_correction(pipe, fit) is pipe
     assert isinstance(pipe.scheduler, scheduler)
-    assert type(pipe.scheduler).__name__ == "Corrected" + scheduler.__name__
+    assert isinstance(pipe.scheduler, CorrectedScheduler)
     assert mse(dit_run(5)(pipe), images) > 0
     apply_correction(pipe, fit.with_variant("none"))
     assert torch.equal(dit_run(5)(pipe), images)
@@ -348,7 +463,7 @@ pipe = DiffusionPipeline.from_pretrained({str(tmp_path / "export")!r})
 torch.manual_seed(5)
 images = pipe([0, 1, 2, 3], 3.0, [torch.Generator().manual_seed(5 + i) for i in range(4)],
               num_inference_steps={STEPS}, output_type="pt").images
-assert type(pipe.scheduler).__name__ == "CorrectedDDIMScheduler"
+assert type(pipe.scheduler).__qualname__ == "CorrectedDDIMScheduler"
 print((images - torch.load({str(tmp_path / "images.pt")!r})).abs().max().item())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
@@ -356,27 +471,50 @@ print((images - torch.load({str(tmp_path / "images.pt")!r})).abs().max().item())
     assert float(done.stdout.split()[-1]) == 0.0
 
 
-def test_an_export_opens_with_the_plain_scheduler(tmp_path, caplog):
+PLAIN_SCRIPT = """
+import sys, torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+torch.set_num_threads(1)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1] + "/export")
+assert type(pipe.scheduler) is DDIMScheduler
+assert "quantdm" not in sys.modules
+torch.manual_seed(5)
+images = pipe([0, 1, 2, 3], 3.0, [torch.Generator().manual_seed(5 + i) for i in range(4)],
+              num_inference_steps=int(sys.argv[2]), output_type="pt").images
+assert torch.equal(images, torch.load(sys.argv[1] + "/images.pt"))
+"""
+
+
+def test_plain_diffusers_opens_a_corrected_pipeline_uncorrected(tmp_path):
     pipe = make_dit(DDIMScheduler(clip_sample=False, beta_end=0.015))
     images = dit_run(5)(pipe)
     apply_correction(pipe, fitted(pipe))
     pipe.save_pretrained(tmp_path / "export")
+    torch.save(images, tmp_path / "images.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_SCRIPT, str(tmp_path), str(STEPS)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "unexpected" not in done.stderr + done.stdout
+    # and the correction survives the plain class
+    again = DiffusionPipeline.from_pretrained(tmp_path / "export")
+    assert isinstance(again.scheduler, CorrectedScheduler)
+    assert again.scheduler.correction is not None
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "export", subfolder="scheduler")
-    assert type(scheduler) is DDIMScheduler
-    plain = DiffusionPipeline.from_pretrained(tmp_path / "export", scheduler=scheduler)
-    plain.set_progress_bar_config(disable=True)
-    assert torch.equal(dit_run(5)(plain), images)
-    assert not caplog.records
-    # and the correction survives the plain class: the corrected one finds it in the same config
-    assert CorrectedDDIMScheduler.from_config(scheduler.config).correction is not None
+    assert corrected_class(DDIMScheduler).from_config(scheduler.config).correction is not None
 
 
 def test_what_does_not_fit_is_refused_with_what_does():
     pipe = make_dit()
     fit = fitted(pipe)
-    pipe.scheduler = EulerDiscreteScheduler()
-    with pytest.raises(QuantDMError, match="got scheduler EulerDiscreteScheduler, expected one of DDIMScheduler, DDPM"):
+    with pytest.raises(QuantDMError, match="fitted on another denoiser"):
+        apply_correction(make_sd(), fit)
+    pipe.scheduler = FLOW
+    with pytest.raises(QuantDMError, match=r"fitted on epsilon predictions, the scheduler has flow_prediction.*family"):
         apply_correction(pipe, fit)
+    pipe.scheduler = AmusedScheduler(mask_token_id=1)
+    with pytest.raises(QuantDMError, match="got scheduler AmusedScheduler, expected one of CMStochastic"):
+        fit_correction(pipe, pipe.transformer, fit_runs=[dit_run(3)], variant="k")
     pipe.scheduler = DDIMScheduler(prediction_type="v_prediction")
     with pytest.raises(QuantDMError, match="fitted on epsilon predictions"):
         apply_correction(pipe, fit)

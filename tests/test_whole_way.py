@@ -27,7 +27,7 @@ TINY = Level(MIN_TRIALS, Effort(16, 2, 16, 1, 2, 0), 16, 8, TuneSettings(steps=4
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A whole run of a live pipeline whose sampler is none that the correction knows; what was said."""
+    """A whole run of a live pipeline with a multistep sampler; what was said."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     pipe = load_pipeline("digits-dit")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
@@ -51,28 +51,28 @@ def test_every_stage_is_announced_and_what_is_left_out_is_said(whole):
     _, _, said, _, _ = whole
     stages = [line for line in said if line.startswith("[")]
     assert [line.split("/")[0] for line in stages] == [f"[{i}" for i in range(1, 11)]
-    assert any("DPMSolverMultistepScheduler is not corrected" in line for line in said)
-    assert all(len(line) <= 200 for line in said)
+    assert any("activations and the sampler's correction" in line for line in said)
+    assert all(len(line) <= 320 for line in said)  # the longest says why the correction is left out
 
 
-def test_the_summary_has_all_rows_but_the_corrected_one(whole):
+def test_the_summary_has_all_rows(whole):
     folder, summary, _, _, _ = whole
     names = [row["name"] for row in summary["rows"]]
     assert {"fp", "uniform-next-width", "least-weight-error", "sensitivity-same-size", "recipe", "recipe+a6"} <= {
         *names
     }
-    assert "recipe+a6+correction" not in names
+    assert "recipe+a6+correction" in names
     assert summary["tuning"]["curve"]["transformer"][0][0] == 0
     assert json.loads((folder / "summary.json").read_text()) == summary
 
 
-def test_only_the_correction_is_missing_in_the_report(whole):
+def test_nothing_is_missing_in_the_report(whole):
     folder, _, _, _, _ = whole
     page = (folder / "report.html").read_text()
-    assert page.count('class="missing"') == 1
+    assert page.count('class="missing"') == 0
     records = read_records(folder)
     missing = [key for key, _, build in SECTIONS if 'class="missing"' in build(records)]
-    assert missing == ["noise"]
+    assert missing == []
 
 
 def test_the_export_opens_in_a_new_process_with_the_sampler_that_was_given(whole, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -55,7 +55,7 @@ def fit_averaged(
     ema.copy_to(weights)
 
 
-def finish(pipe: DiTPipeline | StableDiffusionPipeline, name: str) -> None:
+def finish(pipe: DiTPipeline | StableDiffusionPipeline | StableDiffusion3Pipeline, name: str) -> None:
     pipe.to(torch.float16).save_pretrained(PIPELINES / name)
     open_in_float32(PIPELINES / name, pipe)
     for path in (PIPELINES / name).glob("*/config.json"):  # no path of this machine travels

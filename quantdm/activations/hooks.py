@@ -71,13 +71,22 @@ class _QuantizeInput:
     scheme: ActivationScheme
     ranges: tuple[tuple[float, float], ...] = ()
     clock: _Clock | None = field(default=None, compare=False)
+    spec: ActivationSpec | None = field(default=None, compare=False)  # where bits change from step to step
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = first_input(self.record.name, args)
-        return (quantize_input(x, self.record, self.scheme, self._given()), *rest)
+        scheme = in_bucket(self.spec, self.scheme, self.clock)
+        return args if scheme is None else (quantize_input(x, self.record, scheme, self._given()), *rest)
 
     def _given(self) -> tuple[float, float] | None:
         return self.ranges[self.clock.bucket if self.clock else 0] if self.scheme.static else None
+
+
+def in_bucket(
+    spec: ActivationSpec | None, scheme: ActivationScheme | None, clock: _Clock | None
+) -> ActivationScheme | None:
+    """Return a scheme as it is at the timestep that the denoiser runs at; None: nothing is quantized there."""
+    return scheme if spec is None or clock is None else spec.in_bucket(scheme, clock.bucket)
 
 
 def first_input(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -126,23 +135,25 @@ def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> No
     for record in records:
         scheme = schemes[record.name]
         if scheme is not None:
-            hook = _QuantizeInput(record, scheme, spec.ranges.get(record.name, ()), clock)
+            hook = _QuantizeInput(record, scheme, spec.ranges.get(record.name, ()), clock, spec)
             handles.append(denoiser.get_submodule(record.name).register_forward_pre_hook(hook))
     if spec.attention is not None or spec.probabilities is not None:
-        handles += _inside_attention(denoiser, spec)
+        handles += _inside_attention(denoiser, spec, clock)
     denoiser.__dict__[_STATE] = _State(spec, tuple(handles))
 
 
 class _Attention:
     """A pair of hooks of the denoiser between which its attention is quantized."""
 
-    def __init__(self, spec: ActivationSpec) -> None:
+    def __init__(self, spec: ActivationSpec, clock: _Clock | None) -> None:
+        self._spec, self._clock = spec, clock
         self._operands = None if spec.attention is None else ActivationScheme.parse(spec.attention)
         self._probabilities = spec.probabilities
         self._active: list[QuantizedAttention] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        mode = QuantizedAttention(self._operands, self._probabilities)
+        operands = in_bucket(self._spec, self._operands, self._clock)
+        mode = QuantizedAttention(operands, self._probabilities)
         mode.__enter__()
         self._active.append(mode)
 
@@ -151,8 +162,8 @@ class _Attention:
             self._active.pop().__exit__(None, None, None)
 
 
-def _inside_attention(denoiser: nn.Module, spec: ActivationSpec) -> list[Any]:
-    hooks = _Attention(spec)
+def _inside_attention(denoiser: nn.Module, spec: ActivationSpec, clock: _Clock | None) -> list[Any]:
+    hooks = _Attention(spec, clock)
     return [
         denoiser.register_forward_pre_hook(hooks.enter),
         denoiser.register_forward_hook(hooks.leave, always_call=True),

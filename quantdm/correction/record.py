@@ -1,4 +1,4 @@
-"""The correction: what is known of a model's quantization noise per timestep, and how much of it is undone."""
+"""The correction: what is known of a model's quantization noise per noise level, and how much of it is undone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,16 +9,17 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from quantdm.correction.variants import variant_of
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
 from quantdm.recipe import ActivationSpec, Recipe, weights_digest
 
-CORRECTION_VERSION, KIND = 1, "correction"
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-# From nothing to everything; the order in which a fit adds them.
-VARIANTS = ("none", "bias", "k", "both", "both+variance")
+CORRECTION_VERSION, KIND = 2, "correction"
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction", "edm", "consistency", "trigflow")
 MIN_K = -0.5
-_ARRAYS = ("timesteps", "log_snr", "k", "bias", "shift", "q")
+NOISIER, FINER = "noisier half", "finer half"
+_ARRAYS = ("log_snr", "k", "bias", "shift", "q")
+_TABLES = ("gain", "bias", "q")  # of a rival
 
 
 def load_correction(path: str | Path) -> "Correction":
@@ -36,16 +37,19 @@ def load_correction(path: str | Path) -> "Correction":
     if missing := [name for name in _ARRAYS if name not in tensors]:
         raise QuantDMError(f"{path}: the correction lacks {', '.join(missing)}; write it again with `fit_correction`")
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    within = metadata.get("within")
     return Correction(
         **{name: arrays[name] for name in _ARRAYS},
-        variant=metadata["variant"],
-        prediction_type=metadata["prediction_type"],
-        model=metadata["model"],
-        diagnostics={n.removeprefix("diagnostics."): a for n, a in arrays.items() if n.startswith("diagnostics.")},
-        measured=metadata["measured"],
-        weights=metadata.get("weights", ""),  # files of quantdm 0.1 do not say it
+        **{name: metadata[name] for name in ("variant", "prediction_type", "model", "axis", "network", "measured")},
+        within=None if within is None else (within[0], within[1]),
+        weights=metadata.get("weights", ""),
         activations=_activations(path, metadata.get("activations")),
+        **{part: _part(arrays, part) for part in ("diagnostics", "rivals", "components")},
     )
+
+
+def _part(arrays: Mapping[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(f"{part}."): array for name, array in arrays.items() if name.startswith(f"{part}.")}
 
 
 def is_correction(path: str | Path) -> bool:
@@ -58,11 +62,16 @@ def is_correction(path: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class StepCorrection:
-    """The correction of one step: e = (e_quantized - bias) / (1 + k); q is the std that remains, in network units."""
+    """The correction of one step: e = gain_c (e_quantized - bias_c); q is the std that remains, in network units."""
 
-    k: float
+    gain: np.ndarray
     bias: np.ndarray
     q: float
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the mean stays as it is."""
+        return not self.bias.any() and bool((self.gain == 1.0).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,22 +81,27 @@ class Correction:
     The noise model is e_quantized = (1 + k) e + bias + noise, in the network's own output space, after guidance.
 
     Args:
-        timesteps: training timesteps at which it was fitted, int64 [T].
-        log_snr: log(alpha_bar / (1 - alpha_bar)) there, float64 [T], strictly increasing.
+        log_snr: log(signal^2 / noise^2) at which it was fitted, float64 [T], strictly increasing. Any scheduler and
+            number of steps are served from them: linear between the fitted ones, constant beyond them.
         k: slope of the quantization error on the output, [T], > -0.5; 0 where not significant.
         bias: mean error per channel beside k, [T, C].
         shift: mean error per channel when k is not used, [T, C].
         q: standard deviation of the rest of the error, [T].
-        variant: one of `VARIANTS`; "both+variance" also lowers the sampler's noise by what the rest adds.
-        prediction_type: what the network predicts.
+        variant: one of `variants.ALL`; "both+variance" also lowers the sampler's noise by what the rest adds.
+        prediction_type: what the network predicts (see `levels.prediction_of`).
         model: name of the model it belongs to.
-        diagnostics: per timestep, [T] each: r2, k_se, q_robust, lag1, count.
+        axis: axis of the channels in a sample (1; -1 for tokens, 2 for [N, F, C, H, W]).
+        network: hash of the denoiser's class and configuration ("": not known).
+        within: log-SNR from and to which it corrects (None: everywhere).
+        diagnostics: per level, [T] each: r2, k_se, bias_se, q_se, q_robust, lag1, count, snr.
         measured: variant -> distances to full precision, one per held-out run (lower is better).
         weights: `weights_digest` of the schemes that it was fitted for ("": not known).
         activations: the activation quantization that it was fitted for (None: none, if `weights` is known).
+        rivals: "NAME.gain" [T, C], "NAME.bias" [T, C], "NAME.q" [T] of the variants of others.
+        components: with guidance, "mean" [T, 4, C], "cov" [T, 4, 4] and "count" [T] of (unconditional output,
+            conditional output, error of the one, error of the other); see `for_guidance`.
     """
 
-    timesteps: np.ndarray
     log_snr: np.ndarray
     k: np.ndarray
     bias: np.ndarray
@@ -96,24 +110,27 @@ class Correction:
     variant: str = "both+variance"
     prediction_type: str = "epsilon"
     model: str = ""
+    axis: int = 1
+    network: str = ""
+    within: tuple[float, float] | None = None
     diagnostics: dict[str, np.ndarray] = field(default_factory=dict)
     measured: dict[str, list[float]] = field(default_factory=dict)
     weights: str = ""
     activations: ActivationSpec | None = None
+    rivals: dict[str, np.ndarray] = field(default_factory=dict)
+    components: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise QuantDMError(f"correction: got variant {self.variant!r}, expected one of {', '.join(VARIANTS)}")
+        rival = variant_of(self.variant).rival
         if self.prediction_type not in PREDICTION_TYPES:
             raise QuantDMError(
                 f"correction: got prediction type {self.prediction_type!r}, expected {', '.join(PREDICTION_TYPES)}"
             )
         for name in _ARRAYS:
-            dtype = np.int64 if name == "timesteps" else np.float64
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=dtype))
-        num = len(self.timesteps)
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
+        num = len(self.log_snr)
         shapes = {name: getattr(self, name).shape for name in _ARRAYS}
-        right = all(shapes[name] == (num,) for name in ("timesteps", "log_snr", "k", "q"))
+        right = all(shapes[name] == (num,) for name in ("log_snr", "k", "q"))
         right = (
             right and len(shapes["bias"]) == 2 and shapes["bias"][0] == num > 0 and shapes["shift"] == shapes["bias"]
         )
@@ -123,6 +140,8 @@ class Correction:
             raise QuantDMError("correction: got NaN or infinity; the outputs it was fitted on were not finite")
         if (self.k <= MIN_K).any() or (self.q < 0).any() or (np.diff(self.log_snr) <= 0).any():
             raise QuantDMError("correction: expected k > -0.5, q >= 0 and a strictly increasing log_snr")
+        if rival and any(f"{self.variant}.{name}" not in self.rivals for name in _TABLES):
+            raise QuantDMError(f"correction: has no table of {self.variant!r}; fit it with `fit_correction`")
 
     @property
     def channels(self) -> int:
@@ -130,9 +149,16 @@ class Correction:
         return self.bias.shape[1]
 
     @property
-    def uses_variance(self) -> bool:
-        """Whether the sampler's own noise is lowered too."""
-        return self.variant == "both+variance"
+    def room(self) -> str | None:
+        """How steps make room for the noise that remains (`variance.ROOMS`); None: they do not."""
+        return variant_of(self.variant).room
+
+    @property
+    def choice(self) -> str:
+        """The name under which `measured` knows what is in use: the variant, and the half of the levels it acts on."""
+        if self.within is None:
+            return self.variant
+        return f"{self.variant}, {NOISIER if self.within[0] < self.log_snr[0] else FINER}"
 
     def fitted_for(self, recipe: Recipe | None) -> "Correction":
         """Return it as that of an exact recipe: its weights and activations (None: as it is).
@@ -166,18 +192,31 @@ class Correction:
         """Return the same statistics with another variant on."""
         return replace(self, variant=variant)
 
+    def is_within(self, log_snr: float) -> bool:
+        """Say whether it corrects at this log-SNR."""
+        return self.within is None or self.within[0] <= log_snr <= self.within[1]
+
     def at(self, log_snr: float) -> StepCorrection:
         """Return what the variant undoes at a log-SNR: linear between the fitted ones, constant beyond them."""
-        use_k = self.variant in ("k", "both", "both+variance")
-        k = _interpolate(log_snr, self.log_snr, self.k[:, None])[0] if use_k else 0.0
-        if self.variant in ("both", "both+variance"):
-            bias = _interpolate(log_snr, self.log_snr, self.bias)
-        elif self.variant == "bias":
-            bias = _interpolate(log_snr, self.log_snr, self.shift)
-        else:
-            bias = np.zeros(self.channels)
-        q = _interpolate(log_snr, self.log_snr, self.q[:, None])[0] if self.uses_variance else 0.0
-        return StepCorrection(k=float(k), bias=bias, q=float(q))
+        variant, ones = variant_of(self.variant), np.ones(self.channels)
+        if not self.is_within(log_snr):
+            return StepCorrection(ones, np.zeros(self.channels), 0.0)
+        if variant.rival:
+            gain, bias, q = (self._between(log_snr, self.rivals[f"{self.variant}.{name}"]) for name in _TABLES)
+            return StepCorrection(gain, bias, float(q) if variant.room else 0.0)
+        k = float(self._between(log_snr, self.k)) if variant.k else 0.0
+        mean = (self.bias if variant.k else self.shift) if variant.bias else np.zeros_like(self.bias)
+        q = float(self._between(log_snr, self.q)) if variant.room else 0.0
+        return StepCorrection(ones / (1.0 + k), self._between(log_snr, mean), q / (1.0 + k))
+
+    def _between(self, log_snr: float, values: np.ndarray) -> np.ndarray:
+        """Return values [T, ...] interpolated to a log-SNR."""
+        grid = self.log_snr
+        after = int(np.searchsorted(grid, log_snr))
+        if after == 0 or after == len(grid):
+            return values[min(after, len(grid) - 1)]
+        share = (log_snr - grid[after - 1]) / (grid[after] - grid[after - 1])
+        return values[after - 1] * (1.0 - share) + values[after] * share
 
     def diagnostics_at(self, log_snr: float) -> dict[str, float]:
         """Return the diagnostics interpolated to a log-SNR."""
@@ -186,7 +225,9 @@ class Correction:
     def save(self, path: str | Path) -> Path:
         """Write the correction as safetensors, atomically; it replaces nothing but another correction."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
-        arrays |= {f"diagnostics.{name}": np.asarray(a, dtype=np.float64) for name, a in self.diagnostics.items()}
+        for part in ("diagnostics", "rivals", "components"):
+            kept = np.float32 if part == "rivals" else np.float64  # below 1 MB with 128 channels, too
+            arrays |= {f"{part}.{name}": np.asarray(a, dtype=kept) for name, a in getattr(self, part).items()}
         metadata = {"kind": KIND, "version": CORRECTION_VERSION, "measured": self.measured, **self._labels()}
         if self.weights:
             spec = self.activations
@@ -197,7 +238,8 @@ class Correction:
     def to_dict(self) -> dict[str, Any]:
         """Return what sampling needs (no diagnostics) as JSON values that give the same numbers back."""
         arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
-        return {"version": CORRECTION_VERSION, **self._labels(), **arrays}
+        used = {name: a.tolist() for name, a in self.rivals.items() if name.startswith(f"{self.variant}.")}
+        return {"version": CORRECTION_VERSION, **self._labels(), **arrays, "rivals": used}
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Correction":
@@ -206,16 +248,18 @@ class Correction:
         Raises:
             QuantDMError: another version, or a key is missing.
         """
-        keys = (*_ARRAYS, "variant", "prediction_type", "model")
+        keys = (*_ARRAYS, "variant", "prediction_type", "model", "axis", "network", "within", "rivals")
         if record.get("version") != CORRECTION_VERSION or not all(key in record for key in keys):
             raise QuantDMError(
                 f"correction in a scheduler: got version {record.get('version')} with keys {', '.join(record)}; "
                 f"expected version {CORRECTION_VERSION} with {', '.join(keys)}"
             )
-        return cls(**{key: record[key] for key in keys})
+        tables = {name: np.asarray(table, dtype=np.float64) for name, table in record["rivals"].items()}
+        return cls(**{**{key: record[key] for key in keys}, "rivals": tables})
 
-    def _labels(self) -> dict[str, str]:
-        return {"variant": self.variant, "prediction_type": self.prediction_type, "model": self.model}
+    def _labels(self) -> dict[str, Any]:
+        names = ("variant", "prediction_type", "model", "axis", "network", "within")
+        return {name: getattr(self, name) for name in names}
 
 
 def _activations(path: str | Path, record: Any) -> ActivationSpec | None:
@@ -229,7 +273,3 @@ def _described(spec: ActivationSpec | None) -> str:
     if spec is None:
         return "activations that are not quantized"
     return spec.description
-
-
-def _interpolate(x: float, grid: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return np.array([np.interp(x, grid, column) for column in values.T])

@@ -1,207 +1,233 @@
-"""Streaming statistics of quantization noise: float64 sums per timestep and channel, then slope, bias and the rest."""
+"""Streaming statistics of quantization noise: float64 sums per noise level and channel, then slope, bias, the rest."""
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from quantdm.correction.record import MIN_K, Correction
-from quantdm.correction.variance import log_snr
+from quantdm.correction.moments import Moments, NoiseFit, fit_noise
+from quantdm.correction.record import Correction
+from quantdm.correction.variants import OWN, rival_tables
 from quantdm.errors import QuantDMError
 
-# The slope is used only when it is significant (the pixels are not independent, hence also the share of variance).
-MIN_T_VALUE = 3.0
-MIN_R2 = 0.05
 # Values per channel and update that are kept for the robust cross-check of q.
 KEPT_VALUES = 512
-
-
-class Moments:
-    """Sums of V variables and of their products per channel, in float64.
-
-    They count from each channel's first value: variance is a difference of sums, and of values that are nearly the same
-    it would be rounding alone, positive or negative.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._origin: torch.Tensor | None = None
-        self._first = torch.zeros(())
-        self._second = torch.zeros(())
-
-    def add(self, *variables: torch.Tensor) -> None:
-        """Add V tensors of equal shape [N, C, ...]."""
-        x = torch.stack([v.double().transpose(0, 1).flatten(1) for v in variables])
-        self.count += x.shape[2]
-        if self._origin is None:
-            self._origin = x[:, :, :1].clone()
-        x = x - self._origin
-        self._first = self._first + x.sum(dim=2)
-        self._second = self._second + torch.einsum("vcn,wcn->vwc", x, x)
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Means [V, C]."""
-        assert self._origin is not None
-        return self._origin[:, :, 0] + self._first / self.count
-
-    @property
-    def cov(self) -> torch.Tensor:
-        """Covariances within each channel, summed over channels, [V, V]."""
-        mean = self._first / self.count
-        return (self._second / self.count - mean[:, None] * mean[None, :]).sum(dim=2)
-
-
-@dataclass(frozen=True)
-class NoiseFit:
-    """The noise of one timestep: slope k (0 if not significant), intercepts per channel, std of the rest."""
-
-    k: float
-    k_se: float
-    r2: float
-    bias: torch.Tensor
-    shift: torch.Tensor
-    q: float
-
-
-def fit_noise(moments: Moments) -> NoiseFit:
-    """Fit error = k output + bias_c + rest by least squares; `moments` holds (output, error).
-
-    k counts when |k| / se > 3, R^2 > 0.05 and k > -0.5; else it is 0 and the rest is all of the error but its mean.
-    """
-    channels, count = moments.mean.shape[1], moments.count
-    freedom = max(count * channels - channels - 1, 1)
-    s = (moments.cov * count).numpy()
-    s_mm, s_dd, s_md = max(s[0, 0], 0.0), max(s[1, 1], 0.0), s[0, 1]
-    k, r2, k_se = 0.0, 0.0, 0.0
-    if s_mm > 0 and s_dd > 0:
-        k = s_md / s_mm
-        r2 = s_md**2 / (s_mm * s_dd)
-        k_se = math.sqrt(max(s_dd - k * s_md, 0.0) / freedom / s_mm)
-    if not (abs(k) > MIN_T_VALUE * k_se and r2 > MIN_R2 and k > MIN_K):
-        k = 0.0
-    rest = max(s_dd - 2 * k * s_md + k**2 * s_mm, 0.0)
-    mean_m, shift = moments.mean
-    return NoiseFit(k=k, k_se=k_se, r2=r2, bias=shift - k * mean_m, shift=shift, q=math.sqrt(rest / freedom))
+# Ratios of outputs count an output near zero as this share of the largest: TAC's sums have no mean without it.
+MIN_RATIO = 0.05
 
 
 class NoiseStatistics:
-    """Streaming statistics of (full-precision, quantized) outputs on the same inputs, per timestep.
+    """Streaming statistics of (full-precision, quantized) outputs on the same inputs, per noise level.
 
     Call `begin` before every batch of trajectories and `update` for each of its steps, in sampling order.
     """
 
     def __init__(self) -> None:
-        self._steps: dict[int, Moments] = {}
-        self._pairs: dict[tuple[int, int], Moments] = {}
-        self._kept: dict[int, list[torch.Tensor]] = {}
-        self._last: tuple[int, torch.Tensor, torch.Tensor] | None = None
+        self._steps: dict[float, Moments] = {}
+        self._pairs: dict[tuple[float, float], Moments] = {}
+        self._ratios: dict[float, Moments] = {}
+        self._halves: dict[float, Moments] = {}
+        self._kept: dict[float, list[torch.Tensor]] = {}
+        self._last: tuple[float, torch.Tensor, torch.Tensor] | None = None
 
     def begin(self) -> None:
         """Start a new batch of trajectories: its first step does not follow the last one seen."""
         self._last = None
 
-    def update(self, timestep: int, output_fp: torch.Tensor, output_q: torch.Tensor) -> None:
+    def update(
+        self,
+        log_snr: float,
+        output_fp: torch.Tensor,
+        output_q: torch.Tensor,
+        halves: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         """Add the outputs [N, C, ...] of one step.
+
+        Args:
+            log_snr: of the level at which the networks answered.
+            output_fp: full precision, after guidance.
+            output_q: quantized, on the same inputs, after guidance.
+            halves: (unconditional, conditional) of full precision, then of the quantized network, before guidance.
 
         Raises:
             QuantDMError: the shapes differ, or a value is not finite.
         """
+        where, level = f"noise statistics at log-SNR {log_snr:.2f}", round(log_snr, 9)
         if output_fp.shape != output_q.shape or output_fp.ndim < 2:
             raise QuantDMError(
-                f"noise statistics at t={timestep}: got outputs of shapes {tuple(output_fp.shape)} and "
+                f"{where}: got outputs of shapes {tuple(output_fp.shape)} and "
                 f"{tuple(output_q.shape)}, expected the same [N, C, ...] twice"
             )
         m = output_fp.detach().double().cpu()
         delta = output_q.detach().double().cpu() - m
         if not (m.isfinite().all() and delta.isfinite().all()):
-            raise QuantDMError(f"noise statistics at t={timestep}: an output is NaN or infinite; check the denoiser")
-        self._steps.setdefault(timestep, Moments()).add(m, delta)
+            raise QuantDMError(f"{where}: an output is NaN or infinite; check the denoiser")
+        self._steps.setdefault(level, Moments()).add(m, delta)
+        least = MIN_RATIO * m.abs().amax()
+        ratio = (m + delta) / torch.where(m.abs() < least, torch.where(m < 0, -least, least), m)
+        self._ratios.setdefault(level, Moments()).add(ratio.nan_to_num(1.0), ratio.nan_to_num(1.0) ** 2)
+        if halves is not None:
+            free, given, free_q, given_q = (half.detach().double().cpu() for half in halves)
+            self._halves.setdefault(level, Moments()).add(free, given, free_q - free, given_q - given)
         flat = torch.stack([m, delta]).transpose(1, 2).flatten(2)
         stride = max(flat.shape[2] // KEPT_VALUES, 1)
-        self._kept.setdefault(timestep, []).append(flat[:, :, ::stride].clone())
+        self._kept.setdefault(level, []).append(flat[:, :, ::stride].clone())
         if self._last is not None:
             before, *last = self._last
-            self._pairs.setdefault((before, timestep), Moments()).add(*last, m, delta)
-        self._last = (timestep, m, delta)
+            self._pairs.setdefault((before, level), Moments()).add(*last, m, delta)
+        self._last = (level, m, delta)
 
     def correction(
         self,
-        alphas_cumprod: torch.Tensor,
         *,
         prediction_type: str = "epsilon",
         model: str = "",
         variant: str = "both+variance",
+        axis: int = 1,
+        network: str = "",
     ) -> Correction:
-        """Fit every timestep and return the correction, with r2, k_se, q_robust, lag1 and count as diagnostics.
+        """Fit every level; diagnostics are r2, k_se, bias_se, q_se, q_robust, lag1, count and snr.
 
         Args:
-            alphas_cumprod: the schedule's products of alpha over training timesteps.
-            prediction_type: "epsilon", "v_prediction" or "sample".
+            prediction_type: what the network predicts.
             model: name of the model.
             variant: which part is on.
+            axis: axis of the channels in a sample.
+            network: hash of the denoiser's class and configuration.
 
         Raises:
             QuantDMError: nothing was added.
         """
         if not self._steps:
             raise QuantDMError("noise statistics: got no outputs, expected at least one step; call `update` first")
-        timesteps = sorted(self._steps, reverse=True)  # from noise to image: log-SNR increases
-        fits = {t: fit_noise(self._steps[t]) for t in timesteps}
-        diagnostics = {
-            "r2": [fits[t].r2 for t in timesteps],
-            "k_se": [fits[t].k_se for t in timesteps],
-            "q_robust": [self._robust_q(t, fits[t]) for t in timesteps],
-            "lag1": [self._lag1(t, fits) for t in timesteps],
-            "count": [self._steps[t].count for t in timesteps],
+        levels = sorted(self._steps)  # from noise to image
+        fits = {level: _fit(self._steps[level]) for level in levels}
+        diagnostics = _errors(fits.values()) | {
+            "q_robust": [self._robust_q(level, fits[level]) for level in levels],
+            "lag1": [self._lag1(level, fits) for level in levels],
+            "count": [self._steps[level].count for level in levels],
+            "snr": [self._snr(level) for level in levels],
         }
         return Correction(
-            timesteps=np.array(timesteps),
-            log_snr=np.array([log_snr(float(alphas_cumprod[t])) for t in timesteps]),
-            k=np.array([fits[t].k for t in timesteps]),
-            bias=torch.stack([fits[t].bias for t in timesteps]).numpy(),
-            shift=torch.stack([fits[t].shift for t in timesteps]).numpy(),
-            q=np.array([fits[t].q for t in timesteps]),
+            log_snr=np.array(levels),
+            **_arrays(fits.values()),
             variant=variant,
             prediction_type=prediction_type,
             model=model,
+            axis=axis,
+            network=network,
             diagnostics={name: np.array(values, dtype=np.float64) for name, values in diagnostics.items()},
+            rivals=self._rivals(levels, fits),
+            components=self._components(levels),
         )
 
-    def _robust_q(self, timestep: int, fit: NoiseFit) -> float:
+    def _rivals(self, levels: Sequence[float], fits: dict[float, NoiseFit]) -> dict[str, np.ndarray]:
+        found: dict[str, list[np.ndarray]] = {}
+        for level in levels:
+            moments, fit = self._steps[level], fits[level]
+            mean = moments.mean.numpy()
+            second = moments.channel_cov.numpy() + mean[:, None] * mean[None, :]
+            whole = math.sqrt(max(fit.q_all**2 * (1.0 - fit.r2), 0.0))
+            tables = rival_tables(mean, second, self._ratios[level].mean.numpy(), fit.slope, (fit.q_all, whole))
+            for name, table in tables.items():
+                for part, values in zip(("gain", "bias", "q"), table, strict=True):
+                    found.setdefault(f"{name}.{part}", []).append(np.asarray(values, dtype=np.float64))
+        return {name: np.stack(values) for name, values in found.items()}
+
+    def _components(self, levels: Sequence[float]) -> dict[str, np.ndarray]:
+        """Return the moments of the four parts of guided outputs, if every level has them."""
+        if any(level not in self._halves for level in levels):
+            return {}
+        parts = [self._halves[level] for level in levels]
+        return {
+            "mean": np.stack([part.mean.numpy() for part in parts]).astype(np.float64),
+            "cov": np.stack([part.cov.numpy() for part in parts]).astype(np.float64),
+            "count": np.array([part.count for part in parts], dtype=np.float64),
+        }
+
+    def _snr(self, level: float) -> float:
+        """Return |output| / |error|, PTQD's signal-to-noise ratio; a huge one where there is no error."""
+        moments = self._steps[level]
+        m, delta = (moments.mean**2).sum(1) + moments.cov.diagonal()
+        return float((m / delta.clamp(min=1e-30)).sqrt())
+
+    def _robust_q(self, level: float, fit: NoiseFit) -> float:
         """Return IQR / 1.349 of the residual: far below q when a few outliers make up its variance."""
-        m, delta = torch.cat(self._kept[timestep], dim=2)
-        rest = delta - fit.k * m - fit.bias[:, None]
+        m, delta = torch.cat(self._kept[level], dim=2)
+        rest = delta - fit.k * m - torch.as_tensor(fit.bias)[:, None]
         low, high = np.quantile(rest.numpy(), [0.25, 0.75])
         return float(high - low) / 1.349
 
-    def _lag1(self, timestep: int, fits: dict[int, NoiseFit]) -> float:
+    def _lag1(self, level: float, fits: dict[float, NoiseFit]) -> float:
         """Return the correlation of the residual with that of the next step, 0 where there is none."""
-        following = [(pair[1], moments) for pair, moments in self._pairs.items() if pair[0] == timestep]
+        following = [(pair[1], moments) for pair, moments in self._pairs.items() if pair[0] == level]
         if not following:
             return 0.0
         after, moments = max(following, key=lambda item: item[1].count)
-        here = torch.tensor([-fits[timestep].k, 1.0, 0.0, 0.0], dtype=torch.float64)
+        here = torch.tensor([-fits[level].k, 1.0, 0.0, 0.0], dtype=torch.float64)
         there = torch.tensor([0.0, 0.0, -fits[after].k, 1.0], dtype=torch.float64)
         cov = moments.cov
         scale = ((here @ cov @ here).clamp(min=0) * (there @ cov @ there).clamp(min=0)).sqrt()
         return float(here @ cov @ there / scale) if scale > 0 else 0.0
 
 
+def for_guidance(correction: Correction, scale: float) -> Correction:
+    """Return the correction at another guidance scale, from the statistics of the outputs that are mixed.
+
+    With e = (1 - s) e_u + s e_c and the same for the errors, mean and covariances follow, and with them k, bias and q.
+    Which variant helps was measured at the scale of the fit, so `measured` is dropped; so are the tables of rivals.
+
+    Raises:
+        QuantDMError: the correction knows one output per step: guidance is an input of that network (distilled), or
+            there was none.
+    """
+    parts = correction.components
+    if not parts:
+        raise QuantDMError(
+            f"correction of {correction.model!r}: cannot be moved to guidance scale {scale}: it was fitted on one "
+            "output per step (a guidance-distilled model, or no guidance); fit it anew at this scale"
+        )
+    if correction.variant not in OWN:
+        raise QuantDMError(f"correction: variant {correction.variant!r} holds at the guidance scale of the fit only")
+    mix = np.array([[1.0 - scale, scale, 0.0, 0.0], [0.0, 0.0, 1.0 - scale, scale]])
+    fits = [
+        fit_noise(mix @ mean, mix @ cov @ mix.T, int(count))
+        for mean, cov, count in zip(parts["mean"], parts["cov"], parts["count"], strict=True)
+    ]
+    diagnostics = {name: np.array(values) for name, values in _errors(fits).items()}
+    return replace(
+        correction, **_arrays(fits), diagnostics={**diagnostics, "count": parts["count"]}, measured={}, rivals={}
+    )
+
+
+def _fit(moments: Moments) -> NoiseFit:
+    return fit_noise(moments.mean.numpy(), moments.cov.numpy(), moments.count)
+
+
+def _arrays(fits: Iterable[NoiseFit]) -> dict[str, np.ndarray]:
+    fits = list(fits)
+    return {name: np.stack([np.asarray(getattr(fit, name)) for fit in fits]) for name in ("k", "bias", "shift", "q")}
+
+
+def _errors(fits: Iterable[NoiseFit]) -> dict[str, list[float]]:
+    fits = list(fits)
+    return {name: [getattr(fit, name) for fit in fits] for name in ("r2", "k_se", "bias_se", "q_se")}
+
+
 def statistics_from_pairs(
-    timesteps: Sequence[int], outputs_fp: Iterable[torch.Tensor], outputs_q: Iterable[torch.Tensor]
+    log_snrs: Sequence[float], outputs_fp: Iterable[torch.Tensor], outputs_q: Iterable[torch.Tensor]
 ) -> NoiseStatistics:
     """Return the statistics of one batch of trajectories.
 
     Args:
-        timesteps: training timesteps in sampling order.
-        outputs_fp: full-precision outputs after guidance, [N, C, ...] per timestep.
+        log_snrs: of the levels in sampling order.
+        outputs_fp: full-precision outputs after guidance, [N, C, ...] per level.
         outputs_q: quantized outputs on the same inputs.
     """
     statistics = NoiseStatistics()
     statistics.begin()
-    for timestep, output_fp, output_q in zip(timesteps, outputs_fp, outputs_q, strict=True):
-        statistics.update(int(timestep), output_fp, output_q)
+    for level, output_fp, output_q in zip(log_snrs, outputs_fp, outputs_q, strict=True):
+        statistics.update(level, output_fp, output_q)
     return statistics

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import auto as transformers_auto
 
 from quantdm.activations.hooks import activation_spec, set_activation_bits_
+from quantdm.correction import register_schedulers
 from quantdm.hub.calibrated import with_calibration
 from quantdm.hub.config import QuantDMConfig, QuantizationMethod
 from quantdm.hub.diffusers_plugin import QuantDMQuantizer
@@ -24,11 +25,12 @@ Model = TypeVar("Model")
 
 
 def register() -> None:
-    """Make `quant_method: quantdm` known to diffusers and transformers; calling it again changes nothing."""
+    """Make `quant_method: quantdm`, and schedulers saved corrected, known; calling it again changes nothing."""
     name = QuantizationMethod.QUANTDM.value
     for auto, quantizer in ((diffusers_auto, QuantDMQuantizer), (transformers_auto, QuantDMHfQuantizer)):
         auto.AUTO_QUANTIZER_MAPPING[name] = quantizer  # type: ignore[assignment]
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = QuantDMConfig  # type: ignore[assignment]
+    register_schedulers()
 
 
 def apply_recipe(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from quantdm.errors import QuantDMError
 from quantdm.recipe.rules import Layer, check_pattern, resolve_rules
@@ -147,6 +147,9 @@ class ActivationSpec(BaseModel):
     attention: Annotated[str | None, AfterValidator(_check_operand)] = None
     probabilities: Annotated[str | None, AfterValidator(_check_probabilities)] = None
     buckets: tuple[float, ...] = Field(default=(), description="timesteps between the buckets, descending")
+    bucket_bits: tuple[int, ...] = Field(
+        default=(), description="bits per bucket of timesteps instead of the fewest; 16: not quantized there"
+    )
     ranges: Ranges = Field(default_factory=dict, description="layer -> (low, high) per bucket, of static schemes")
 
     @model_validator(mode="before")
@@ -170,6 +173,21 @@ class ActivationSpec(BaseModel):
         for pattern in patterns:
             check_pattern(pattern)
         return patterns
+
+    @field_validator("bucket_bits")
+    @classmethod
+    def _check_bucket_bits(cls, bits: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        known = (*range(MIN_ACTIVATION_BITS, MAX_ACTIVATION_BITS + 1), 16)
+        if bits and (len(bits) != len(info.data.get("buckets", ())) + 1 or any(b not in known for b in bits)):
+            raise ValueError(f"got {bits}, expected for each bucket one of {', '.join(map(str, known))}")
+        return bits
+
+    def in_bucket(self, scheme: ActivationScheme | None, bucket: int) -> ActivationScheme | None:
+        """Return a scheme as it is in a bucket of timesteps: with the bucket's bits, or its own if those are more."""
+        if scheme is None or not self.bucket_bits or scheme.bits > self.bits:
+            return scheme
+        bits = self.bucket_bits[bucket]
+        return None if bits == 16 else scheme.model_copy(update={"bits": bits})
 
     @property
     def schemes(self) -> tuple[ActivationScheme, ...]:

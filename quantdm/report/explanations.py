@@ -1,6 +1,4 @@
-"""Why it came out so: sensitivities, bits per layer, the next bit, surrogates, noise per sampling step."""
-
-from collections.abc import Sequence
+"""Why it came out so: sensitivities, bits per layer, the next bit, surrogates."""
 
 import numpy as np
 
@@ -9,18 +7,10 @@ from quantdm.report.figures import FLOOR, describe
 from quantdm.report.insights import Group
 from quantdm.report.markup import dotted, esc, figure, missing, paragraph, table
 from quantdm.report.records import Records
-from quantdm.report.sections import spread_cell
 from quantdm.report.wording import megabytes, percent
 from quantdm.surrogates import SearchSpace
 
 MAX_GROUPS = 40  # rows of a chart that one still reads
-VARIANTS = {
-    "none": "no correction",
-    "bias": "mean error removed",
-    "k": "slope removed",
-    "both": "slope and mean error removed",
-    "both+variance": "slope and mean error removed, the sampler's variance lowered",
-}
 
 
 def sensitivities(records: Records) -> str:
@@ -169,43 +159,3 @@ def surrogates(records: Records) -> str:
         "compared, so bits alone rank well; what counts is the distance to the diamonds."
     )
     return paragraph(text) + figure(charts.surrogate_quality(folds, null), "Can quality be predicted?", caption)
-
-
-def noise(records: Records) -> str:
-    """Return the noise statistics per step and the measured variants of the correction."""
-    c = records.correction
-    if c is None:
-        return missing("correction.safetensors", "No noise statistics")
-    if records.steps:  # at the steps that the sampler really takes
-        timesteps: Sequence[float] = [step["timestep"] for step in records.steps]
-        found = {key: [step[key] for step in records.steps] for key in records.steps[0]}
-    else:
-        timesteps = c.timesteps.tolist()
-        found = {"k": c.k.tolist(), "bias": np.abs(c.bias).max(axis=1).tolist(), "q": c.q.tolist()}
-        found |= {name: np.asarray(values).tolist() for name, values in c.diagnostics.items()}
-    panels = [
-        ("k", "k", "slope of the error on the output (0: not significant)"),
-        ("R²", "r2", "share of the error that the slope explains"),
-        ("bias", "bias", "largest mean error of a channel"),
-        ("q", "q", "standard deviation of the rest"),
-        ("occupancy", "occupancy", "variance added over the variance of the step"),
-        ("lag-1", "lag1", "correlation of the rest with the next step's"),
-    ]
-    svg = charts.noise_per_step(timesteps, [(title, text, found[key]) for title, key, text in panels if key in found])
-    caption = (
-        "Error of the quantized network's output on the same inputs, after guidance, fitted per timestep as k · output "
-        "+ bias + rest. Where lag-1 is near 1 the rest repeats from step to step: no variance correction absorbs it."
-    )
-    html = figure(svg, "Quantization noise per sampling step.", caption)
-    if not c.measured:
-        return html + paragraph(f"In use: {VARIANTS[c.variant]}.")
-    rows = []
-    for variant, distances in c.measured.items():
-        row = {"d": float(np.mean(distances)), "d_sd": float(np.std(distances, ddof=1)) if len(distances) > 1 else None}
-        rows.append(("chosen" if variant == c.variant else "", [esc(VARIANTS[variant]), spread_cell(row, "d", 4)]))
-    head = [("Variant", "the marked one is in use"), ("Distance to full precision", "held-out runs")]
-    note = (
-        "The variant is chosen by its measured outcome: more correction is taken only where it lowers the distance on "
-        "held-out runs beyond noise (paired, 95\u00a0%)."
-    )
-    return html + "<h3>Which correction helps</h3>" + table(head, rows) + paragraph(note, "caption")

@@ -5,8 +5,9 @@ from importlib import resources
 from pathlib import Path
 
 from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, write_text
-from quantdm.report.explanations import allocation, next_bits, noise, sensitivities, surrogates
+from quantdm.report.explanations import allocation, next_bits, sensitivities, surrogates
 from quantdm.report.markup import esc
+from quantdm.report.noise import noise
 from quantdm.report.records import Records, read_records
 from quantdm.report.sections import actions, frontier, masthead, model_label, protocol, results, samples
 from quantdm.report.tuning import tuning

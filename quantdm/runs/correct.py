@@ -9,6 +9,7 @@ import torch
 
 from quantdm.activations import usual_activations
 from quantdm.correction import Correction, fit_correction, load_correction, step_table
+from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, tensors_digest, write_json
 from quantdm.metrics import batched, frechet_distance
@@ -69,7 +70,8 @@ def correct_run(
     path, record = run.path("correction.safetensors"), run.path("correction_steps.json")
     spec = None if activations is None else activations.model_dump(mode="json")
     tuning = None if tuned is None else tensors_digest(tuned)
-    key = digest(weights_digest(labels), spec, images, *([] if tuning is None else [tuning]))
+    key = digest(CORRECTION_VERSION, weights_digest(labels), spec, images, *([] if tuning is None else [tuning]))
+    unfinished = run.path(f"correction-{key[:12]}.json")
     whole = path.is_file() and record.is_file()
     if not anew and whole and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
@@ -78,6 +80,8 @@ def correct_run(
     job = Job(Draw(0, 0, 0), labels, spec, tuned=None if tuned is None else str(tuned))
     weights_only = replace(job, activations=None)
     joint = Recipe(model=recipe.model, layers=labels, activations=activations)
+    if anew:
+        _forget(unfinished)
     with told(f"correction of {job.description}"):
         correction = fit_correction(
             pipe,
@@ -90,11 +94,19 @@ def correct_run(
             explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
             model=run.settings.model,
             recipe=joint,
+            resume=unfinished,
         )
     steps = step_table(correction, pipe.scheduler, run.settings.protocol.steps)
     correction.save(path)
     write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "tuning": tuning, "steps": steps})  # last
+    _forget(unfinished)
     return path
+
+
+def _forget(unfinished: Path) -> None:
+    """Remove what an interrupted fit has left."""
+    for path in (unfinished, unfinished.with_suffix(".safetensors")):
+        path.unlink(missing_ok=True)
 
 
 def _distance(extractor: Extractor, images_a: torch.Tensor, images_b: torch.Tensor) -> float:

@@ -1,0 +1,197 @@
+"""Does the correction help, on which sampler, at which bits, and does it beat what others published?
+
+python eval/correction_study.py digits-dit W4A4 ddim-0      # one cell, into eval/results/correction_study.json
+python eval/correction_study.py                             # all cells that are not there yet
+
+A cell is a pipeline, weights and activations everywhere of one scheme each, and a sampler of 20 steps. The statistics
+are fitted once per pipeline and bits, along DDIM, on activation noise alone, and serve every sampler. Every variant
+makes the same images on three draws; figures are against full precision with the same sampler. `ours` takes on each
+draw the variant of this project that was best on the other two, no correction included. Intervals are those of the
+difference to no correction under resampling of images, the same ones for both.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from quantdm import get_denoiser, list_layers, load_pipeline, load_protocol
+from quantdm.activations import set_activation_bits_
+from quantdm.activations.moments import gather_moments
+from quantdm.correction import RIVALS, VARIANTS, Correction, fit_correction, load_correction
+from quantdm.correction.fit import sampling
+from quantdm.errors import QuantDMError
+from quantdm.files import read_json, write_json
+from quantdm.machine import cores, versions
+from quantdm.metrics import frechet_distance, load_extractor
+from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
+from quantdm.pipelines.generate import calibration_calls, generate
+from quantdm.recipe import ActivationSpec
+from quantdm.runs.bank import WeightBank
+from quantdm.schemes import Scheme
+
+OUT = Path(__file__).parent / "results" / "correction_study.json"
+VERSION, STEPS, IMAGES, DRAWS, FIT_IMAGES, RESAMPLES = 1, 20, 120, (901, 902, 903), 64, 100
+BITS = {
+    "W4A4": ("kmeans-channel-4-feedback", {"default": "token-4", "attention": "token-4"}),
+    "W3A6": ("kmeans-channel-3-feedback", {"default": "token-6", "attention": "token-6"}),
+}
+# Sampler -> scheduler, settings, eta. DiTPipeline starts from noise of unit variance, which Euler's sigmas are not.
+SAMPLERS: dict[str, tuple[str, dict[str, Any], float]] = {
+    "ddim-0": ("DDIMScheduler", {}, 0.0),
+    "ddim-1": ("DDIMScheduler", {}, 1.0),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}, 0.0),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False}, 0.0),
+    "unipc": ("UniPCMultistepScheduler", {}, 0.0),
+    "euler": ("EulerDiscreteScheduler", {}, 0.0),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}, 0.0),
+}
+ONLY_SD = ("euler", "euler-a")
+ONLY_DIT = ("ddim-1",)  # StableDiffusionPipeline passes an eta of its own
+
+
+class Study:
+    """One pipeline in full precision, its quantized weights, and images of every kind."""
+
+    def __init__(self, name: str, bits: str) -> None:
+        self.name, self.bits = name, bits
+        self.pipe, self.protocol = load_pipeline(name), load_protocol(name)
+        self.extractor = load_extractor("digits")
+        label, spec = BITS[bits]
+        self.scheme, self.spec = Scheme.parse(label), ActivationSpec.model_validate(spec)
+        denoiser = get_denoiser(self.pipe)
+        layers = list_layers(denoiser)
+        self.labels = {layer.name: self.scheme for layer in layers}
+        folder = Path(gettempdir()) / "quantdm-correction-study" / f"{name}-{bits}"
+        moments = gather_moments(
+            denoiser, calibration_calls(self.pipe, self.protocol, range(64)), [layer.name for layer in layers]
+        )
+        self.bank = WeightBank(folder / "bank", layers, [self.scheme]).build(denoiser, moments=moments)
+        self.correction = self._fit(folder / "correction.safetensors")
+
+    @contextmanager
+    def quantized(self, *, activations: bool = True) -> Iterator[None]:
+        """Quantize the denoiser in place while the context is open."""
+        denoiser = get_denoiser(self.pipe)
+        with ExitStack() as stack:
+            stack.enter_context(self.bank.applied(denoiser, self.labels))
+            if activations:
+                set_activation_bits_(denoiser, self.spec)
+                stack.callback(set_activation_bits_, denoiser, None)
+            yield
+
+    def samples(self) -> list[Samples]:
+        """Return the images of every draw, as the pipeline is now."""
+        return [draw_samples(self.pipe, self.protocol, self.extractor, Draw(seed, IMAGES, STEPS)) for seed in DRAWS]
+
+    def _fit(self, kept: Path) -> Correction:
+        if not kept.is_file():
+            half = FIT_IMAGES // 2
+            runs = [partial(self._run, range(first, first + half)) for first in (801_000_000, 802_000_000)]
+            fit_correction(
+                self.pipe, self.quantized, fit_runs=runs, variant="both+variance", model=self.name,
+                explained_from=partial(self.quantized, activations=False),
+            ).save(kept)  # fmt: skip
+        return load_correction(kept)
+
+    def _run(self, seeds: range, pipe: Any) -> torch.Tensor:
+        return generate(pipe, self.protocol, seeds, steps=STEPS, batch_size=len(seeds))
+
+    def cell(self, sampler: str) -> dict[str, Any]:
+        """Measure every variant on one sampler."""
+        scheduler, settings, eta = SAMPLERS[sampler]
+        self.pipe.scheduler = getattr(diffusers, scheduler).from_config(self.pipe.scheduler.config, **settings)
+        hopeless = {"k", "both"} if not self.correction.k.any() else set()
+        names = [name for name in (*VARIANTS, *RIVALS) if name not in hopeless]
+        with sampling(self.pipe, None, eta=eta):
+            exact = self.samples()
+        found: dict[str, list[Samples]] = {}
+        for name in names:
+            with self.quantized(), sampling(self.pipe, self.correction.with_variant(name), eta=eta):
+                found[name] = self.samples()
+            print(f"  {self.name} {self.bits} {sampler} {name}", flush=True)
+        return {"significant_k": bool(self.correction.k.any()), "rows": self._rows(exact, found)}
+
+    def _rows(self, exact: list[Samples], found: dict[str, list[Samples]]) -> dict[str, dict[str, Any]]:
+        own = [name for name in VARIANTS if name in found]
+        fids = {name: [frechet_distance(a.features, b.features) for a, b in zip(draws, exact, strict=True)]
+                for name, draws in found.items()}  # fmt: skip
+        picked = []
+        for draw in range(len(DRAWS)):  # by the other draws
+            picked.append(min(own, key=lambda name: sum(v for i, v in enumerate(fids[name]) if i != draw)))
+        found = {**found, "ours": [found[name][draw] for draw, name in enumerate(picked)]}
+        rows: dict[str, dict[str, Any]] = {}
+        for name, draws in found.items():
+            figures = [
+                {**compare(samples, reference), **compare_real(samples, self.protocol)}
+                for samples, reference in zip(draws, exact, strict=True)
+            ]
+            keys = ("fid_fp", "psnr_fp", "fid_real", "agreement")
+            rows[name] = {key: [round(figure[key], 5) for figure in figures] for key in keys}
+            if name != "none":
+                rows[name]["gain_interval"] = interval(draws, found["none"], exact)
+        rows["ours"]["picked"] = picked
+        return rows
+
+
+def interval(found: list[Samples], none: list[Samples], exact: list[Samples]) -> list[float]:
+    """Return the 95 % interval of fid_fp(none) - fid_fp(found), mean over draws, under paired resampling of images."""
+    generator, gains = torch.Generator().manual_seed(0), []
+    for _ in range(RESAMPLES):
+        gain = []
+        for a, b, reference in zip(found, none, exact, strict=True):
+            rows = torch.randint(IMAGES, (IMAGES,), generator=generator)
+            at, bt, target = (samples.features[rows] for samples in (a, b, reference))
+            gain.append(frechet_distance(bt, target) - frechet_distance(at, target))
+        gains.append(float(np.mean(gain)))
+    return [round(float(value), 5) for value in np.quantile(gains, [0.025, 0.975])]
+
+
+def about() -> dict[str, Any]:
+    """Return what all cells have in common, and where and when the last one was measured."""
+    settings = {"steps": STEPS, "images": IMAGES, "draws": DRAWS, "fit_images": FIT_IMAGES, "resamples": RESAMPLES}
+    return {
+        "settings": {**settings, "bits": BITS},
+        "machine": f"{platform.machine()}, {cores()} cores",
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=("digits-dit", "digits-sd"))
+    parser.add_argument("bits", nargs="?", choices=BITS)
+    parser.add_argument("sampler", nargs="*", choices=[[], *SAMPLERS])
+    options = parser.parse_args()
+    for model in (options.model,) if options.model else ("digits-dit", "digits-sd"):
+        for bits in (options.bits,) if options.bits else BITS:
+            study = None
+            for sampler in options.sampler or SAMPLERS:
+                if sampler in (ONLY_SD if model == "digits-dit" else ONLY_DIT):
+                    continue
+                record = read_json(OUT, version=VERSION) if OUT.is_file() else {"version": VERSION, "cells": {}}
+                key = f"{model} {bits} {sampler}"
+                if key in record["cells"]:
+                    continue
+                study = study or Study(model, bits)
+                record["cells"][key] = study.cell(sampler)
+                write_json(OUT, record | about())
+                print(json.dumps({n: r["fid_fp"] for n, r in record["cells"][key]["rows"].items()}), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except QuantDMError as error:
+        raise SystemExit(str(error)) from None

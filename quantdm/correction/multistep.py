@@ -1,0 +1,94 @@
+"""Solvers that look back: what the noise of several outputs adds to one update, and the update that makes room for it.
+
+The updates of these solvers are linear in the sample, the outputs and the fresh noise. What each is multiplied with is
+read from the update itself, given unit vectors, so that order, solver type and spacing need no formulas here.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from quantdm.correction.levels import Level, plain_name, ratio_level
+from quantdm.correction.moves import Noise
+from quantdm.correction.variance import Move
+
+# Scheduler -> its updates towards the next level, and from the last level to this one (a corrector).
+UPDATES: dict[str, tuple[str, ...]] = {
+    "DPMSolverMultistepScheduler": (
+        "dpm_solver_first_order_update",
+        "multistep_dpm_solver_second_order_update",
+        "multistep_dpm_solver_third_order_update",
+    ),
+    "DEISMultistepScheduler": (
+        "deis_first_order_update",
+        "multistep_deis_second_order_update",
+        "multistep_deis_third_order_update",
+    ),
+    "UniPCMultistepScheduler": ("multistep_uni_p_bh_update", "multistep_uni_c_bh_update"),
+}
+
+Weights = dict[int, float]  # number of a step -> what the noise of its output is multiplied with, in x / signal
+
+
+@dataclass
+class History:
+    """How much of the noise of which output the sample has, and had at the last level."""
+
+    now: Weights = field(default_factory=dict)
+    last: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update: between which entries of `sigmas`, with which weights per step's output and on fresh noise."""
+
+    start: int
+    end: int
+    outputs: Weights
+    fresh: float
+
+
+def probe(update: Callable[[Sequence[torch.Tensor], torch.Tensor, torch.Tensor], torch.Tensor], count: int) -> list:
+    """Return the weights of `count` outputs and of the fresh noise in an update: float [count + 1].
+
+    Args:
+        update: takes outputs, sample and noise, and is linear in them.
+    """
+    unit = torch.eye(count + 2, dtype=torch.float64)
+    weights = update([row[None] for row in unit[:count]], unit[count][None], unit[count + 1][None])[0]
+    return [*weights[:count].tolist(), float(weights[count + 1])]
+
+
+def predicts_data(scheduler: Any) -> bool:
+    """Say whether a solver keeps predictions of x0 (else of e) in its history."""
+    if plain_name(scheduler) == "UniPCMultistepScheduler":
+        return scheduler.predict_x0
+    return scheduler.config.algorithm_type in ("dpmsolver++", "sde-dpmsolver++")
+
+
+def move_of_update(
+    scheduler: Any, update: Update, carried: Weights, noise: Noise
+) -> tuple[Move, Level, Level, Weights]:
+    """Return the move of an update, the levels between which it goes, and what noise the sample has after it.
+
+    An output of before is in the sample already, and multistep weights take part of its noise out again; what the
+    sample has of it shrinks with the level. So the update adds sum_j ((r c_j + w_j)^2 - (r c_j)^2) s_j^2, with weights
+    w, noise c in the sample, r = target / sigma and s the std of the kept predictions' noise.
+    """
+    here, after = ratio_level(scheduler, update.start), ratio_level(scheduler, update.end)
+    spare = (update.fresh / after.signal) ** 2 if after.signal > 0.0 else 0.0
+    target = math.sqrt(max(after.sigma**2 - spare, 0.0))
+    shrink = target / here.sigma if 0.0 < here.sigma < math.inf else 0.0
+    kept = {number: shrink * weight for number, weight in carried.items()}
+    added = 0.0
+    for number, weight in update.outputs.items():
+        level = ratio_level(scheduler, number)
+        std = noise(level) * (level.sigma if predicts_data(scheduler) else 1.0)
+        before, own = kept.get(number, 0.0), weight / after.signal
+        if math.isfinite(std):
+            added += ((before + own) ** 2 - before**2) * std**2
+        kept[number] = before + own
+    return Move(here.sigma, target, after.sigma, added, spare), here, after, kept

@@ -1,0 +1,97 @@
+"""The noise per sampling step, the measured variants of the correction, and whether it is worth it here."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from quantdm.correction import Correction
+from quantdm.report import charts
+from quantdm.report.markup import esc, figure, missing, paragraph, table
+from quantdm.report.records import Records
+from quantdm.report.sections import spread_cell
+from quantdm.report.wording import percent
+
+VARIANTS = {
+    "none": "no correction",
+    "bias": "mean error removed",
+    "k": "slope removed",
+    "both": "slope and mean error removed",
+    "both+variance": "slope and mean error removed, the sampler's variance lowered",
+    "ptqd": "PTQD",
+    "mmse": "posterior mean (D2-DPM)",
+    "stepbaq": "StepbaQ",
+    "qdrift": "Q-Drift",
+    "tac": "TAC",
+    "tcec": "gain per channel (TCEC)",
+}
+
+
+def variant_name(choice: str) -> str:
+    """Say what a variant is, and on which half of the noise levels alone."""
+    name, _, half = choice.partition(", ")
+    return VARIANTS[name] + (f", {half} of the levels" if half else "")
+
+
+def noise(records: Records) -> str:
+    """Return the noise statistics per step and the measured variants of the correction."""
+    c = records.correction
+    if c is None:
+        return missing("correction.safetensors", "No noise statistics")
+    if records.steps:  # at the steps that the sampler really takes
+        timesteps: Sequence[float] = [step["timestep"] for step in records.steps]
+        found = {key: [step[key] for step in records.steps] for key in records.steps[0]}
+    else:
+        timesteps = c.log_snr.tolist()
+        found = {"k": c.k.tolist(), "bias": np.abs(c.bias).max(axis=1).tolist(), "q": c.q.tolist()}
+        found |= {name: np.asarray(values).tolist() for name, values in c.diagnostics.items()}
+    panels = [
+        ("k", "k", "slope of the error on the output (0: not significant)"),
+        ("R²", "r2", "share of the error that the slope explains"),
+        ("bias", "bias", "largest mean error of a channel"),
+        ("q", "q", "standard deviation of the rest"),
+        ("occupancy", "occupancy", "variance added over the variance of the step"),
+        ("lag-1", "lag1", "correlation of the rest with the next step's"),
+    ]
+    svg = charts.noise_per_step(timesteps, [(title, text, found[key]) for title, key, text in panels if key in found])
+    caption = (
+        "Error of the quantized network's output on the same inputs, after guidance, fitted per noise level as k · "
+        "output + bias + rest. Where lag-1 is near 1 it repeats from step to step; lowering variance absorbs none."
+    )
+    html = figure(svg, "Quantization noise per sampling step.", caption)
+    if not c.measured:
+        return html + paragraph(f"In use: {variant_name(c.choice)}.")
+    rows = []
+    for variant, distances in c.measured.items():
+        row = {"d": float(np.mean(distances)), "d_sd": float(np.std(distances, ddof=1)) if len(distances) > 1 else None}
+        rows.append(("chosen" if variant == c.choice else "", [esc(variant_name(variant)), spread_cell(row, "d", 4)]))
+    head = [("Variant", "the marked one is in use"), ("Distance to full precision", "held-out runs")]
+    note = (
+        "The variant is chosen by its measured outcome: more correction is taken only where it lowers the distance on "
+        "held-out runs beyond noise (paired, 95\u00a0%)."
+    )
+    why = paragraph(esc(worth(c, records.steps)))
+    return html + "<h3>Which correction helps</h3>" + why + table(head, rows) + paragraph(note, "caption")
+
+
+def worth(correction: Correction, steps: Sequence[dict[str, float]]) -> str:
+    """Say in one sentence with figures whether the correction is worth it here, and why."""
+    none = np.array(correction.measured["none"])
+    others = {name: np.array(found) for name, found in correction.measured.items() if name != "none"}
+    kept = correction.choice
+    name = kept if kept in others else min(others, key=lambda other: others[other].mean(), default=None)
+    if name is None:
+        return "No correction was tried."
+    gain = none - others[name]
+    error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
+    figures = (
+        f"{others[name].mean():.4f} against {none.mean():.4f} without, a paired gain of {gain.mean():.4f} ± "
+        f"{error:.4f} over {len(gain)} held-out runs"
+    )
+    if kept != "none":
+        return f"The correction is worth it here: {variant_name(name)} has {figures}."
+    text = f"No correction is in use: the best of {len(others)}, {variant_name(name)}, has {figures}"
+    most = max((step["occupancy"] for step in steps if step["feasible"]), default=0.0)
+    share = max(correction.diagnostics.get("r2", np.zeros(1)))
+    room = f"the noise takes at most {percent(most)} of the room in a step"
+    return f"{text}, which is within noise: {room}, a slope explains at most {percent(share)} of it."
