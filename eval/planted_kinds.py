@@ -4,7 +4,7 @@
 
 Planted labels (`tests.planted.MeetingTruth`, label noise 0.1) of random configurations of a traced denoiser, or of the
 measured space of a run; judged by the noiseless truth on configurations near 3 bits, and by the true value of what is
-chosen at 3.0 bits (by single layers, the graph surrogate also by whole blocks with mean - kappa · sd). Three seeds each,
+chosen at 3.0 bits (by single layers, the graph surrogate also by whole blocks, mean - kappa · sd). Three seeds each,
 and the same labels shuffled. Writes eval/results/planted_kinds.json (spaces that are not asked for stay as they are).
 """
 

@@ -22,6 +22,7 @@ from quantdm.surrogates.additive_model import (
     make_design,
     median_trial,
     predict_log_fid,
+    straight_line,
 )
 from quantdm.surrogates.gauss_newton import solve, solve_path
 from quantdm.surrogates.nested import choose_nested
@@ -112,6 +113,10 @@ class AdditiveSurrogate:
         assert self._references is not None
         pairs = zip(thetas, self._references, strict=True)
         return np.stack([linear_terms(self._design, theta, reference) for theta, reference in pairs])
+
+    def split_difference(self, choice: Ints, reference: Ints) -> Floats:
+        """Return the layers' shares of y(choice) - y(reference), for the final fit and each fold: [1+K, L]."""
+        return np.stack([straight_line(self._design, theta, choice, reference) for theta in self._fitted])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fitted surrogate as a JSON record with a version."""

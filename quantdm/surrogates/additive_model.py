@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdm.surrogates.features import band_index, type_index
+from quantdm.surrogates.local import log_rate
 from quantdm.surrogates.space import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -27,6 +28,7 @@ class Design:
     layer: Floats  # [L, P]
     option: Floats  # [O, Q]
     kind: Floats  # [L, types], one-hot: the effects of (operation type, option) pairs
+    parts: dict[str, slice]  # where the columns of `option` lie: method, width, option
 
 
 def make_design(space: SearchSpace) -> Design:
@@ -42,7 +44,10 @@ def make_design(space: SearchSpace) -> Design:
     error = np.maximum(space.noise_error, 1e-9 * space.noise_error.max())
     # unit: the typical size of S, so that c and the prior mean of every log weight mean the same in every model
     log_error = np.log(error) - np.log(error.mean(axis=1).sum())
-    return Design(log_error, _columns(layer), _columns(option), PRIOR["pair"] * np.eye(type_of.max() + 1)[type_of])
+    ends = np.cumsum([0, *(part.max() + 1 for part in option.values())])
+    parts = {name: slice(int(a), int(b)) for name, a, b in zip(option, ends, ends[1:], strict=False)}
+    kind = PRIOR["pair"] * np.eye(type_of.max() + 1)[type_of]
+    return Design(log_error, _columns(layer), _columns(option), kind, parts)
 
 
 def _columns(parts: dict[str, Ints]) -> Floats:
@@ -86,6 +91,14 @@ def linear_terms(design: Design, theta: Floats, reference: Ints) -> Floats:
     _, b, _, c = head_of(theta)
     terms = np.exp(log_terms(design, theta))
     return -b / (c + terms[np.arange(len(terms)), reference].sum()) * terms
+
+
+def straight_line(design: Design, theta: Floats, choice: Ints, reference: Ints) -> Floats:
+    """Return every layer's share of y(choice) - y(reference) along a straight line of S (Aumann, Shapley 1974): [L]."""
+    _, b, _, c = head_of(theta)
+    terms = np.exp(log_terms(design, theta))[np.arange(len(choice)), np.stack([choice, reference])]
+    own, other = c + terms.sum(axis=1)
+    return log_rate(b, float(own), float(other)) * (terms[0] - terms[1])
 
 
 def median_trial(choices: Ints, labels: Floats) -> Ints:

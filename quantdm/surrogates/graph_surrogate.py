@@ -13,6 +13,7 @@ from quantdm.surrogates.additive_model import FOLDS, MIN_TRIALS, WHY, head_of, m
 from quantdm.surrogates.amplitudes import make_net
 from quantdm.surrogates.block_scores import layer_values
 from quantdm.surrogates.gauss_newton import solve, solve_path
+from quantdm.surrogates.meeting import secants, shapley
 from quantdm.surrogates.nested import choose_nested
 from quantdm.surrogates.ranking import judge_folds, spearman
 from quantdm.surrogates.space import SearchSpace
@@ -117,6 +118,20 @@ class GraphSurrogate:
     def fold_values(self) -> Floats:
         """Return the layer values of the final fit and of every fold: [1+K, L, O] (see `block_scores`)."""
         return layer_values(self)
+
+    def split_difference(self, choice: Ints, reference: Ints) -> Floats:
+        """Return the layers' shares of y(choice) - y(reference), for the final fit and each fold: [1+K, L].
+
+        Shapley values of the cost, exact inside blocks, times the secant of the logarithm.
+        """
+        return np.stack([shapley(self.net, theta, choice, reference) for theta in self.thetas])
+
+    def split_features(self, choice: Ints, reference: Ints) -> Floats:
+        """Return the same difference by secants, over layers and what their terms are made of: [1+K, L, FEATURES].
+
+        `meeting.FEATURES` names the last axis. It says what the network uses, not what hurts the image.
+        """
+        return np.stack([secants(self.net, theta, choice, reference) for theta in self.thetas])
 
     @property
     def thetas(self) -> Floats:
