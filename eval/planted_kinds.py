@@ -60,12 +60,14 @@ def judge(space: SearchSpace, kind: str, seed: int, count: int) -> dict[str, dic
             "chosen": value(select(space, attribute(surrogate).values, target_bits=TARGET)),
         }
         if isinstance(surrogate, GraphSurrogate):
+            row |= {"power": float(np.median(surrogate.net.messages(surrogate.thetas[0]).power))}
             zero, blocks = score_blocks(surrogate)
             for kappa in KAPPAS:
                 bounded = [block.bounded(kappa) for block in blocks]
                 row[f"whole blocks {kappa:g}"] = value(select(space, zero[0], blocks=bounded, target_bits=TARGET))
-            shuffled = np.random.default_rng(seed).permutation(y)
-            row["shuffled"] = float(np.mean(make(space).fit(choices, shuffled).cv_scores_))
+            if kind == "none":
+                shuffled = np.random.default_rng(seed).permutation(y)
+                row["shuffled"] = float(np.mean(make(space).fit(choices, shuffled).cv_scores_))
         found[name] = row
     return found
 
@@ -84,15 +86,17 @@ def summarise(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spaces", nargs="*", help="names of traced denoisers, or run directories")
+    parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
+    arguments = parser.parse_args()
     record = read_json(OUT, version=1) if OUT.exists() else {"version": 1, "spaces": {}}
     record |= {"seeds": SEEDS, "held_out": HELD_OUT, "target_bits": TARGET, "versions": versions()}
-    for name in parser.parse_args().spaces or ["digits-dit", "pixart-xl-2"]:
+    for name in arguments.spaces or ["digits-dit", "pixart-xl-2"]:
         measured = (Path(name) / "space.json").is_file()
         space = SearchSpace.load(Path(name) / "space.json") if measured else planted_space(model=name)
         label = f"{Path(name).name}, measured errors" if measured else name
         count = TRIALS.get(name, 200)
         kinds = record["spaces"].setdefault(label, {"trials": count, "layers": len(space.layers), "kinds": {}})["kinds"]
-        for kind in KINDS:
+        for kind in arguments.kinds:
             kinds[kind] = summarise([judge(space, kind, seed, count) for seed in range(SEEDS)])
             record["spaces"][label]["date"] = datetime.date.today().isoformat()
             print(label, kind, *(f"\n  {key} {row}" for key, row in kinds[kind].items()), flush=True)

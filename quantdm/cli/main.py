@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from quantdm.cli import look, measure, recipes, run, search
+from quantdm.cli import explain, look, measure, recipes, run, search
 from quantdm.cli.app import app
 from quantdm.errors import QuantDMError
 
@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-COMMANDS = (run, search, recipes, measure, look)  # importing a module registers its sub-commands
+COMMANDS = (run, search, explain, recipes, measure, look)  # importing a module registers its sub-commands
 
 
 class Interrupted(BaseException):
