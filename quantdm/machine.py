@@ -124,7 +124,7 @@ def cores() -> int:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    names = ("quantdm", "torch", "diffusers", "transformers", "xgboost-cpu", "torch_geometric", "scipy")
+    names = ("quantdm", "torch", "diffusers", "transformers", "xgboost-cpu", "scipy")
     found = {}
     for name in names:
         with contextlib.suppress(Exception):

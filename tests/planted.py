@@ -1,6 +1,7 @@
 """A search space on the traced graph of a denoiser (by default one of digits-dit's size), and planted labels."""
 
 from functools import cache
+from typing import Literal
 
 import diffusers
 import numpy as np
@@ -88,3 +89,63 @@ class PlantedTruth:
             ]
         )
         return choices, self.y(choices) + LABEL_NOISE * np.random.default_rng(seed).normal(size=count)
+
+
+Interaction = Literal["none", "coherent", "worst", "amplified"]
+
+
+class MeetingTruth:
+    """fid_fp = FLOOR + 0.1 · sum over blocks of how their layers' errors t meet.
+
+    "none": sum t. "coherent": (sum sqrt t)². "worst": n · max t. "amplified": sum t_i · (1 + 2 min(1, t after i /
+    usual)): layers pass earlier errors on, the more the worse they are. Types, methods and layers err by own factors.
+    """
+
+    def __init__(self, space: SearchSpace, kind: Interaction, *, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        types = sorted({layer.op_type for layer in space.layers})
+        by_type = dict(zip(types, np.exp(0.7 * rng.normal(size=len(types))), strict=True))
+        methods = [o.label.replace(f"-{o.bits}", "") for o in space.options]
+        by_method = {method: np.exp(0.4 * rng.normal()) for method in sorted(set(methods))}
+        factor = np.array([[by_type[la.op_type]] for la in space.layers]) * np.array([by_method[m] for m in methods])
+        self.terms = space.noise_error * factor * np.exp(0.3 * rng.normal(size=(len(space.layers), 1)))
+        middle = np.argsort(space.bits.sum(axis=0))[len(space.options) // 2]
+        self.terms /= self.terms[:, middle].sum()
+        self.space, self.kind = space, kind
+        self.blocks = [[space.layer_index[name] for name in block.layers] for block in space.graph.blocks]
+
+    def block_cost(self, members: list[int], part: np.ndarray) -> np.ndarray:
+        """What one block costs: its terms [N, n] -> [N]."""
+        if self.kind == "coherent":
+            return np.sqrt(part).sum(axis=1) ** 2
+        if self.kind == "worst":
+            return len(members) * part.max(axis=1)
+        found = part.sum(axis=1)
+        for i in range(len(members) - 1 if self.kind == "amplified" else 0):
+            usual = self.terms[members[i + 1 :]].mean() * (len(members) - i - 1)
+            found = found + 2 * part[:, i] * np.minimum(1, part[:, i + 1 :].sum(axis=1) / usual)
+        return found
+
+    def y(self, choices) -> np.ndarray:
+        """Noiseless labels -log(fid_fp): [T, L] -> [T]."""
+        terms = self.space.gather(self.terms, choices)
+        return -np.log(FLOOR + 0.1 * sum(self.block_cost(members, terms[:, members]) for members in self.blocks))
+
+    def optimum(self, target_bits: float) -> float:
+        """Return the largest noiseless label at a size, exactly: costs are additive over blocks."""
+        found = []
+        for block, members in zip(self.space.graph.blocks, self.blocks, strict=True):
+            rows = np.array(list(np.ndindex(*[len(self.space.options)] * len(members))))
+            cost = self.block_cost(members, self.terms[members, rows])
+            found.append(BlockScores(block.name, tuple(members), rows, -cost[None]))
+        none = np.zeros(self.space.bits.shape)
+        return float(self.y(select(self.space, none, blocks=found, target_bits=target_bits))[0])
+
+    def trials(self, count: int, *, seed: int = 0, noise: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+        """Random configurations of every size, with label noise: choices [T, L] and y [T]."""
+        choices = sample_configs(self.space, count, seed=seed)
+        return choices, self.y(choices) + noise * np.random.default_rng(seed).normal(size=count)
+
+    def near(self, count: int, *, target_bits: float = 3.0) -> np.ndarray:
+        """Configurations near the frontier at a size, of no trial: choices [T, L]."""
+        return sample_frontier(self.space, -self.space.noise_error, count, target_bits=target_bits, seed=77)

@@ -134,7 +134,7 @@ import builtins
 found, real = [], builtins.__import__
 def watch(name, globals=None, locals=None, fromlist=(), level=0):
     importer = (globals or {}).get("__name__") or ""
-    if importer.startswith("quantdm") and name.split(".")[0] in ("xgboost", "torch_geometric", "matplotlib", "sklearn"):
+    if importer.startswith("quantdm") and name.split(".")[0] in ("xgboost", "matplotlib", "sklearn"):
         found.append((importer, name))
     return real(name, globals, locals, fromlist, level)
 builtins.__import__ = watch

@@ -14,8 +14,7 @@ KINDS = {
     "ridge": lambda space, **settings: RidgeSurrogate(space, **settings),
     "tree": lambda space, **settings: TreeSurrogate(space, rounds=20, **settings),
     "tree alone": lambda space, **settings: TreeSurrogate(space, rounds=20, prior=False, **settings),
-    "graph": lambda space, **settings: GraphSurrogate(space, epochs=10, **settings),
-    "graph alone": lambda space, **settings: GraphSurrogate(space, epochs=10, prior=False, **settings),
+    "graph": lambda space, **settings: GraphSurrogate(space, **settings),
 }
 
 

@@ -15,7 +15,7 @@ from quantdm.files import read_json
 from quantdm.pipelines.subject import look_at
 from quantdm.runs import choose as choosing
 from quantdm.runs import explain as explaining
-from quantdm.runs import final
+from quantdm.runs import final, why
 from quantdm.runs import trials as trying
 from quantdm.runs.correct import correct_run
 from quantdm.runs.engines.local import Engine
@@ -60,6 +60,7 @@ def alarmed(monkeypatch):
     monkeypatch.setattr(explaining, "attribute", alarm("attribute"))
     for name in ("score_blocks", "select", "select_lambda", "verify"):
         monkeypatch.setattr(choosing, name, alarm("choose"))
+    monkeypatch.setattr(why, "explain_one", alarm("why"))
     for name in ("propose", "first_trials", "label_trials"):
         monkeypatch.setattr(trying, name, alarm("trials"))
 
@@ -76,7 +77,7 @@ def test_no_stage_of_a_finished_search_is_run_again(run, finished, alarmed):
 
 @pytest.mark.parametrize(("lost", "called"), [
     ("trials.json", "trials"), ("surrogate.json", "fit"), ("surrogates/tree.json", "fit"),
-    ("attribution.json", "attribute"), ("selection.json", "choose"),
+    ("attribution.json", "attribute"), ("selection.json", "choose"), ("why.json", "why"),
 ])  # fmt: skip
 def test_a_stage_whose_record_is_gone_is_run_again_and_no_earlier_one(run, alarmed, lost, called):
     run.path(lost).unlink()

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from quantdm.cli import evaluate, fid, look, measure, recipes, run, runs, search
+from quantdm.cli import evaluate, explain, fid, look, measure, recipes, run, runs, search
 from quantdm.cli.app import app
 from quantdm.errors import QuantDMError
 
@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-COMMANDS = (run, search, runs, recipes, measure, evaluate, fid, look)  # importing a module registers its sub-commands
+COMMANDS = (run, search, runs, explain, recipes, measure, evaluate, fid, look)  # importing registers sub-commands
 
 
 class Interrupted(BaseException):

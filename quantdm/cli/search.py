@@ -101,22 +101,6 @@ def fit(run_dir: RunDir) -> None:
         typer.echo(f"{name:<22} Spearman {value:.3f}  (nothing learned)")
 
 
-@app.command(epilog="Example: quantdm explain --run-dir runs/mine")
-def explain(run_dir: RunDir) -> None:
-    """Attribute quality to every layer and scheme (attribution.json) and print the operation types that matter."""
-    from quantdm.cli.tables import show_attribution
-    from quantdm.runs.explain import explain as explain_run
-    from quantdm.runs.explain import fit_surrogates
-    from quantdm.runs.run import Run
-    from quantdm.runs.stages import load_space
-    from quantdm.runs.trials import load_trials
-
-    run = Run.open(run_dir)
-    space = load_space(run)
-    fitted = fit_surrogates(run, space, *load_trials(run, space))
-    show_attribution(space, explain_run(run, fitted))
-
-
 @app.command(epilog="Example: quantdm select --run-dir runs/mine --target-bits 3.5 -o recipe-3.5.yaml")
 def select(
     run_dir: RunDir,

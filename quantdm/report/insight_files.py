@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from quantdm.errors import QuantDMError
 from quantdm.files import MARKUP_COMMENT, check_replaceable, write_json, write_text
 from quantdm.report import charts, layer_charts
+from quantdm.report.advice import advice, cheapest_savings, doubts, read_names, say_names, shared_schemes
 from quantdm.report.drawing import draw_graph
 from quantdm.report.explanations import ordered_groups
 from quantdm.report.insights import Group, group_layers, insights, one_more_bit, width_value, widths
-from quantdm.report.records import MADE_BY, read_records
+from quantdm.report.records import MADE_BY, Records, read_records
 from quantdm.surrogates import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -59,13 +60,27 @@ def save_insights(run_dir: str | Path) -> list[Path]:
         "version": INSIGHTS_VERSION,
         "model": records.settings.model,
         "source": source,
-        "sentences": insights(space, choice, values),
+        "sentences": sentences_of(records),
+        "names": asdict(read_names(space, values)),
+        "one_bit_less": [asdict(step) for step in cheapest_savings(space, values, choice)],
+        "shared_schemes": [asdict(item) for item in shared_schemes(space, values, choice)],
+        "doubts": [asdict(item) for item in doubts(space, explanation[1], choice)],
         "one_more_bit": [asdict(step) for step in one_more_bit(space, values, choice)],
         "by_op_type": [_row(space, choice, learned, group) for group in group_layers(space, "op_type", choice)],
         "by_block": [_row(space, choice, learned, group) for group in group_layers(space, "block", choice)],
     }
     write_json(folder / RECORD, record)
     return [folder / name for name in (RECORD, *drawings, *graphs)]
+
+
+def sentences_of(records: Records) -> list[str]:
+    """Return every sentence to act on, and what names are worth; none where the run has no recipe or explanation."""
+    space, choice, explanation = records.space, records.choice, records.explanation
+    if space is None or choice is None or explanation is None:
+        return []
+    attribution = explanation[1]
+    names = read_names(space, attribution.values)
+    return [*insights(space, choice, attribution.values), *advice(space, attribution, choice), say_names(names)]
 
 
 def _drawings(space: SearchSpace, choice: NDArray[np.int64], values: Floats, learned: Floats) -> dict[str, str]:

@@ -11,6 +11,7 @@ from quantdm.report.noise import noise
 from quantdm.report.records import Records, read_records
 from quantdm.report.sections import actions, frontier, masthead, model_label, protocol, results, samples
 from quantdm.report.tuning import tuning
+from quantdm.report.why import unknowns, why
 
 REPORT_FILE = "report.html"
 SECTIONS: tuple[tuple[str, str, Callable[[Records], str]], ...] = (
@@ -20,7 +21,9 @@ SECTIONS: tuple[tuple[str, str, Callable[[Records], str]], ...] = (
     ("frontier", "FID against bits", frontier),
     ("sensitivity", "Sensitivity", sensitivities),
     ("layers", "Bits per layer", allocation),
+    ("why", "Why this recipe", why),
     ("next", "What one more bit would buy", next_bits),
+    ("unknown", "Names and gaps", unknowns),
     ("surrogates", "Surrogates", surrogates),
     ("tuning", "Tuning", tuning),
     ("noise", "Noise per step", noise),

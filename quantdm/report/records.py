@@ -15,6 +15,7 @@ from quantdm.recipe import Recipe, joint_config, load_recipe
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
 from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
+from quantdm.runs.why import WHY_FILE
 from quantdm.surrogates import Attribution, SearchSpace
 
 # Record -> the command that makes it (MODEL and RUN_DIR as they were given: a report carries no machine's paths).
@@ -25,6 +26,7 @@ MADE_BY = {
     "attribution.json": "quantdm explain --run-dir RUN_DIR",
     "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
     "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
+    "why.json": "quantdm search MODEL --run-dir RUN_DIR",
     "tuning.json": "quantdm tune --run-dir RUN_DIR",
     "correction.safetensors": "quantdm correct --run-dir RUN_DIR",
     "summary.json": "quantdm run MODEL --run-dir RUN_DIR",
@@ -42,6 +44,7 @@ class Records:
     surrogate: dict[str, Any] | None
     attributions: dict[str, Attribution] | None
     selection: dict[str, Any] | None
+    why: dict[str, Any] | None
     recipe: Recipe | None
     tuning: dict[str, Any] | None
     correction: Correction | None
@@ -111,6 +114,7 @@ def read_records(run_dir: str | Path) -> Records:
         surrogate=optional("surrogate.json", lambda path: read_json(path, version=1)),
         attributions=attributions,
         selection=optional("selection.json", lambda path: read_json(path, version=1)),
+        why=optional(WHY_FILE, lambda path: read_json(path, version=1)),
         recipe=recipe,
         tuning=optional(TUNING_FILE, lambda path: read_json(path, version=TUNING_VERSION)),
         correction=optional("correction.safetensors", load_correction),

@@ -18,10 +18,10 @@ from quantdm.surrogates import (
     TreeSurrogate,
     attribute,
 )
+from quantdm.surrogates.graph_surrogate import GRAPH_VERSION
 from quantdm.surrogates.ranking import spearman
 
 SURROGATES = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
-SUFFIXES = {"additive": ".json", "tree": ".json", "graph": ".safetensors"}
 
 
 def is_current(path: Path, inputs: str) -> bool:
@@ -39,8 +39,9 @@ def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndar
     yardstick only.
     """
     arrays = (choices.tolist(), y.tolist(), space.noise_error.tolist(), space.weight_error.tolist())
-    inputs, path = digest(space.digest, space.graph.to_dict(), *arrays, run.settings.seed), run.path("surrogate.json")
-    files = {name: run.path("surrogates") / f"{name}{SUFFIXES[name]}" for name in SURROGATES}
+    inputs = digest(space.digest, space.graph.to_dict(), *arrays, run.settings.seed, GRAPH_VERSION)
+    path = run.path("surrogate.json")
+    files = {name: run.path("surrogates") / f"{name}.json" for name in SURROGATES}
     if is_current(path, inputs) and all(file.is_file() for file in files.values()):
         return {name: kind.load(files[name], space) for name, kind in SURROGATES.items()}
     path.unlink(missing_ok=True)  # from here on the files are not what it speaks of

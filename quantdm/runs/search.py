@@ -17,6 +17,7 @@ from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, make_settings
 from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
+from quantdm.runs.why import explain_choice
 from quantdm.schemes import DEFAULT_OPTIONS, Scheme
 
 
@@ -113,4 +114,6 @@ def find_recipe(run: Run, engine: Engine, subject: Subject) -> Recipe:
     space = measure_space(run, engine, subject, bank)
     run_trials(run, engine, space)
     fitted = fit_surrogates(run, space, *load_trials(run, space))
-    return choose(run, engine, space, explain(run, fitted), fitted["graph"])
+    recipe = choose(run, engine, space, explain(run, fitted), fitted["graph"])
+    explain_choice(run, space, fitted)
+    return recipe

@@ -6,6 +6,7 @@ from quantdm.surrogates.block_scores import BlockScores, score_blocks
 from quantdm.surrogates.comparison import agreement, agreement_with_truth
 from quantdm.surrogates.explainers import explain_by_shapley, explain_by_swaps
 from quantdm.surrogates.graph_surrogate import GraphSurrogate
+from quantdm.surrogates.local import LocalExplanation, explain_one
 from quantdm.surrogates.ridge import RidgeSurrogate
 from quantdm.surrogates.space import SearchSpace
 from quantdm.surrogates.tree import TreeSurrogate
@@ -15,6 +16,7 @@ __all__ = [
     "Attribution",
     "BlockScores",
     "GraphSurrogate",
+    "LocalExplanation",
     "RidgeSurrogate",
     "SearchSpace",
     "TreeSurrogate",
@@ -23,5 +25,6 @@ __all__ = [
     "attribute",
     "explain_by_shapley",
     "explain_by_swaps",
+    "explain_one",
     "score_blocks",
 ]

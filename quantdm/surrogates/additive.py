@@ -15,15 +15,16 @@ from quantdm.surrogates.additive_model import (
     FOLDS,
     MIN_TRIALS,
     WHY,
+    AdditiveCurve,
     Floats,
     Ints,
     linear_terms,
     make_design,
     median_trial,
     predict_log_fid,
-    solve,
-    solve_path,
+    straight_line,
 )
+from quantdm.surrogates.gauss_newton import solve, solve_path
 from quantdm.surrogates.nested import choose_nested
 from quantdm.surrogates.ranking import judge_folds, spearman
 from quantdm.surrogates.space import SearchSpace
@@ -68,12 +69,13 @@ class AdditiveSurrogate:
         """
         choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
         folds = split_folds(len(labels), FOLDS, self.random_state)
+        curve = AdditiveCurve(self._design)
 
         def fit(rows: Ints, strength: float) -> Floats:
-            return solve(self._design, choices[rows], -labels[rows], weights[rows], strength)
+            return solve(curve, choices[rows], -labels[rows], weights[rows], strength)
 
         def path(rows: Ints, strengths: Sequence[float]) -> list[Floats]:
-            return solve_path(self._design, choices[rows], -labels[rows], weights[rows], strengths)
+            return solve_path(curve, choices[rows], -labels[rows], weights[rows], strengths)
 
         def predict(theta: Floats, rows: Ints) -> Floats:
             return -predict_log_fid(self._design, theta, choices[rows])
@@ -112,15 +114,9 @@ class AdditiveSurrogate:
         pairs = zip(thetas, self._references, strict=True)
         return np.stack([linear_terms(self._design, theta, reference) for theta, reference in pairs])
 
-    def values_of_part(self, fold: int, choices: Ints, labels: Floats, weights: Floats) -> Floats:
-        """Return the terms [L, O] as a fit to a part of fold k's training trials has them, with that fold's strength.
-
-        For whoever weighs the surrogate against another on the rest of those trials.
-        """
-        assert self.fold_strengths_
-        with single_thread():
-            theta = solve(self._design, choices, -labels, weights, self.fold_strengths_[fold])
-        return linear_terms(self._design, theta, median_trial(choices, labels))
+    def split_difference(self, choice: Ints, reference: Ints) -> Floats:
+        """Return the layers' shares of y(choice) - y(reference), for the final fit and each fold: [1+K, L]."""
+        return np.stack([straight_line(self._design, theta, choice, reference) for theta in self._fitted])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fitted surrogate as a JSON record with a version."""

@@ -1,12 +1,12 @@
-"""The additive model: positive learned weights on one-layer noise errors, and its fit by Gauss-Newton steps."""
+"""The additive model: positive learned weights on one-layer noise errors, and how its curve bends."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quantdm.surrogates.features import band_index, type_index
+from quantdm.surrogates.local import log_rate
 from quantdm.surrogates.space import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -14,8 +14,6 @@ Ints = NDArray[np.int64]
 FOLDS, MIN_TRIALS = 5, 10
 WHY = "five folds need at least two held-out trials each"
 ADDITIVE_VERSION = 4
-PRECISE, ROUGH = 1e-8, 1e-4  # relative fall of the loss at which a fit ends
-NOISE_SD = 0.1  # unit of the penalty: label noise of log(fid_fp), docs/method.md, What was measured
 # Standard deviations, in log units, by which the parts of a layer's weight may differ before the data speak. Chosen on
 # 160 trials of each reference pipeline: without "pair" the rank correlation near the budget falls by 0.015 to 0.02.
 PRIOR = {"type": 0.6, "band": 0.4, "cell": 0.3, "layer": 0.5, "method": 0.4, "width": 0.4, "option": 0.2, "pair": 0.4}
@@ -30,6 +28,7 @@ class Design:
     layer: Floats  # [L, P]
     option: Floats  # [O, Q]
     kind: Floats  # [L, types], one-hot: the effects of (operation type, option) pairs
+    parts: dict[str, slice]  # where the columns of `option` lie: method, width, option
 
 
 def make_design(space: SearchSpace) -> Design:
@@ -45,11 +44,26 @@ def make_design(space: SearchSpace) -> Design:
     error = np.maximum(space.noise_error, 1e-9 * space.noise_error.max())
     # unit: the typical size of S, so that c and the prior mean of every log weight mean the same in every model
     log_error = np.log(error) - np.log(error.mean(axis=1).sum())
-    return Design(log_error, _columns(layer), _columns(option), PRIOR["pair"] * np.eye(type_of.max() + 1)[type_of])
+    ends = np.cumsum([0, *(part.max() + 1 for part in option.values())])
+    parts = {name: slice(int(a), int(b)) for name, a, b in zip(option, ends, ends[1:], strict=False)}
+    kind = PRIOR["pair"] * np.eye(type_of.max() + 1)[type_of]
+    return Design(log_error, _columns(layer), _columns(option), kind, parts)
 
 
 def _columns(parts: dict[str, Ints]) -> Floats:
     return np.concatenate([PRIOR[name] * np.eye(part.max() + 1)[part] for name, part in parts.items()], axis=1)
+
+
+def body_size(design: Design) -> int:
+    """Return the number of parameters of the head and of the terms."""
+    return 4 + design.layer.shape[1] + design.option.shape[1] + design.kind.shape[1] * design.option.shape[0]
+
+
+def start_of(size: int, mean: float) -> Floats:
+    """Return parameters at the prior's mode, but for a = `mean`."""
+    theta = np.zeros(size)
+    theta[0] = (mean - HEAD_PRIOR[0][0]) / HEAD_PRIOR[0][1]
+    return theta
 
 
 def head_of(theta: Floats) -> tuple[float, float, float, float]:
@@ -59,7 +73,7 @@ def head_of(theta: Floats) -> tuple[float, float, float, float]:
 
 def log_terms(design: Design, theta: Floats) -> Floats:
     """Return log(w[l] · v[o] · u[type, o] · e[l, o]^gamma) [L, O]."""
-    parts = np.split(theta[4:], np.cumsum([design.layer.shape[1], design.option.shape[1]]))
+    parts = np.split(theta[4 : body_size(design)], np.cumsum([design.layer.shape[1], design.option.shape[1]]))
     log_w, log_v = design.layer @ parts[0], design.option @ parts[1]
     log_u = design.kind @ parts[2].reshape(design.kind.shape[1], -1)
     return log_w[:, None] + log_v[None] + log_u + head_of(theta)[2] * design.log_error
@@ -79,81 +93,61 @@ def linear_terms(design: Design, theta: Floats, reference: Ints) -> Floats:
     return -b / (c + terms[np.arange(len(terms)), reference].sum()) * terms
 
 
+def straight_line(design: Design, theta: Floats, choice: Ints, reference: Ints) -> Floats:
+    """Return every layer's share of y(choice) - y(reference) along a straight line of S (Aumann, Shapley 1974): [L]."""
+    _, b, _, c = head_of(theta)
+    terms = np.exp(log_terms(design, theta))[np.arange(len(choice)), np.stack([choice, reference])]
+    own, other = c + terms.sum(axis=1)
+    return log_rate(b, float(own), float(other)) * (terms[0] - terms[1])
+
+
 def median_trial(choices: Ints, labels: Floats) -> Ints:
     """Return the choice whose label is the median: [T, L] -> [L]."""
     return choices[np.argsort(labels)[len(labels) // 2]]
 
 
-def _jacobian(design: Design, theta: Floats, choices: Ints) -> Floats:
-    """Return d(log fid_fp) / d(theta): [T, parameters]."""
+def body_jacobian(design: Design, theta: Floats, choices: Ints, part: Floats, total: Floats) -> Floats:
+    """Return d(log fid_fp) / d(head and terms): [T, parameters].
+
+    Args:
+        design: the fixed part.
+        theta: where.
+        choices: [T, L].
+        part: d(log fid_fp) / d(log term) of every layer's chosen cell [T, L].
+        total: c + S [T].
+    """
     _, b, gamma, c = head_of(theta)
-    rows = np.arange(len(design.log_error))
-    terms = np.exp(log_terms(design, theta))[rows, choices]  # [T, L]
-    total = c + terms.sum(axis=1, keepdims=True)
-    part = b * terms / total
     split = [part * (choices == option) for option in range(len(design.option))]
     by_option = np.stack([share.sum(axis=1) for share in split], axis=1)
     by_pair = np.stack([share @ design.kind for share in split], axis=2)  # [T, types, O]
     (_, sd_a), (_, sd_b), (_, sd_gamma), (_, sd_c) = HEAD_PRIOR
     head = [
         np.full(len(choices), sd_a),
-        sd_b * b * np.log(total[:, 0]),
-        sd_gamma * gamma * (part * design.log_error[rows, choices]).sum(axis=1),
-        sd_c * b * c / total[:, 0],
+        sd_b * b * np.log(total),
+        sd_gamma * gamma * (part * design.log_error[np.arange(len(design.log_error)), choices]).sum(axis=1),
+        sd_c * b * c / total,
     ]
     body = [part @ design.layer, by_option @ design.option, by_pair.reshape(len(choices), -1)]
     return np.concatenate([np.stack(head, axis=1), *body], axis=1)
 
 
-def solve(design: Design, choices: Ints, target: Floats, weights: Floats, strength: float) -> Floats:
-    """Minimise sum_t weight · (log fid_fp - target)^2 / NOISE_SD^2 + strength · |theta|^2 by Gauss-Newton.
+@dataclass(frozen=True)
+class AdditiveCurve:
+    """The additive model as `quantdm.surrogates.gauss_newton` fits it."""
 
-    Each step is solved in the dual (trials x trials), because parameters outnumber trials; a step that does not
-    descend is halved.
-    """
-    return _descend(design, choices, target, weights, strength, _start(design, target, weights), PRECISE)
+    design: Design
 
+    def start(self, mean: float) -> Floats:
+        """Return the parameters at which the prior's mode predicts about `mean`."""
+        return start_of(body_size(self.design), mean)
 
-def solve_path(
-    design: Design, choices: Ints, target: Floats, weights: Floats, strengths: Sequence[float]
-) -> list[Floats]:
-    """Solve for several strengths, the strongest first, each from the one before, well enough to compare them."""
-    theta, found = _start(design, target, weights), {}
-    for strength in sorted(strengths, reverse=True):
-        theta = found[strength] = _descend(design, choices, target, weights, strength, theta, ROUGH)
-    return [found[strength] for strength in strengths]
+    def log_fid(self, theta: Floats, choices: Ints) -> Floats:
+        """Return log fid_fp: [T, L] -> [T]."""
+        return predict_log_fid(self.design, theta, choices)
 
-
-def _start(design: Design, target: Floats, weights: Floats) -> Floats:
-    theta = np.zeros(4 + design.layer.shape[1] + design.option.shape[1] + design.kind.shape[1] * len(design.option))
-    theta[0] = (np.average(target, weights=weights) - HEAD_PRIOR[0][0]) / HEAD_PRIOR[0][1]
-    return theta
-
-
-def _descend(
-    design: Design, choices: Ints, target: Floats, weights: Floats, strength: float, theta: Floats, tolerance: float
-) -> Floats:
-    root = np.sqrt(weights) / NOISE_SD
-
-    def loss(candidate: Floats) -> tuple[float, Floats]:
-        residual = root * (predict_log_fid(design, candidate, choices) - target)
-        return float(residual @ residual + strength * candidate @ candidate), residual
-
-    value, residual = loss(theta)
-    for _ in range(100):
-        jacobian = root[:, None] * _jacobian(design, theta, choices)
-        kernel = jacobian @ jacobian.T + strength * np.eye(len(residual))
-        step = -jacobian.T @ np.linalg.solve(kernel, residual - jacobian @ theta) - theta
-        size = 1.0
-        while size > 1e-4:
-            trial_value, trial_residual = loss(theta + size * step)
-            if trial_value < value:
-                break
-            size /= 2
-        else:
-            break
-        done = value - trial_value < tolerance * value
-        theta, value, residual = theta + size * step, trial_value, trial_residual
-        if done:
-            break
-    return theta
+    def jacobian(self, theta: Floats, choices: Ints) -> Floats:
+        """Return d(log fid_fp) / d(theta): [T, parameters]."""
+        _, b, _, c = head_of(theta)
+        terms = np.exp(log_terms(self.design, theta))[np.arange(len(self.design.log_error)), choices]
+        total = c + terms.sum(axis=1)
+        return body_jacobian(self.design, theta, choices, b * terms / total[:, None], total)

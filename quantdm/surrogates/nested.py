@@ -45,15 +45,14 @@ def choose_nested(
     def errors(fits: list[Floats], fold: Ints) -> Floats:
         return np.array([(weights[fold] * (predict(own, fold) - labels[fold]) ** 2).sum() for own in fits])
 
-    found = [[fit(train(fold), strength) for strength in strengths] for fold in folds]
-    for fits, fold in zip(found, folds, strict=True):
-        outer_error += errors(fits, fold)
+    for fold in folds:
+        outer_error += errors(path(train(fold), strengths), fold)
     for j, k in combinations(range(len(folds)), 2):
         fits = path(train(folds[j], folds[k]), strengths)
         inner_error[k] += errors(fits, folds[j])
         inner_error[j] += errors(fits, folds[k])
     chosen = inner_error.argmin(axis=1)
-    parameters = np.stack([fits[index] for fits, index in zip(found, chosen, strict=True)])
+    parameters = np.stack([fit(train(fold), strengths[index]) for fold, index in zip(folds, chosen, strict=True)])
     held_out = np.empty(len(labels))
     for fold, own in zip(folds, parameters, strict=True):
         held_out[fold] = predict(own, fold)

@@ -81,6 +81,11 @@ class RidgeSurrogate:
             raise QuantDMError("RidgeSurrogate is not fitted; call fit(choices, y) first")
         return np.stack([self._features.project(row[:-1]) for row in self._coefficients])
 
+    def split_difference(self, choice: Ints, reference: Ints) -> Floats:
+        """Return the layers' shares of y(choice) - y(reference), for the final fit and each fold: [1+K, L]."""
+        values, rows = self.fold_values(), np.arange(len(choice))
+        return values[:, rows, choice] - values[:, rows, reference]
+
     def save(self, path: str | Path) -> None:
         """Write the fitted surrogate as JSON."""
         if self._coefficients is None:

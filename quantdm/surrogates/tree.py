@@ -17,6 +17,7 @@ from quantdm.surrogates.features import pool
 from quantdm.surrogates.ranking import judge_folds, spearman
 from quantdm.surrogates.space import SearchSpace
 from quantdm.surrogates.trials import check_trials, read_record, split_folds
+from quantdm.surrogates.two_points import shapley_of_trees, trees_of
 
 Floats = NDArray[np.float64]
 FOLDS, MIN_TRIALS = 5, 10
@@ -130,6 +131,21 @@ class TreeSurrogate:
             slopes = np.where(usable, (centred * phi).mean(axis=0) / np.where(usable, variance, 1.0), 0.0)
             found.append(self.features.project(slopes * per_sum))
         return np.stack(found) + (0.0 if self.prior_ is None else self.prior_.fold_values())
+
+    def split_difference(self, choice: NDArray[np.int64], reference: NDArray[np.int64]) -> Floats:
+        """Return the layers' shares of y(choice) - y(reference), for the final model and each fold: [1+K, L].
+
+        A feature's interventional TreeSHAP value goes to the layers that moved its sum that way, in proportion: those
+        that moved it the other way get nothing of it. The prior's difference is split as its own.
+        """
+        boosters, pair = self._fitted(), np.stack([choice, reference])
+        own, other = self.features.transform(pair)
+        rows = np.arange(len(choice))
+        moved = self.features.coefficients[:, rows, choice] - self.features.coefficients[:, rows, reference]  # [F, L]
+        along = np.maximum(moved * np.sign(moved.sum(axis=1, keepdims=True)), 0.0)
+        share = along / np.maximum(along.sum(axis=1, keepdims=True), 1e-300)
+        found = np.stack([shapley_of_trees(trees_of(booster), own, other) @ share for booster in boosters])
+        return found + (0.0 if self.prior_ is None else self.prior_.split_difference(choice, reference))
 
     def save(self, path: str | Path) -> None:
         """Write the fitted surrogate as JSON (XGBoost's own JSON model inside)."""
