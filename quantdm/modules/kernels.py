@@ -38,9 +38,9 @@ class Kernel:
             per_row: how many arguments are cut together with the rows.
         """
         if Kernel.wanted and not self._failed and not torch.compiler.is_compiling() and out[0].numel() >= SMALL:
-            if self._compiled is None:
-                self._compiled = torch.compile(self.function, dynamic=True)
             try:
+                if self._compiled is None:
+                    self._compiled = torch.compile(self.function, dynamic=True)
                 self._compiled(out, *arguments)
                 return
             except Exception as error:

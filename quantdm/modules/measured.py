@@ -76,9 +76,12 @@ def _machine(device: torch.device) -> str:
 
 @functools.cache
 def _known() -> dict[str, str]:
-    """Return what the cache says; a damaged one is as good as none."""
-    with contextlib.suppress(QuantDMError, OSError):
+    """Return what the cache says; a damaged one is thrown away."""
+    try:
         return dict(read_json(cache_file(), version=VERSION)["fastest"])
+    except (QuantDMError, OSError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(OSError):
+            cache_file().unlink(missing_ok=True)
     return {}
 
 
