@@ -5,7 +5,8 @@ Importing it registers it with diffusers and transformers, so that `from_pretrai
 
 from importlib.metadata import PackageNotFoundError, version
 
-from quantdm.activations import set_activation_bits_
+from quantdm.activations import set_activation_bits_, usual_activations
+from quantdm.activations.observe import choose_activations, observe_ranges
 from quantdm.allocation import select
 from quantdm.correction import Correction, apply_correction, fit_correction, load_correction, remove_correction
 from quantdm.corridor.demo import demo
@@ -25,7 +26,7 @@ from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol, load_protocol
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.quantizers import QuantizedWeight, quantize_weight
-from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, load_recipe
+from quantdm.recipe import ActivationScheme, ActivationSpec, CalibrationSpec, Recipe, load_recipe
 from quantdm.report import write_report
 from quantdm.runs.search import search
 from quantdm.runs.settings import Effort
@@ -37,6 +38,7 @@ except PackageNotFoundError:  # a source tree on the path, never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "ActivationScheme",
     "ActivationSpec",
     "CalibrationSpec",
     "Correction",
@@ -54,6 +56,7 @@ __all__ = [
     "apply_correction",
     "apply_recipe",
     "capture_inputs",
+    "choose_activations",
     "demo",
     "evaluate",
     "export_pipeline",
@@ -66,6 +69,7 @@ __all__ = [
     "load_protocol",
     "load_recipe",
     "look_at",
+    "observe_ranges",
     "quantize_weight",
     "register",
     "remove_correction",
@@ -75,6 +79,7 @@ __all__ = [
     "set_activation_bits_",
     "set_residency",
     "trace_graph",
+    "usual_activations",
     "write_report",
 ]
 

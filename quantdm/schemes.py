@@ -20,7 +20,7 @@ Calibration = Literal["importance", "feedback"]  # what the second moments of a 
 _LABEL = re.compile(
     r"(?P<method>[a-z0-9]+)-(?P<granularity>tensor|channel|group|shared)(?P<group>\d*)-(?P<bits>\d+)"
     r"(?P<symmetric>-symmetric)?(?P<half_steps>-halfsteps)?(?P<p>-p2)?"
-    r"(?:-(?P<table>int8|fp16))?(?:-(?P<calibration>importance|feedback))?"
+    r"(?:-(?P<table>int8|fp16))?(?P<hadamard>-hadamard)?(?:-(?P<calibration>importance|feedback))?"
 )
 
 
@@ -39,6 +39,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     half the bits and costs 0.01 to 0.07 dB up to 4 bits; it is the default of rows. A single table per tensor weighs
     nothing, so there fp16 is the default (and the only one of shared tables).
 
+    `hadamard` quantizes the weight with its input channels rotated block by block, which spreads outliers; what is
+    decoded is turned back. It costs no bits, and decoding takes longer.
+
     `calibration` says how the second moments of the layer's inputs are used: "importance" weights the error of every
     weight by E[x^2] of its input, "feedback" moves the error of every column on to those still to be quantized as well.
     What is stored, and how it is decoded, does not depend on it.
@@ -52,6 +55,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     half_steps: bool = False
     p: float = ERROR_POWER
     table: Table | None = None
+    hadamard: bool = False
     calibration: Calibration | None = None
 
     @model_validator(mode="before")
@@ -101,6 +105,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             "halfsteps" if self.half_steps else None,
             "p2" if self.p == 2 else None,
             None if self.table == _default_table(self.granularity) else self.table,
+            "hadamard" if self.hadamard else None,
             self.calibration,
         )
         parts = (self.method, f"{self.granularity}{self.group_size or ''}", str(self.bits), *options)
@@ -131,6 +136,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
                 "half_steps": match["half_steps"] is not None,
                 "p": 2 if match["p"] else ERROR_POWER,
                 "table": match["table"],
+                "hadamard": match["hadamard"] is not None,
                 "calibration": match["calibration"],
             }
             return cls.model_validate(fields)

@@ -10,8 +10,8 @@ SHARE, FACTOR = 0.02, 30.0
 def plant_outliers_(denoiser: nn.Module, *, share: float = SHARE, factor: float = FACTOR, seed: int = 0) -> list[str]:
     """Scale some channels up where the next weight can scale them down again; return the layers with outliers.
 
-    Value channels against the input of the output projection; query against key (opposite factors, so products of
-    heads stay); the modulation of a DiT block (scale and shift of its norms) against the next linear.
+    Value channels against the input of the output projection; the modulation of a DiT block, or the affine norms of a
+    U-Net's, against the next linear.
     """
     generator = torch.Generator().manual_seed(seed)
     planted = []
@@ -21,6 +21,15 @@ def plant_outliers_(denoiser: nn.Module, *, share: float = SHARE, factor: float 
             _scale_rows_(module.to_v, picked, factor)
             module.to_out[0].weight[:, picked] /= factor
             planted.append(f"{name}.to_out.0")
+        if _has_affine_norms(module):
+            for norm, targets in (("norm1", ("attn1.to_q", "attn1.to_k", "attn1.to_v")), ("norm3", ("ff.net.0.proj",))):
+                affine = module.get_submodule(norm)
+                picked = _picked(affine.weight.numel(), share, generator)
+                affine.weight[picked] *= factor
+                affine.bias[picked] *= factor
+                for target in targets:
+                    module.get_submodule(target).weight[:, picked] /= factor
+                    planted.append(f"{name}.{target}")
         if _is_dit_block(module):
             for chunk, targets in ((0, ("attn1.to_q", "attn1.to_k", "attn1.to_v")), (3, ("ff.net.0.proj",))):
                 planted += [f"{name}.{target}" for target in targets]
@@ -30,6 +39,12 @@ def plant_outliers_(denoiser: nn.Module, *, share: float = SHARE, factor: float 
                 for target in targets:
                     module.get_submodule(target).weight[:, picked] /= factor
     return planted
+
+
+def _has_affine_norms(module: nn.Module) -> bool:
+    """Tell whether this is a transformer block of a U-Net, whose norms have weights of their own."""
+    norms = [getattr(module, name, None) for name in ("norm1", "norm3")]
+    return hasattr(module, "ff") and all(getattr(norm, "weight", None) is not None for norm in norms)
 
 
 def _is_dit_block(module: nn.Module) -> bool:

@@ -21,7 +21,6 @@ from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.modules import quantize_module_
 from quantdm.quantizers import quantize_weight
-from quantdm.quantizers.hadamard import block_size, regular_hadamard, rotate
 from quantdm.recipe import ActivationScheme, ActivationSpec
 from quantdm.schemes import Scheme
 
@@ -216,26 +215,6 @@ def test_bf16_is_the_fp32_result_rounded_once_and_the_gradient_passes_straight_t
 
 
 # ---------------------------------------------------------------------------------------------------------- outliers
-
-
-@pytest.mark.parametrize("size", [1, 4, 16, 64, 256])
-def test_the_rotation_is_orthogonal_symmetric_and_regular(size: int) -> None:
-    matrix = regular_hadamard(size)
-    assert torch.allclose(matrix @ matrix, torch.eye(size, dtype=torch.float64), atol=1e-12)
-    assert torch.equal(matrix, matrix.T)
-    assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5))
-    assert torch.allclose(matrix.sum(1), matrix.sum(1)[0].expand(size))  # no column gathers the mean of a row
-
-
-@pytest.mark.parametrize(("channels", "block"), [(1152, 64), (640, 64), (320, 64), (256, 256), (1024, 256), (9, 1)])
-def test_a_rotated_layer_is_the_plain_layer(channels: int, block: int) -> None:
-    assert block_size(channels) == block
-    x, w = noise(3, channels).double(), noise(5, channels, seed=1).double()
-    assert torch.allclose(rotate(rotate(x)), x, atol=1e-12)
-    assert torch.allclose(rotate(x) @ rotate(w).T, x @ w.T, atol=1e-10)
-    images = noise(2, channels, 4, 4).double()
-    kernel = noise(3, channels, 3, 3, seed=1).double()
-    assert torch.allclose(F.conv2d(rotate(images, 1), rotate(kernel, 1)), F.conv2d(images, kernel), atol=1e-8)
 
 
 @pytest.mark.parametrize("variant", ["-hadamard", "-outliers8", "-outliers16"])

@@ -157,7 +157,7 @@ BAD = {
     "repeated key": (HEAD + f"layers:\n  a: {K4}\n  a: {K3}\n", 5, "line 4 already"),
     "repeated section": (HEAD + f"default: {K4}\nmodel: n\n", 4, "line 2 already"),
     "unknown key": (HEAD + f"defualt: {K4}\n", 3, "nearest: default"),
-    "unknown key below": (HEAD + f"default: {K4}\nactivations:\n  bits: 6\n  keep: []\n", 6, "keep_8bit"),
+    "unknown key below": (HEAD + f"default: {K4}\nactivations:\n  bits: 6\n  keep: []\n", 4, "keep_8bit"),
     "unknown key of a component": (HEAD + f"components:\n  vae:\n    defaults: {K4}\n", 5, "known: default"),
     "list for a mapping": (HEAD + "layers: [a, b]\n", 3, "got ['a', 'b']"),
     "number for a label": (HEAD + "layers:\n  a: 4\n", 4, "got 4"),

@@ -8,6 +8,7 @@ from torch import Tensor
 from quantdm.errors import QuantDMError
 from quantdm.quantizers import kmeans, log2, shared, uniform
 from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
+from quantdm.quantizers.hadamard import rotate, rotate_moments
 from quantdm.quantizers.moments import Moments, check_moments
 from quantdm.quantizers.objective import OutputError
 from quantdm.quantizers.packing import pack_codes
@@ -62,14 +63,38 @@ def quantize_options(
         QuantDMError: as `quantize_weight`.
     """
     matrix = _check_weight(weight, split, name)
-    shape = tuple(weight.shape)
     calibrated = [scheme for scheme in schemes if scheme.calibration is not None]
     if calibrated and moments is None:
         raise QuantDMError(
             f"{name}: got {calibrated[0]} without moments, expected those of the layer's inputs; calibrate"
         )
     if calibrated and moments is not None:
-        check_moments(moments, shape, name)
+        check_moments(moments, weight.shape, name)
+    found: dict[int, QuantizedWeight] = {}
+    for rotated in dict.fromkeys(scheme.hadamard for scheme in schemes):
+        same = [i for i, scheme in enumerate(schemes) if scheme.hadamard == rotated]
+        own, seen = matrix, moments
+        if rotated:
+            own = rotate(matrix.view(weight.shape), 1, seam=split).reshape(matrix.shape)
+            seen = None if moments is None else rotate_moments(moments, weight.shape[1], seam=split)
+        fitted = _fit_matrix(own, weight, [schemes[i] for i in same], split, seen, name, exact=exact, sweeps=sweeps)
+        found |= dict(zip(same, fitted, strict=True))
+    return [found[i] for i in range(len(schemes))]
+
+
+def _fit_matrix(
+    matrix: Tensor,
+    weight: Tensor,
+    schemes: Sequence[Scheme],
+    split: int | None,
+    moments: Moments | None,
+    name: str,
+    *,
+    exact: bool,
+    sweeps: int,
+) -> list[QuantizedWeight]:
+    """Quantize a weight's matrix [C, n], as it is or rotated, under every scheme."""
+    shape, calibrated = tuple(weight.shape), any(scheme.calibration is not None for scheme in schemes)
     stored: list[dict[str, Tensor]] = [{} for _ in schemes]
     for suffix, columns in halves(shape, split):
         half = matrix[:, columns]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantdm.errors import QuantDMError
 from quantdm.quantizers import log2, shared, uniform
+from quantdm.quantizers.hadamard import rotate
 from quantdm.quantizers.packing import packed_size, unpack_codes
 from quantdm.quantizers.rows import pieces, row_blocks, row_layout
 from quantdm.quantizers.tables import gather_
@@ -77,12 +78,16 @@ class QuantizedWeight:
         elif tuple(out.shape) != self.shape or (dtype is not None and out.dtype != dtype):
             expected = f"{dtype or 'any dtype'} {self.shape}"
             raise QuantDMError(f"out: got {out.dtype} {tuple(out.shape)}, expected {expected}")
-        target = out if out.is_contiguous() else torch.empty(self.shape, dtype=out.dtype, device=out.device)
+        dtype = torch.float32 if self.scheme.hadamard else out.dtype
+        is_direct = out.is_contiguous() and out.dtype == dtype
+        target = out if is_direct else torch.empty(self.shape, dtype=dtype, device=out.device)
         matrix = target.view(self.shape[0], -1)
         limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
         for suffix, columns in halves(self.shape, self.split):
             tensors = {name: self.tensors[name + suffix] for name in parameters_of(self.scheme)}
             _decode_half_(matrix[:, columns], self.scheme, tensors, limit)
+        if self.scheme.hadamard:  # it was rotated before it was quantized; a rotation is its own inverse
+            return out.copy_(rotate(target, 1, seam=self.split).clamp_(-limit, limit))
         return out if target is out else out.copy_(target)
 
 

@@ -35,7 +35,9 @@ TRAIN_SEED, HELD_OUT_SEED = 910, 920  # base seeds of the trajectories: outside 
 HELD_OUT_IMAGES = 32
 
 
-def tune_run(run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *, images: int) -> Path | None:
+def tune_run(
+    run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *, images: int, folder: Path | None = None
+) -> Path | None:
     """Write tuned.safetensors and tuning.json; return the former's path if the tuned recipe is better, else None.
 
     It is better if its fid_fp is lower on every draw of the verification. A tuning of the same recipe and settings is
@@ -43,17 +45,19 @@ def tune_run(run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *
 
     Args:
         images: full-precision trajectories that are trained on.
+        folder: where both files are written (None: the run's directory, where its recipe is exported from).
 
     Raises:
         QuantDMError: the recipe does not fit the denoiser or quantizes further parts of the pipeline.
     """
     subject = engine.subject
     labels = labels_of(recipe, subject.layers, subject.part_names)
-    path, record = run.path(TUNED_FILE), run.path(TUNING_FILE)
+    folder = folder or run.folder
+    path, record = folder / TUNED_FILE, folder / TUNING_FILE
     inputs = digest(weights_digest(labels), vars(settings), images, run.settings.sweeps)
     if not (record.is_file() and read_json(record, version=TUNING_VERSION)["inputs"] == inputs and path.is_file()):
         start = time.monotonic()
-        found = _train(run, engine, labels, settings, images, inputs)
+        found = _train(run, engine, labels, settings, images, folder, inputs)
         seconds = round(time.monotonic() - start, 1)
         record.unlink(missing_ok=True)  # first: what it says is of the weights before
         _joined(found).save(path)
@@ -72,9 +76,9 @@ def tune_run(run: Run, engine: Engine, recipe: Recipe, settings: TuneSettings, *
                 "seconds": seconds,
             },
         )
-    for checkpoint in run.folder.glob("tuning-*.safetensors"):  # only now: what was trained is recorded
+    for checkpoint in folder.glob("tuning-*.safetensors"):  # only now: what was trained is recorded
         checkpoint.unlink()
-    return used_tuning(run)
+    return _used(folder)
 
 
 def tune_recipe(run: Run, settings: TuneSettings, *, images: int) -> Path | None:
@@ -86,10 +90,14 @@ def tune_recipe(run: Run, settings: TuneSettings, *, images: int) -> Path | None
 
 def used_tuning(run: Run) -> Path | None:
     """Return the tuned weights of a run, if it has some that are better than the untuned ones."""
-    path = run.path(TUNED_FILE)
-    if not run.path(TUNING_FILE).is_file() or not path.is_file():
+    return _used(run.folder)
+
+
+def _used(folder: Path) -> Path | None:
+    path, record_path = folder / TUNED_FILE, folder / TUNING_FILE
+    if not record_path.is_file() or not path.is_file():
         return None
-    record = read_json(run.path(TUNING_FILE), version=TUNING_VERSION)
+    record = read_json(record_path, version=TUNING_VERSION)
     return path if record["used"] and record["tuned"] == tensors_digest(path) else None
 
 
@@ -100,7 +108,13 @@ def own_tuning(run: Run, labels: Mapping[str, str | None]) -> Path | None:
 
 
 def _train(
-    run: Run, engine: Engine, labels: Mapping[str, str | None], settings: TuneSettings, images: int, inputs: str
+    run: Run,
+    engine: Engine,
+    labels: Mapping[str, str | None],
+    settings: TuneSettings,
+    images: int,
+    folder: Path,
+    inputs: str,
 ) -> dict[str, Tuned]:
     """Tune every denoiser on its own calls."""
     subject, bank = engine.subject, engine.local.bank
@@ -125,7 +139,7 @@ def _train(
                 held_out[part],
                 settings,
                 others_dtype=lossless_dtype(subject.denoisers[part]),
-                checkpoint=run.path(f"tuning-{digest(inputs, part)}.safetensors"),
+                checkpoint=folder / f"tuning-{digest(inputs, part)}.safetensors",
                 progress=progress.update,
             )
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdm.quantizers import QuantizedWeight, shared
+from quantdm.quantizers.hadamard import rotate
 from quantdm.quantizers.packing import pack_codes, unpack_codes
 from quantdm.quantizers.refit import ScaleFit, Segments, places, sort_tables
 from quantdm.quantizers.rows import row_layout
@@ -32,7 +33,8 @@ class TunableWeight(nn.Module):
     def forward(self) -> Tensor:
         """Return the decoded weight, float32, in its shape."""
         found = [half() for half in self.halves]
-        return (found[0] if len(found) == 1 else torch.cat(found, dim=1)).view(self.weight.shape)
+        dense = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).view(self.weight.shape)
+        return rotate(dense, 1, seam=self.weight.split) if self.weight.scheme.hadamard else dense
 
     @torch.no_grad()
     def stored(self) -> QuantizedWeight:
