@@ -14,6 +14,7 @@ from quantdm.modules.int8 import int8_form
 from quantdm.quantizers import quantize_weight
 from quantdm.schemes import Scheme
 
+FORMS = RESIDENCIES[:3]  # packed, int8, dense: those that multiply in floating point, see test_execution for others
 EXACT = (
     "uniform-channel-2", "uniform-channel-8", "uniform-group8-5", "uniform-group7-4", "uniform-tensor-8",
     "kmeans-channel-3", "kmeans-group16-7", "kmeans-tensor-4-int8", "log2-channel-2", "log2-channel-3",
@@ -56,7 +57,7 @@ def test_all_residencies_answer_bit_by_bit_alike(label: str, kind: str, dtype: t
     make, shape = LAYERS[kind]
     model, x = quantized(make().to(dtype), label), torch.randn(shape, dtype=dtype)
     expected, state = answers(model, x), model.state_dict()
-    for residency in reversed(RESIDENCIES):
+    for residency in reversed(FORMS):
         assert set_residency(model, residency) == ()  # type: ignore[arg-type]
         assert model[0].residency == residency
         assert all(torch.equal(y, e) for y, e in zip(answers(model, x), expected, strict=True))
@@ -99,7 +100,7 @@ def test_what_has_no_exact_int8_form_stays_packed_and_is_named() -> None:
 
 def test_a_residency_survives_casts_copies_and_a_block_of_dense_weights() -> None:
     x = torch.randn(3, 40)
-    for residency in RESIDENCIES:
+    for residency in FORMS:
         model = quantized(nn.Linear(40, 12, bias=False), "kmeans-channel-4")  # casting a bias back and forth rounds it
         wide, narrow = model(x), copy.deepcopy(model).bfloat16()(x.bfloat16())
         set_residency(model, residency)  # type: ignore[arg-type]
@@ -115,7 +116,7 @@ def test_a_residency_survives_casts_copies_and_a_block_of_dense_weights() -> Non
 def test_moving_takes_along_what_is_kept_and_loading_bytes_makes_it_anew(tmp_path: Path) -> None:
     first, second = (quantized(nn.Linear(40, 12), "uniform-channel-5") for _ in range(2))
     x = torch.randn(3, 40)
-    for residency in RESIDENCIES:
+    for residency in FORMS:
         model = copy.deepcopy(first)
         set_residency(model, residency)  # type: ignore[arg-type]
         save_file(model.state_dict(), tmp_path / residency)
@@ -126,11 +127,11 @@ def test_moving_takes_along_what_is_kept_and_loading_bytes_makes_it_anew(tmp_pat
         model.to_empty(device="cpu").load_state_dict(first.state_dict())
         assert torch.equal(model(x), first(x))
         assert model[0].residency == residency
-    files = [(tmp_path / residency).read_bytes() for residency in RESIDENCIES]
+    files = [(tmp_path / residency).read_bytes() for residency in FORMS]
     assert files[0] == files[1] == files[2]
 
 
-@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("residency", FORMS)
 def test_gradients_are_those_of_the_packed_layer(residency) -> None:
     model = quantized(nn.Linear(40, 12), "kmeans-channel-3")
     x, y = (torch.ones(3, 40, requires_grad=True) for _ in range(2))
@@ -141,7 +142,7 @@ def test_gradients_are_those_of_the_packed_layer(residency) -> None:
     assert torch.equal(x.grad, y.grad)
 
 
-@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize("residency", FORMS)
 @pytest.mark.parametrize("label", ["uniform-group7-4", "kmeans-channel-3"])
 def test_every_residency_compiles_without_graph_breaks(residency, label: str) -> None:
     model = quantized(nn.Conv2d(6, 10, 3), label, split=4)

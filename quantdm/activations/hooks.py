@@ -1,6 +1,7 @@
 """Activation quantization of any denoiser, quantized or not, with hooks that come off again.
 
-Simulated ("fake") quantization: values are rounded to the integer grid and returned as floats.
+Simulated ("fake") quantization: values are rounded to the integer grid and returned as floats. A packed layer in
+`integer` residency is handed the integers themselves.
 """
 
 import inspect
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from quantdm.activations.attention import QuantizedAttention
-from quantdm.activations.rounding import Dims, quantize_activations
+from quantdm.activations.handover import input_for
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
 from quantdm.recipe import ActivationScheme, ActivationSpec
@@ -25,18 +26,6 @@ _STATE = "_quantdm_activations"
 class _State:
     spec: ActivationSpec
     handles: tuple[Any, ...]
-
-
-def shared_dims(record: LayerRecord, scheme: ActivationScheme, ndim: int) -> Dims:
-    """Return the dimensions of a layer's input that share a scale (`ActivationScheme`, granularity)."""
-    linear, pixel = record.kind == "linear", all(size == 1 for size in record.shape[2:])
-    if scheme.granularity == "tensor":
-        return tuple(range(ndim))
-    if scheme.granularity == "map" and not linear:
-        return tuple(range(2, ndim))
-    if scheme.granularity in ("token", "map") and (linear or pixel):
-        return -1 if linear else 1
-    return tuple(range(1, ndim)) if ndim > 1 else 0
 
 
 class _Clock:
@@ -65,7 +54,7 @@ def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int | N
 
 @dataclass(frozen=True)
 class _QuantizeInput:
-    """Forward pre-hook: quantize the first argument of a layer."""
+    """Forward pre-hook: quantize the first argument of a layer, to integers where the layer multiplies them."""
 
     record: LayerRecord
     scheme: ActivationScheme
@@ -76,7 +65,7 @@ class _QuantizeInput:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = first_input(self.record.name, args)
         scheme = in_bucket(self.spec, self.scheme, self.clock)
-        return args if scheme is None else (quantize_input(x, self.record, scheme, self._given()), *rest)
+        return args if scheme is None else (input_for(module, x, self.record, scheme, self._given()), *rest)
 
     def _given(self) -> tuple[float, float] | None:
         return self.ranges[self.clock.bucket if self.clock else 0] if self.scheme.static else None
@@ -98,19 +87,6 @@ def first_input(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if not args:
         raise QuantDMError(f"{name}: was called with keywords only, expected the input first; unset activations")
     return args
-
-
-def quantize_input(
-    x: torch.Tensor, record: LayerRecord, scheme: ActivationScheme, given: tuple[float, float] | None = None
-) -> torch.Tensor:
-    """Return the input of a layer as a scheme rounds it; the halves of a concatenated long skip each by themselves."""
-    channel = -1 if record.kind == "linear" else 1
-    dims = shared_dims(record, scheme, x.dim())
-    if record.split is None:
-        return quantize_activations(x, scheme, dims=dims, channel=channel, given=given)
-    parts = x.tensor_split([record.split], dim=channel)
-    halves = [quantize_activations(part, scheme, dims=dims, channel=channel, given=given) for part in parts]
-    return torch.cat(halves, dim=channel)
 
 
 def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from quantdm.activations.calibration import protocol_of
-from quantdm.activations.hooks import activation_spec, first_input, quantize_input, set_activation_bits_, timestep_of
+from quantdm.activations.handover import quantize_input
+from quantdm.activations.hooks import activation_spec, first_input, set_activation_bits_, timestep_of
 from quantdm.activations.rounding import range_of
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError

@@ -60,20 +60,24 @@ def _round(x: Tensor, scheme: ActivationScheme, dims: Dims, given: tuple[float, 
     return _on_grid(x, low, high, scheme)
 
 
+def grid_of(low: Tensor, high: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Return the step, and which multiple of it is the lowest of the levels + 1 that cover [low, high] best."""
+    if symmetric:
+        largest = torch.maximum(low.abs(), high.abs())
+        scale = (largest / (levels // 2)).clamp(min=MIN_SCALE)
+        return scale, torch.full_like(scale, -(levels // 2 + 1))
+    # A constant token has no range; a step that keeps its zero point small returns it to within 2^-20.
+    scale = torch.maximum((high - low) / levels, high.abs() * 2**-20).clamp_(min=MIN_SCALE)
+    return scale, torch.round(low / scale)  # whole steps, so that an integer product can correct for them
+
+
 def _on_grid(x: Tensor, low: Tensor, high: Tensor, scheme: ActivationScheme) -> Tensor:
     """Round to the 2^bits multiples of a step that cover [low, high] best; what lies outside is clipped."""
     levels = 2**scheme.bits - 1
-    if scheme.symmetric:
-        largest = torch.maximum(low.abs(), high.abs())
-        scale = (largest / (levels // 2)).clamp(min=MIN_SCALE)
-        zero: Tensor | float = -(levels // 2 + 1)
-    else:
-        # A constant token has no range; a step that keeps its zero point small returns it to within 2^-20.
-        scale = torch.maximum((high - low) / levels, high.abs() * 2**-20).clamp_(min=MIN_SCALE)
-        zero = torch.round(low / scale)  # -z: an integer, so that an integer product can correct for it
-    # x_hat = scale * clip(round(x / scale), -z, levels - z)
+    scale, zero = grid_of(low, high, levels, scheme.symmetric)
+    # x_hat = scale * clip(round(x / scale), z, z + levels)
     y = torch.div(x, scale).round_()
-    return torch.clamp(y, zero, zero + levels, out=y).mul_(scale)  # type: ignore[call-overload]
+    return torch.clamp(y, zero, zero + levels, out=y).mul_(scale)
 
 
 def _apart(x: Tensor, scheme: ActivationScheme, dims: Dims, channel: int) -> Tensor:

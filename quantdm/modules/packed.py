@@ -5,8 +5,7 @@ never cast (`torch_dtype=`, disk offload and `.to(dtype)` cast every floating te
 under sequential and group offload, and one tensor per layer keeps the checkpoint header small.
 """
 
-import threading
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -14,31 +13,17 @@ from torch.nn import functional as F
 
 from quantdm.errors import QuantDMError
 from quantdm.modules.blob import join_tensors, split_blob
+from quantdm.modules.coded import CodedInput
 from quantdm.modules.decoding import decode_bytes, decode_layer, new_handle
+from quantdm.modules.execution import Product, new_product, obstacle_of
 from quantdm.modules.int8 import Int8Weight, int8_form, moved
+from quantdm.modules.scratch import scratch_out
 from quantdm.modules.view import WeightView
 from quantdm.quantizers import QuantizedWeight
 from quantdm.schemes import Scheme
 
-Residency = Literal["packed", "int8", "dense"]
+Residency = Literal["packed", "int8", "dense", "integer", "auto"]
 RESIDENCIES: tuple[str, ...] = get_args(Residency)
-
-_scratch = threading.local()
-
-
-def _scratch_out(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-    """Return a reusable CPU buffer: fresh large temporaries cost page faults (docs/method.md, Running).
-
-    Only without autograd, which would keep the weight for the backward pass, and never between inference modes.
-    """
-    if torch.is_grad_enabled():
-        return None
-    key = (dtype, torch.is_inference_mode_enabled())
-    buffers: dict[Any, torch.Tensor] = _scratch.__dict__.setdefault("buffers", {})
-    count = torch.Size(shape).numel()
-    if key not in buffers or buffers[key].numel() < count:
-        buffers[key] = torch.empty(count, dtype=dtype)
-    return buffers[key][:count].view(shape)
 
 
 class PackedLayer(nn.Module):
@@ -57,7 +42,11 @@ class PackedLayer(nn.Module):
     weight_dtype: torch.dtype
     path: str  # where the layer is in the model that was quantized
     _handle: torch.Tensor  # under which a compiled graph finds the layer
-    _kept: torch.Tensor | Int8Weight | None  # what is held beside the bytes, see `residency`
+    residency: Residency  # the form in which the weight is kept beside the bytes
+    takes_codes: ClassVar[bool] = False  # whether `forward` knows what to do with a `CodedInput`
+    _kept: torch.Tensor | Int8Weight | None  # what is held beside the bytes to decode from
+    _product: Product | None  # what multiplies coded inputs, made when the first one comes
+    obstacle: str | None  # why it cannot multiply them
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a torch layer when called like one: PEFT builds the two convolutions of a LoRA as `type(layer)(...)`."""
@@ -83,7 +72,12 @@ class PackedLayer(nn.Module):
         self.scheme, self.label, self.weight_shape, self.split = scheme, scheme.label, tuple(shape), split
         self.original_dtype, self.weight_dtype = original_dtype, weight_dtype
         self.packed = nn.Parameter(packed, requires_grad=False)
-        self.path, self._handle, self._kept = "", new_handle(self), None
+        self.path, self._handle = "", new_handle(self)
+        self.keep_("packed")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what only this process and this machine can use."""
+        return {**self.__dict__, "_product": None}
 
     def __setstate__(self, state: Any) -> None:
         """Be another layer than the one that was copied."""
@@ -109,9 +103,11 @@ class PackedLayer(nn.Module):
         Raises:
             QuantDMError: the bytes were moved by an offload hook, what is kept beside them was not.
         """
-        kept = self._kept
         if torch.compiler.is_compiling():
             return self._traced_weight(device or self.packed.device)
+        if self.residency == "auto" and not isinstance(self._kept, torch.Tensor):
+            self._keep_dense()
+        kept = self._kept
         if kept is not None and kept.device != self.packed.device:
             raise QuantDMError(
                 f"{self.residency} residency: the weight is kept on {kept.device}, but its bytes were offloaded and "
@@ -119,7 +115,7 @@ class PackedLayer(nn.Module):
             )
         if isinstance(kept, torch.Tensor):
             return kept
-        out = _scratch_out(self.weight_shape, self.weight_dtype) if self.packed.device.type == "cpu" else None
+        out = scratch_out(self.weight_shape, self.weight_dtype) if self.packed.device.type == "cpu" else None
         if kept is None:
             return self.quantized.dequantize(dtype=self.weight_dtype, out=out)
         if out is None:
@@ -136,18 +132,44 @@ class PackedLayer(nn.Module):
             return decode_bytes(self.packed, self.label, shape, self.split, self.original_dtype, self.weight_dtype)
         return decode_layer(self._handle, shape, self.weight_dtype, device)
 
-    @property
-    def residency(self) -> Residency:
-        """The form in which the weight is kept beside the bytes."""
-        return "packed" if self._kept is None else "dense" if isinstance(self._kept, torch.Tensor) else "int8"
-
     def keep_(self, residency: Residency) -> None:
-        """Keep the weight in another form beside the bytes, or in none; int8 stays packed where it is not exact."""
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable under autograd
-            self._kept = {"packed": lambda: None, "int8": self._int8, "dense": self.dequantize}[residency]()
+        """Keep the weight in another form beside the bytes, or in none; what has no such form takes the next best."""
+        self.residency, self._kept, self._product, self.obstacle = residency, None, None, f"{residency} residency"
+        if residency in ("int8", "integer", "auto"):
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = int8_form(self.quantized)
+        if residency in ("integer", "auto"):
+            self.obstacle = obstacle_of(self, self._kept, self.split, self.packed.device)
+        if residency == "integer" and self.obstacle:
+            self.residency = "int8"
+        if residency in ("int8", "integer") and self._kept is None:
+            self.residency = "packed"
+        if residency == "dense" or (residency == "auto" and self.obstacle):
+            self._keep_dense()
 
-    def _int8(self) -> Int8Weight | None:
-        return int8_form(self.quantized)
+    def _keep_dense(self) -> None:
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable under autograd
+            self._kept = self.dequantize()
+
+    def multiply(self, coded: CodedInput) -> torch.Tensor:
+        """Return the output for an input in integers: that for its values, up to rounding.
+
+        Only without an `obstacle`. An input whose integers could overflow is turned into its values.
+        """
+        if self._product is None:
+            with torch.inference_mode(False), torch.no_grad():
+                form = self._kept if isinstance(self._kept, Int8Weight) else int8_form(self.quantized)
+                assert form is not None
+                self._product = new_product(self, form)
+            if isinstance(self._kept, Int8Weight):
+                self._kept = None  # its codes are in the product now
+        if not self._product.fits(coded):
+            return self.forward(coded.values())
+        return self._product(coded, self.bias)  # type: ignore[arg-type]
+
+    def settle_(self, on: Literal["dense", "integer"]) -> None:
+        """Keep only what one of the two ways of `auto` residency needs."""
+        self._kept, self._product = (None, self._product) if on == "integer" else (self._kept, None)
 
     @property
     def weight(self) -> WeightView:
@@ -165,10 +187,14 @@ class PackedLayer(nn.Module):
         super().register_parameter(name, param)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLayer":
+        place = self.packed.device.type
         super()._apply(_sparing_bytes(fn), recurse)
+        if self.residency in ("integer", "auto") and self.packed.device.type not in (place, "meta"):
+            self.keep_(self.residency)  # another kind of device has other operators
         before, self.weight_dtype = self.weight_dtype, fn(torch.empty(0, dtype=self.weight_dtype)).dtype
+        self._product = None  # it is in the order of an operator of its device
         if isinstance(self._kept, torch.Tensor) and self.weight_dtype != before:
-            self.keep_("dense")
+            self._keep_dense()
         elif isinstance(self._kept, torch.Tensor):
             self._kept = moved(self._kept, self.packed.device)
         elif self._kept is not None:
@@ -196,25 +222,31 @@ class PackedLayer(nn.Module):
             state_dict = {key: value for key, value in state_dict.items() if key != f"{prefix}weight"}
             state_dict[f"{prefix}packed"] = view.packed
         super()._load_from_state_dict(state_dict, prefix, *args)
-        if self._kept is not None:  # it was made from the bytes before
+        if self.residency != "packed":  # what is kept was made from the bytes before
             self.keep_(self.residency)
 
     def extra_repr(self) -> str:
         """Show the scheme behind the arguments of the torch layer."""
-        kept = "" if self._kept is None else f", residency={self.residency}"
+        kept = "" if self.residency == "packed" else f", residency={self.residency}"
         return f"{super().extra_repr()}, scheme={self.scheme}{kept}"
 
 
 class QuantLinear(PackedLayer, nn.Linear):
     """`nn.Linear` with a packed weight."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    takes_codes = True
+
+    def forward(self, input: torch.Tensor | CodedInput) -> torch.Tensor:
         """Return input @ weight.T + bias; [..., C_in] -> [..., C_out]."""
+        if isinstance(input, CodedInput):
+            return self.multiply(input)
         return F.linear(input, self.dense_weight(input.device), self.bias)
 
 
 class _QuantConv(PackedLayer):
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor | CodedInput) -> torch.Tensor:
+        if isinstance(input, CodedInput):
+            return self.multiply(input)
         return self._conv_forward(input, self.dense_weight(input.device), self.bias)  # type: ignore[operator]
 
 
@@ -224,6 +256,8 @@ class QuantConv1d(_QuantConv, nn.Conv1d):
 
 class QuantConv2d(_QuantConv, nn.Conv2d):
     """`nn.Conv2d` with a packed weight."""
+
+    takes_codes = True
 
 
 class QuantConv3d(_QuantConv, nn.Conv3d):

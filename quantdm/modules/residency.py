@@ -1,26 +1,40 @@
-"""Residency: in which form packed layers keep their weights in memory while they run."""
+"""Residency: in which form packed layers keep their weights in memory while they run, and in which they multiply."""
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from quantdm.errors import QuantDMError, nearest
+from quantdm.modules.kernels import compile_kernels
 from quantdm.modules.packed import RESIDENCIES, PackedLayer, Residency, packed_layers
+
+LARGE = 2**25  # weights of a model from which on kernels are compiled: that takes seconds
 
 
 def set_residency(model: nn.Module, residency: Residency) -> tuple[str, ...]:
-    """Choose the form in which the packed layers of a model keep their weights; outputs stay the same bit by bit.
+    """Choose the form in which the packed layers of a model keep their weights, and in which they multiply.
 
     Bytes per weight in memory, with b bits a weight: "packed" b/8, decoded at every call; "int8" b/8 + 1 and 4 to 8 a
-    row, decoded by one multiplication; "dense" b/8 + 2 (bf16) or 4 (fp32), not decoded at all. The packed bytes stay
-    in every residency: they are what `save_pretrained` writes, the other forms are never saved. `.to(device)` moves
-    and `.to(dtype)` keeps the residency; a model just loaded is "packed". Choose it before offload is switched on.
+    row, decoded by one multiplication; "dense" b/8 + 2 (bf16) or 4 (fp32), not decoded at all. Their outputs are the
+    same bit by bit.
+
+    "integer" multiplies in 8 bits where inputs are quantized (`set_activation_bits_`): as much memory as "int8", and
+    the output of the simulation up to rounding. "auto" measures for every layer and shape of its input whether that or
+    "dense" is faster here, when it first comes, and remembers it in the user's cache. Both apply without gradients and
+    outside compiled graphs; elsewhere, and where an integer product cannot compute the scheme of an input (said once
+    in the log), activations stay simulated. For large models two small kernels are compiled if there is a compiler.
+
+    The packed bytes stay in every residency: they are what `save_pretrained` writes, the other forms are never saved.
+    `.to(device)` moves and `.to(dtype)` keeps the residency; a model just loaded is "packed". Choose it before offload
+    is switched on.
 
     Returns:
-        The layers that stay packed: "int8" needs weights that are whole multiples of their row's scale (uniform,
-        k-means with an int8 codebook, log2 up to 3 bits). A warning names their schemes.
+        The layers that take the next best form: "int8" and "integer" need weights that are whole multiples of their
+        row's scale (uniform, k-means with an int8 codebook, log2 up to 3 bits), "integer" one scale per row and
+        operators of the device. A warning says why.
 
     Raises:
         QuantDMError: unknown residency, no packed layers, or weights that an offload hook keeps elsewhere.
@@ -35,15 +49,21 @@ def set_residency(model: nn.Module, residency: Residency) -> tuple[str, ...]:
             raise QuantDMError(f"{name}: its bytes are offloaded or not loaded; set the residency before offloading")
     for layer in layers.values():
         layer.keep_(residency)
+    if residency in ("integer", "auto") and sum(math.prod(layer.weight_shape) for layer in layers.values()) >= LARGE:
+        compile_kernels()
     rest = tuple(name for name, layer in layers.items() if layer.residency != residency)
     if rest:
-        schemes = ", ".join(sorted({layers[name].label for name in rest}))
-        warnings.warn(
-            f"{residency} residency: {len(rest)} of {len(layers)} layers stay packed ({schemes} has no exact form), "
-            f"first {', '.join(rest[:3])}",
-            stacklevel=2,
-        )
+        warnings.warn(_what_is_left(residency, layers, rest), stacklevel=2)
     return rest
+
+
+def _what_is_left(residency: Residency, layers: Mapping[str, PackedLayer], rest: Sequence[str]) -> str:
+    start, first = f"{residency} residency: {len(rest)} of {len(layers)} layers", f"first {', '.join(rest[:3])}"
+    if residency == "integer":
+        reasons = "; ".join(sorted({str(layers[name].obstacle) for name in rest}))
+        return f"{start} do not multiply integers ({reasons}), {first}"
+    schemes = ", ".join(sorted({layers[name].label for name in rest}))
+    return f"{start} stay packed ({schemes} has no exact form), {first}"
 
 
 @contextmanager

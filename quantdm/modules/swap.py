@@ -47,7 +47,7 @@ def new_packed_layer(layer: nn.Module) -> PackedLayer:
     nn.Module.__init__(packed)
     own = packed.__dict__.keys()
     packed.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in own})
-    packed.__dict__["_kept"] = None
+    packed.keep_("packed")
     packed.training = layer.training
     packed._parameters["bias"] = layer._parameters.get("bias")
     return packed

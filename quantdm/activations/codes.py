@@ -1,0 +1,123 @@
+"""Turn an input into the integers of its grid, for layers that multiply them; q, k and v share those of one tensor."""
+
+import threading
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantdm.activations.rounding import Dims, grid_of, range_of
+from quantdm.modules.coded import CodedInput, Codes
+from quantdm.modules.kernels import Kernel
+from quantdm.recipe import ActivationScheme
+
+Given = tuple[float, float] | None
+
+
+class Grid(NamedTuple):
+    """Which values of an input share a scale."""
+
+    dims: Dims  # the dimensions that do
+    channel: int  # -1, or 1 for the input of a convolution
+    split: int | None  # the channel at which a long skip begins, whose halves have scales of their own
+    given: Given  # the range of a static scheme
+
+
+class _Last(NamedTuple):
+    source: "weakref.ref[Tensor]"
+    key: object
+    coded: CodedInput
+
+
+class _Memory(threading.local):
+    last: _Last | None = None
+
+
+_memory = _Memory()
+
+
+def code_input(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
+    """Return the integers to which `quantize_activations` would round an input: the same grid, the same ties.
+
+    The last result is kept as long as its tensor lives unchanged: the next layer that reads that tensor in the same way
+    gets it.
+
+    Args:
+        x: [..., C] or [B, C, H, W].
+        scheme: without rotation and outliers, which are no single grid.
+        grid: what shares a scale.
+    """
+    if x.is_inference():  # such tensors do not count their changes
+        return new_codes(x, scheme, grid)
+    last, key = _memory.last, (x._version, scheme, grid)
+    if last and last.source() is x and last.key == key:
+        return last.coded
+    coded = new_codes(x, scheme, grid)
+    _memory.last = _Last(weakref.ref(x, _forget), key, coded)
+    return coded
+
+
+def new_codes(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
+    """Return what `code_input` does, always made anew."""
+    parts = [x] if grid.split is None else x.tensor_split([grid.split], dim=grid.channel)
+    coded = tuple(_code(part, scheme, grid.dims, grid.channel, grid.given) for part in parts)
+    return CodedInput(coded, x.dtype, grid.channel)
+
+
+def _forget(source: "weakref.ref[Tensor]") -> None:
+    if _memory.last and _memory.last.source is source:
+        _memory.last = None
+
+
+def _code(x: Tensor, scheme: ActivationScheme, dims: Dims, channel: int, given: Given) -> Codes:
+    """Code one part: its channels last, as rows of pixels or tokens."""
+    if channel == 1:
+        coded = _code(x.permute(0, 2, 3, 1), scheme, _channels_last(dims, x.dim()), -1, given)
+        return Codes(*(t.permute(0, 3, 1, 2) for t in (coded.codes, coded.scale, coded.zero)))
+    x, levels = x.contiguous(), 2**scheme.bits - 1
+    codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+    rows, coded_rows, shape = x.flatten(0, -2), codes.flatten(0, -2), (*x.shape[:-1], 1)
+    if dims in (-1, (x.dim() - 1,)) and scheme.range is None and given is None:
+        scale, zero = (torch.empty(len(rows), 1, device=x.device) for _ in range(2))
+        _code_tokens((coded_rows, scale, zero), rows, levels, scheme.symmetric, per_row=1)
+        return Codes(codes, scale.view(shape), zero.view(shape))
+    low, high = _range(x, scheme, dims) if given is None else torch.tensor(given, device=x.device)
+    scale, zero = grid_of(low, high, levels, scheme.symmetric)
+    if scale.numel() == 1:
+        scale, zero = (t.view([1] * x.dim()) for t in (scale, zero))
+        lines = scale.view(1, 1), zero.view(1, 1)
+    else:
+        lines = (t.expand(shape).reshape(-1, 1) for t in (scale, zero))
+    _place((coded_rows,), rows, *lines, levels, per_row=3)
+    return Codes(codes, scale, zero)
+
+
+def _range(x: Tensor, scheme: ActivationScheme, dims: Dims) -> tuple[Tensor, Tensor]:
+    """Return minima and maxima in the dtype of the input: taking them is exact."""
+    low, high = range_of(x if scheme.range is None else x.float(), scheme, dims)
+    return low.float(), high.float()
+
+
+def _channels_last(dims: Dims, ndim: int) -> Dims:
+    """Return where dimensions of [B, C, H, W] are in [B, H, W, C]."""
+    order = [0, *range(2, ndim), 1]
+    return tuple(order.index(dim % ndim) for dim in ((dims,) if isinstance(dims, int) else dims))
+
+
+def _tokens_on_grid(out: tuple[Tensor, Tensor, Tensor], x: Tensor, levels: int, symmetric: bool) -> None:
+    x = x.float()
+    scale, zero = grid_of(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), levels, symmetric)
+    for place, value in zip(out, (_placed(x, scale, zero, levels), scale, zero), strict=True):
+        place.copy_(value)
+
+
+def _on_given_grid(out: tuple[Tensor], x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> None:
+    out[0].copy_(_placed(x.float(), scale, zero, levels))
+
+
+def _placed(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:
+    return torch.div(x, scale).round_().sub_(zero).clamp_(0, levels)
+
+
+_code_tokens, _place = Kernel(_tokens_on_grid), Kernel(_on_given_grid)
