@@ -39,5 +39,5 @@ def usual_activations(denoiser: nn.Module, bits: int) -> ActivationSpec:
 
     Queries, keys and values take `bits` as well. Integer products can compute all of it.
     """
-    kept = {} if bits >= 8 else dict.fromkeys(sensitive_types(denoiser), "token-8")
+    kept: dict[str, str | None] = {} if bits >= 8 else dict.fromkeys(sensitive_types(denoiser), "token-8")
     return ActivationSpec(default=f"token-{bits}", types=kept, attention=f"token-{bits}")
