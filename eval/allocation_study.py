@@ -6,7 +6,7 @@ The trials cover random mixes and the frontiers of all sizes. Surrogates are fit
 candidates are verified on images of their own, the best by measurement becomes the recipe and is tuned, and recipe and
 baselines are measured on three draws of noises that neither the trials nor the verification saw. Run it again to go on.
 With --scores-only the trials are measured and the surrogates judged, and the rows stay as they were measured.
-Result: eval/results/allocation_PIPELINE.json and recipes/PIPELINE-BITSbit.yaml.
+Result: eval/results/allocation_PIPELINE.json and recipes/PIPELINE-BITSbit-{a16,a6}.yaml.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
 from quantdm.pipelines.subject import Subject, look_at
-from quantdm.recipe import Provenance, Recipe, load_recipe
+from quantdm.recipe import ActivationSpec, Provenance, Recipe, load_recipe
 from quantdm.runs import final
 from quantdm.runs.choose import candidate_choices
 from quantdm.runs.engines.local import Engine
@@ -111,7 +111,7 @@ def measured_where(run: Run) -> dict[str, Any]:
 def recounted(sizes: dict[str, Any], model: str, export_size: ExportSize) -> dict[str, Any]:
     """Return the rows with the bytes that an export writes; None where the configuration was not kept."""
     for size, rows in sizes.items():
-        recipe = load_recipe(ROOT / "recipes" / f"{model}-{size_name(float(size))}bit.yaml").layers
+        recipe = load_recipe(ROOT / "recipes" / f"{model}-{size_name(float(size))}bit-a16.yaml").layers
         known = {"fp": None, "recipe": recipe, "recipe A6": recipe}
         for row in rows:
             if row["name"] == "uniform":
@@ -167,7 +167,7 @@ def measure_size(
     }
     rows = final.measure_rows(run, engine, space, jobs, final.final_draws(run, images=1000), export_size)
     by_name = {row["name"]: row for row in rows}
-    save_recipe(recipe, size, by_name["recipe untuned"], by_name["recipe"])
+    save_recipe(recipe, spec, size, by_name)
     return [row | {"verified": verified} if row["name"] == "recipe" else row for row in rows]
 
 
@@ -187,15 +187,18 @@ def make_recipe(run: Run, labels: Any, size: float, chosen: str) -> Recipe:
     )
 
 
-def save_recipe(recipe: Recipe, size: float, row: dict[str, Any], tuned: dict[str, Any]) -> None:
-    """Write recipes/PIPELINE-BITSbit.yaml with what was measured of it, as it is applied: without tuning."""
+def save_recipe(recipe: Recipe, spec: ActivationSpec, size: float, rows: dict[str, dict[str, Any]]) -> None:
+    """Write recipes/PIPELINE-BITSbit-{a16,a6}.yaml with what was measured of them as they are applied: untuned."""
+    row, tuned = rows["recipe untuned"], rows["recipe"]
     measured = {k: round(row[k], 4) for k in ("fid_fp", "fid_fp_sd", "fid_real", "psnr_fp") if row[k] is not None}
-    notes = ()
-    if tuned["configuration"] != row["configuration"]:
-        notes = (f"tuned, which quantdm run does, its fid_fp is {tuned['fid_fp']:.4f} +- {tuned['fid_fp_sd']:.4f}",)
+    figures = {"tuned": tuned, "tuned, with 6-bit activations": rows["recipe A6"]}
+    notes = tuple(f"{name}: fid_fp {r['fid_fp']:.4f} +- {r['fid_fp_sd']:.4f}" for name, r in figures.items())
     provenance = recipe.provenance.model_copy(update={"measured": measured, "notes": notes})
-    update = {"avg_bits": round(row["avg_bits"], 6), "provenance": provenance}
-    recipe.model_copy(update=update).save(ROOT / "recipes" / f"{recipe.model}-{size_name(size)}bit.yaml")
+    plain = recipe.model_copy(update={"avg_bits": round(row["avg_bits"], 6), "provenance": provenance})
+    unmeasured = provenance.model_copy(update={"measured": {}})
+    quantized = plain.model_copy(update={"activations": spec, "provenance": unmeasured})
+    for suffix, each in (("a16", plain), ("a6", quantized)):
+        each.save(ROOT / "recipes" / f"{recipe.model}-{size_name(size)}bit-{suffix}.yaml")
 
 
 def size_name(size: float) -> str:

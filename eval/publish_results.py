@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURED, COLUMNS, SEED = "3", 20, 101 * 10**6
 ROWS = {
     "recipe": "**recipe**",
+    "recipe untuned": "before tuning",
     "recipe A6": "recipe, 6-bit activations",
     "uniform": "uniform, next width",
     "one-layer sensitivity": "one-layer sensitivities (knapsack)",
@@ -66,10 +67,11 @@ def table(result: dict[str, Any]) -> str:
         f"`{result['model']}`: `fid_fp`, mean ± standard deviation over three draws of 1,000 images, 20 steps. Two "
         f"full-precision draws of different noises are {result['sampling_noise']['mean']:.3f} apart.",
         "",
-        f"| average bits | {' | '.join(f'{float(size):.1f}' for size in sizes)} |",
+        f"| average bits | {' | '.join(sizes)} |",
         "|---|" + "---|" * len(sizes),
     ]
-    for name, label in ROWS.items():
+    known = next(iter(sizes.values()))
+    for name, label in ((name, label) for name, label in ROWS.items() if name in known):
         cells = []
         for rows in sizes.values():
             note = f" ({rows[name]['note']}, {rows[name]['avg_bits']:.2f} b)" if name == "uniform" else ""

@@ -197,7 +197,8 @@ def test_the_job_of_a_worker_that_dies_goes_to_a_new_one_and_one_that_always_han
             process.kill()
         assert len(list(jobs)) == 5
         assert len(list(run.path("reference").iterdir())) == 6
-        engine._slowest, engine.first_patience = 0.0, 0.2
+        engine._slowest = {"images": 1e-9}
+        monkeypatch.setattr(local, "LEAST_PATIENCE", 0.2)
         monkeypatch.setattr(local, "TRIES", 1)
         with pytest.raises(QuantDMError, match=r"ended 1 worker processes \(the last with exit code -9\)"):
             list(engine.map("prepare", [Draw(base, 300, 20) for base in (50, 51)]))

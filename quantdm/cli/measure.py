@@ -27,7 +27,7 @@ def generate(
 @app.command(epilog="Example: quantdm correct --run-dir runs/mine --bits 6")
 def correct(
     run_dir: RunDir,
-    bits: Annotated[int, typer.Option(help="Activation bits: 6, 8 or 16 (not quantized).")] = 6,
+    bits: Annotated[int, typer.Option(help="Activation bits: 3 to 8, or 16 (not quantized).")] = 6,
     images: Annotated[int, typer.Option(help="Trajectories for the noise statistics.")] = 128,
 ) -> None:
     """Fit the correction of the sampler for a run's recipe and print which variant helps."""

@@ -19,6 +19,7 @@ from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.text_memory import memoized_text_encoders
 from quantdm.recipe import ActivationSpec, Recipe, load_recipe, weights_digest
+from quantdm.recipe.activations import MAX_ACTIVATION_BITS, MIN_ACTIVATION_BITS
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job, configured
 from quantdm.runs.labels import labels_of
@@ -27,9 +28,11 @@ from quantdm.runs.tune import own_tuning
 
 
 def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
-    """Fit the correction of a run's recipe at 6-, 8- or 16-bit activations, anew."""
-    if bits not in (6, 8, 16):
-        raise QuantDMError(f"bits: got {bits}, expected 6, 8 or 16 (activations not quantized)")
+    """Fit the correction of a run's recipe at activations of 3 to 8 bits (16: not quantized), anew."""
+    if bits != 16 and not MIN_ACTIVATION_BITS <= bits <= MAX_ACTIVATION_BITS:
+        raise QuantDMError(
+            f"bits: got {bits}, expected {MIN_ACTIVATION_BITS} to {MAX_ACTIVATION_BITS}, or 16 (not quantized)"
+        )
     if images < 2 * FIT_DRAWS:
         raise QuantDMError(f"images: got {images}, expected {2 * FIT_DRAWS} or more, {FIT_DRAWS} draws of two")
     recipe = load_recipe(run.path("recipe.yaml"))

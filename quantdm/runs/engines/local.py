@@ -16,6 +16,7 @@ from typing import Any
 
 from quantdm.errors import QuantDMError
 from quantdm.machine import cores
+from quantdm.metrics.samples import Draw
 from quantdm.pipelines.subject import Subject
 from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.run import Run
@@ -26,7 +27,7 @@ PACKAGE = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 PATIENCE = 5.0  # seconds that a worker may take to end
 TRIES = 3  # workers that may end over one job
-FIRST_PATIENCE, LEAST_PATIENCE, HANGS_AFTER = 3600.0, 300.0, 30  # seconds, seconds, times the slowest job so far
+LEAST_PATIENCE, HANGS_AFTER = 300.0, 30  # seconds, and times what the slowest job of its kind took for its size
 _END, _NOTHING = -1, object()
 
 
@@ -42,8 +43,8 @@ class Engine:
         self.subject = subject
         alone = subject.device.type != "cpu" or subject.location is None
         self.workers = 1 if alone else workers or cores()
-        self.first_patience = FIRST_PATIENCE
-        self._slowest, self._closing = 0.0, False
+        self._slowest: dict[str, float] = {}  # kind of job -> seconds per unit of its size
+        self._closing = False
         self._processes: list[subprocess.Popen[str]] = []
         self._threads: list[threading.Thread] = []
 
@@ -114,10 +115,10 @@ class Engine:
         """Give the worker of a place jobs until none is left; results, or the error that ends it all, go to `done`."""
         try:
             while (job := source.next()) is not None:
-                index, line = job
+                index, line, kind, size = job
                 answer: Any = None
                 for _ in range(TRIES):
-                    answer = self._ask(place, line)
+                    answer = self._ask(place, line, kind, size)
                     if not isinstance(answer, _Ended) or self._closing:
                         break
                     _bury(self._processes[place])
@@ -128,14 +129,15 @@ class Engine:
         else:
             done.put((_END, None))
 
-    def _ask(self, place: int, line: str) -> Any:
+    def _ask(self, place: int, line: str, kind: str, size: int) -> Any:
         """Return the answer of a place's worker, or `_Ended` if it died or hung."""
         process, start = self._processes[place], time.monotonic()
         assert process.stdin is not None
         assert process.stdout is not None
-        watch = threading.Timer(self._patience(), process.kill)
+        watch = threading.Timer(self._patience(kind, size), process.kill)
         watch.daemon = True
-        watch.start()
+        if kind in self._slowest:  # the first of a kind may take as long as it takes
+            watch.start()
         try:
             process.stdin.write(line + "\n")
             process.stdin.flush()
@@ -146,12 +148,12 @@ class Engine:
             watch.cancel()
         if not answer:
             return _Ended(process)
-        self._slowest = max(self._slowest, time.monotonic() - start)
+        self._slowest[kind] = max(self._slowest.get(kind, 0.0), (time.monotonic() - start) / size)
         return _result(answer)
 
-    def _patience(self) -> float:
-        """Return the seconds after which a job counts as hung: many times the slowest one so far."""
-        return self.first_patience if not self._slowest else max(LEAST_PATIENCE, HANGS_AFTER * self._slowest)
+    def _patience(self, kind: str, size: int) -> float:
+        """Return the seconds after which a job counts as hung: many times the slowest one of its kind so far."""
+        return max(LEAST_PATIENCE, HANGS_AFTER * size * self._slowest.get(kind, 0.0))
 
     def _start(self) -> "subprocess.Popen[str]":
         path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
@@ -172,15 +174,17 @@ class _Source:
         self._method, self._arguments = method, iter(arguments)
         self._count, self._lock = 0, threading.Lock()
 
-    def next(self) -> tuple[int, str] | None:
-        """Return (index, line) of the next job, or None."""
+    def next(self) -> tuple[int, str, str, int] | None:
+        """Return index, line, kind and size of the next job, or None."""
         with self._lock:
             argument = next(self._arguments, _NOTHING)
             if argument is _NOTHING:
                 return None
             index, self._count = self._count, self._count + 1
         plain = asdict(argument) if is_dataclass(argument) and not isinstance(argument, type) else argument
-        return index, json.dumps({"method": self._method, "argument": plain})
+        draw = getattr(argument, "draw", argument)
+        kind, size = ("images", draw.images * draw.steps) if isinstance(draw, Draw) else (self._method, 1)
+        return index, json.dumps({"method": self._method, "argument": plain}), kind, max(size, 1)
 
 
 def _bury(process: "subprocess.Popen[str]") -> None:
