@@ -249,7 +249,7 @@ def test_a_run_exports_what_it_chose(measured, tmp_path):
     assert size == recipe["denoiser_bytes"]
     assert not (folder / "correction.safetensors").exists()  # it belongs to activations that this recipe has not
     assert "left out" in said[0]
-    assert "6-bit activations" in said[0]
+    assert "token-6 activations" in said[0]
     assert load_recipe(folder / "recipe.yaml").activations is None
     assert "| recipe |" in write_card(folder, summary=run.path("summary.json")).read_text()
 
@@ -282,7 +282,7 @@ def test_a_correction_for_another_recipe_is_not_exported(measured, tmp_path):
     assert load_correction(old).weights == ""
     six = recipe.model_copy(update={"activations": load_correction(path).activations})
     for other, file, expected in (
-        (recipe, path, "fitted for 6-bit activations .* the recipe has activations that are not quantized"),
+        (recipe, path, "fitted for token-6 activations .* the recipe has activations that are not quantized"),
         (six.override(["*.to_q=uniform-channel-4"]), path, "other weights"),
         (six, old, "does not say which recipe"),
     ):

@@ -60,14 +60,11 @@ class Engine:
         for process in self._processes:
             assert process.stdin is not None
             process.kill() if now else process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
         for thread in self._threads:
-            thread.join()
+            while thread.is_alive():
+                for process in self._processes if now else ():  # a thread may have replaced one that had died
+                    process.kill()
+                thread.join(0.2)
         for process in self._processes:
             _bury(process)
         self._processes, self._threads, self._closing = [], [], False
@@ -120,7 +117,7 @@ class Engine:
                 for _ in range(TRIES):
                     answer = self._ask(place, line, kind, size)
                     if not isinstance(answer, _Ended) or self._closing:
-                        break
+                        break  # at the end nobody needs a new worker
                     _bury(self._processes[place])
                     self._processes[place] = self._start()
                 done.put((index, answer.error() if isinstance(answer, _Ended) else answer))
@@ -188,12 +185,16 @@ class _Source:
 
 
 def _bury(process: "subprocess.Popen[str]") -> None:
-    """Close what led to a worker that has ended."""
-    process.wait()
+    """Close what leads to a worker, which ends it if it has not ended yet, and wait for that."""
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(OSError):  # what was still to be written has no reader any more
             assert pipe is not None
             pipe.close()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @dataclass(frozen=True)
