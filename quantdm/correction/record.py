@@ -272,4 +272,4 @@ def _activations(path: str | Path, record: Any) -> ActivationSpec | None:
 def _described(spec: ActivationSpec | None) -> str:
     if spec is None:
         return "activations that are not quantized"
-    return spec.description
+    return f"{spec.bits}-bit activations ({spec.description})"
