@@ -176,11 +176,14 @@ def overhead(sampler: Sampler) -> dict[str, float]:
         rounds = []
         for _ in range(5):
             scheduler, x = make_scheduler(sampler, 50, correction), torch.zeros(1, 1, 128, 128)
-            start = time.perf_counter()
-            for t in scheduler.timesteps:
-                scheduler.step(x, t, x, return_dict=False)
-            rounds.append((time.perf_counter() - start) / len(scheduler.timesteps))
-        found[name] = round(1e6 * sorted(rounds)[2], 1)
+            for _ in range(2):  # what is worked out once per schedule is known the second time
+                scheduler.set_timesteps(50)
+                start = time.perf_counter()
+                for t in scheduler.timesteps:
+                    scheduler.step(x, t, x, return_dict=False)
+                rounds.append((time.perf_counter() - start) / len(scheduler.timesteps))
+        found[name] = round(1e6 * sorted(rounds[::2])[2], 1)
+        found[f"{name}, again"] = round(1e6 * sorted(rounds[1::2])[2], 1)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from quantdm.activations import usual_activations
-from quantdm.correction import Correction, fit_correction, load_correction, step_table
+from quantdm.correction import VARIANTS, Correction, fit_correction, load_correction, step_table
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, tensors_digest, write_json
@@ -42,6 +42,8 @@ def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
 
 FIT_DRAWS, TEST_DRAWS = 2, 4
 STEPS_VERSION = 2
+# Of the corrections of others those two that were ahead in eval/results/correction_study.json.
+TRIED = (*VARIANTS, "qdrift", "stepbaq")
 
 
 def correct_run(
@@ -99,6 +101,7 @@ def _fit(run: Run, evaluator: Evaluator, job: Job, recipe: Recipe, images: int, 
         # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
         # noise is explained (docs/method.md, When not to correct).
         explained_from=None if job.activations is None else lambda: configured(pipe, evaluator.bank, weights_only),
+        variants=TRIED,
         model=run.settings.model,
         recipe=recipe,
         resume=unfinished,
