@@ -187,10 +187,9 @@ def _corrected_update(plain: Callable, name: str) -> Callable:
 
     @functools.wraps(plain)
     def update(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        correction = self.correction
-        did = self.did
-        acts = correction is not None and correction.room is not None and did is not None
-        if not acts or not correction.is_within(did.level.log_snr):
+        correction: Correction | None = self.correction
+        did: Did | None = self.did
+        if correction is None or correction.room is None or did is None or not correction.is_within(did.level.log_snr):
             return plain(self, *args, **kwargs)
         memo, key = _memo(self), (name, self.step_index, kwargs.get("order"))
         if key not in memo:

@@ -19,6 +19,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction", "edm
 MIN_K = -0.5
 NOISIER, FINER = "noisier half", "finer half"
 _ARRAYS = ("log_snr", "k", "bias", "shift", "q")
+_LABELS = ("variant", "prediction_type", "model", "axis", "network")
 _TABLES = ("gain", "bias", "q")  # of a rival
 
 
@@ -36,15 +37,18 @@ def load_correction(path: str | Path) -> "Correction":
         )
     if missing := [name for name in _ARRAYS if name not in tensors]:
         raise QuantDMError(f"{path}: the correction lacks {', '.join(missing)}; write it again with `fit_correction`")
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    labels: dict[str, Any] = {name: metadata[name] for name in _LABELS}
+    parts: dict[str, Any] = {part: _part(arrays, part) for part in ("diagnostics", "rivals", "components")}
     within = metadata.get("within")
     return Correction(
         **{name: arrays[name] for name in _ARRAYS},
-        **{name: metadata[name] for name in ("variant", "prediction_type", "model", "axis", "network", "measured")},
+        **labels,
+        **parts,
+        measured=metadata["measured"],
         within=None if within is None else (within[0], within[1]),
         weights=metadata.get("weights", ""),
         activations=_activations(path, metadata.get("activations")),
-        **{part: _part(arrays, part) for part in ("diagnostics", "rivals", "components")},
     )
 
 
@@ -258,8 +262,7 @@ class Correction:
         return cls(**{**{key: record[key] for key in keys}, "rivals": tables})
 
     def _labels(self) -> dict[str, Any]:
-        names = ("variant", "prediction_type", "model", "axis", "network", "within")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*_LABELS, "within")}
 
 
 def _activations(path: str | Path, record: Any) -> ActivationSpec | None:

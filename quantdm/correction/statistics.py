@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,7 +207,7 @@ def _fit(moments: Moments) -> NoiseFit:
     return fit_noise(moments.mean.numpy(), moments.cov.numpy(), moments.count)
 
 
-def _arrays(fits: Iterable[NoiseFit]) -> dict[str, np.ndarray]:
+def _arrays(fits: Iterable[NoiseFit]) -> dict[str, Any]:
     fits = list(fits)
     return {name: np.stack([np.asarray(getattr(fit, name)) for fit in fits]) for name in ("k", "bias", "shift", "q")}
 
