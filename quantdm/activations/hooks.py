@@ -75,7 +75,7 @@ def in_bucket(
     spec: ActivationSpec | None, scheme: ActivationScheme | None, clock: _Clock | None
 ) -> ActivationScheme | None:
     """Return a scheme as it is at the timestep that the denoiser runs at; None: nothing is quantized there."""
-    return scheme if spec is None or clock is None else spec.in_bucket(scheme, clock.bucket)
+    return scheme if spec is None else spec.in_bucket(scheme, clock.bucket if clock else 0)
 
 
 def first_input(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from quantdm.correction import multistep
 from quantdm.correction.ddim import real_eta
-from quantdm.correction.levels import Level, level_of, plain_name
+from quantdm.correction.levels import Level, level_of, plain_name, ratio_level
 from quantdm.correction.moves import step_of
 from quantdm.correction.record import Correction, StepCorrection
 from quantdm.correction.variance import ROOMS, Move, Room, epsilon_units
@@ -186,19 +187,23 @@ def _corrected_update(plain: Callable, name: str) -> Callable:
 
     @functools.wraps(plain)
     def update(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        correction = self.correction
-        did = self.did
-        acts = correction is not None and correction.room is not None and did is not None
-        if not acts or not correction.is_within(did.level.log_snr):
+        correction: Correction | None = self.correction
+        did: Did | None = self.did
+        if correction is None or correction.room is None or did is None or not correction.is_within(did.level.log_snr):
             return plain(self, *args, **kwargs)
-        own = _weights(self, plain, args, kwargs, corrector)
+        memo, key = _memo(self), (name, self.step_index, kwargs.get("order"))
+        if key not in memo:
+            memo[key] = _weights(self, plain, args, kwargs, corrector)
+        own = memo[key]
         if own is None:
             return plain(self, *args, **kwargs)
         history = self.__dict__.setdefault("_history", (-1, multistep.History()))
         goes_on = self.lower_order_nums > 0 and history[0] in (self.step_index, self.step_index - 1)
         known = history[1] if goes_on else multistep.History()
         base = known.last if corrector else known.now
-        move, here, after, carried = multistep.move_of_update(self, own, base, self.remaining_std)
+        move, here, after, carried = multistep.move_of_update(
+            self, own, base, self.remaining_std, partial(_level_at, self, memo)
+        )
         self.__dict__["_history"] = (self.step_index, multistep.History(carried, known.last if corrector else base))
         room = self.make_room(move)
         if not corrector:
@@ -210,6 +215,20 @@ def _corrected_update(plain: Callable, name: str) -> Callable:
         return new if room.length == 1.0 else lengthened(new, start, after.signal / here.signal, room.length)
 
     return update
+
+
+def _memo(self: Any) -> dict[Any, Any]:
+    """Return what has been worked out for this schedule: levels and weights depend on its sigmas alone."""
+    known = self.__dict__.get("_worked_out")
+    if known is None or known[0].shape != self.sigmas.shape or not torch.equal(known[0], self.sigmas):
+        known = self.__dict__["_worked_out"] = (self.sigmas.clone(), {})
+    return known[1]
+
+
+def _level_at(self: Any, memo: dict[Any, Any], index: int) -> Level:
+    if index not in memo:
+        memo[index] = ratio_level(self, index)
+    return memo[index]
 
 
 def _weights(self: Any, plain: Callable, args: tuple, kwargs: dict[str, Any], corrector: bool) -> Any:

@@ -16,7 +16,7 @@ from quantdm.correction.record import FINER, NOISIER, Correction, load_correctio
 from quantdm.correction.schedulers import apply_correction, check_corrects, remove_correction
 from quantdm.correction.statistics import NoiseStatistics
 from quantdm.correction.variance import MAX_LOG_SNR
-from quantdm.correction.variants import VARIANTS
+from quantdm.correction.variants import VARIANTS, variant_of
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.progress import bar
@@ -120,7 +120,8 @@ def choose_variant(
     """Return the correction with the variant that lowers the distance to full precision beyond noise, else "none".
 
     From nothing to everything, a variant replaces the best so far when the paired differences of its distances have a
-    mean below zero at 95 % (one-sided t test over runs). Variants that cannot differ (no significant k) are left out.
+    mean below zero at 95 % (one-sided t test over runs). Variants that cannot differ (no significant k) or have no
+    table are left out.
     The best one is then tried on the noisier and on the finer half of the levels alone, and kept to one of them if
     that is lower still beyond noise.
 
@@ -135,7 +136,8 @@ def choose_variant(
         QuantDMError: fewer than two distances, or one that is not finite.
     """
     hopeless = {"k", "both"} if not correction.k.any() else set()
-    tried = [name for name in variants if name != "none" and name not in hopeless]
+    bare = {name for name in variants if variant_of(name).table and f"{name}.q" not in correction.rivals}
+    tried = [name for name in variants if name != "none" and name not in hopeless | bare]
     measured: dict[str, list[float]] = {}
     if resume is not None and resume.is_file():
         measured = read_json(resume, version=FIT_VERSION)["measured"]

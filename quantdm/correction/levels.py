@@ -47,7 +47,7 @@ def step_index(scheduler: Any, timestep: Any) -> int:
         else:  # MiniMax starts where it is told, or at the timestep
             begin = scheduler._begin_index
             return scheduler.index_for_timestep(timestep) if begin is None else begin
-    return scheduler.step_index
+    return int(scheduler.step_index)
 
 
 def ratio_level(scheduler: Any, index: int) -> Level:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from quantdm.correction.levels import Level, plain_name, ratio_level
+from quantdm.correction.levels import Level, plain_name
 from quantdm.correction.moves import Noise
 from quantdm.correction.variance import Move
 
@@ -70,22 +70,23 @@ def predicts_data(scheduler: Any) -> bool:
 
 
 def move_of_update(
-    scheduler: Any, update: Update, carried: Weights, noise: Noise
+    scheduler: Any, update: Update, carried: Weights, noise: Noise, level_at: Callable[[int], Level]
 ) -> tuple[Move, Level, Level, Weights]:
     """Return the move of an update, the levels between which it goes, and what noise the sample has after it.
 
     An output of before is in the sample already, and multistep weights take part of its noise out again; what the
     sample has of it shrinks with the level. So the update adds sum_j ((r c_j + w_j)^2 - (r c_j)^2) s_j^2, with weights
-    w, noise c in the sample, r = target / sigma and s the std of the kept predictions' noise.
+    w, noise c in the sample, r = target / sigma and s the std of the kept predictions' noise. `level_at` gives the
+    level of an entry of `sigmas`.
     """
-    here, after = ratio_level(scheduler, update.start), ratio_level(scheduler, update.end)
+    here, after = level_at(update.start), level_at(update.end)
     spare = (update.fresh / after.signal) ** 2 if after.signal > 0.0 else 0.0
     target = math.sqrt(max(after.sigma**2 - spare, 0.0))
     shrink = target / here.sigma if 0.0 < here.sigma < math.inf else 0.0
     kept = {number: shrink * weight for number, weight in carried.items()}
     added = 0.0
     for number, weight in update.outputs.items():
-        level = ratio_level(scheduler, number)
+        level = level_at(number)
         std = noise(level) * (level.sigma if predicts_data(scheduler) else 1.0)
         before, own = kept.get(number, 0.0), weight / after.signal
         if math.isfinite(std):

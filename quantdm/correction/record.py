@@ -19,6 +19,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction", "edm
 MIN_K = -0.5
 NOISIER, FINER = "noisier half", "finer half"
 _ARRAYS = ("log_snr", "k", "bias", "shift", "q")
+_LABELS = ("variant", "prediction_type", "model", "axis", "network")
 _TABLES = ("gain", "bias", "q")  # of a rival
 
 
@@ -36,15 +37,18 @@ def load_correction(path: str | Path) -> "Correction":
         )
     if missing := [name for name in _ARRAYS if name not in tensors]:
         raise QuantDMError(f"{path}: the correction lacks {', '.join(missing)}; write it again with `fit_correction`")
-    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    labels: dict[str, Any] = {name: metadata[name] for name in _LABELS}
+    parts: dict[str, Any] = {part: _part(arrays, part) for part in ("diagnostics", "rivals", "components")}
     within = metadata.get("within")
     return Correction(
         **{name: arrays[name] for name in _ARRAYS},
-        **{name: metadata[name] for name in ("variant", "prediction_type", "model", "axis", "network", "measured")},
+        **labels,
+        **parts,
+        measured=metadata["measured"],
         within=None if within is None else (within[0], within[1]),
         weights=metadata.get("weights", ""),
         activations=_activations(path, metadata.get("activations")),
-        **{part: _part(arrays, part) for part in ("diagnostics", "rivals", "components")},
     )
 
 
@@ -97,7 +101,7 @@ class Correction:
         measured: variant -> distances to full precision, one per held-out run (lower is better).
         weights: `weights_digest` of the schemes that it was fitted for ("": not known).
         activations: the activation quantization that it was fitted for (None: none, if `weights` is known).
-        rivals: "NAME.gain" [T, C], "NAME.bias" [T, C], "NAME.q" [T] of the variants of others.
+        rivals: "NAME.gain" [T, C], "NAME.bias" [T, C], "NAME.q" [T] of "variance" and the variants of others.
         components: with guidance, "mean" [T, 4, C], "cov" [T, 4, 4] and "count" [T] of (unconditional output,
             conditional output, error of the one, error of the other); see `for_guidance`.
     """
@@ -121,7 +125,7 @@ class Correction:
     components: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        rival = variant_of(self.variant).rival
+        tabled = variant_of(self.variant).table
         if self.prediction_type not in PREDICTION_TYPES:
             raise QuantDMError(
                 f"correction: got prediction type {self.prediction_type!r}, expected {', '.join(PREDICTION_TYPES)}"
@@ -140,7 +144,7 @@ class Correction:
             raise QuantDMError("correction: got NaN or infinity; the outputs it was fitted on were not finite")
         if (self.k <= MIN_K).any() or (self.q < 0).any() or (np.diff(self.log_snr) <= 0).any():
             raise QuantDMError("correction: expected k > -0.5, q >= 0 and a strictly increasing log_snr")
-        if rival and any(f"{self.variant}.{name}" not in self.rivals for name in _TABLES):
+        if tabled and any(f"{self.variant}.{name}" not in self.rivals for name in _TABLES):
             raise QuantDMError(f"correction: has no table of {self.variant!r}; fit it with `fit_correction`")
 
     @property
@@ -201,7 +205,7 @@ class Correction:
         variant, ones = variant_of(self.variant), np.ones(self.channels)
         if not self.is_within(log_snr):
             return StepCorrection(ones, np.zeros(self.channels), 0.0)
-        if variant.rival:
+        if variant.table:
             gain, bias, q = (self._between(log_snr, self.rivals[f"{self.variant}.{name}"]) for name in _TABLES)
             return StepCorrection(gain, bias, float(q) if variant.room else 0.0)
         k = float(self._between(log_snr, self.k)) if variant.k else 0.0
@@ -258,8 +262,7 @@ class Correction:
         return cls(**{**{key: record[key] for key in keys}, "rivals": tables})
 
     def _labels(self) -> dict[str, Any]:
-        names = ("variant", "prediction_type", "model", "axis", "network", "within")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*_LABELS, "within")}
 
 
 def _activations(path: str | Path, record: Any) -> ActivationSpec | None:
@@ -272,4 +275,4 @@ def _activations(path: str | Path, record: Any) -> ActivationSpec | None:
 def _described(spec: ActivationSpec | None) -> str:
     if spec is None:
         return "activations that are not quantized"
-    return spec.description
+    return f"{spec.bits}-bit activations ({spec.description})"

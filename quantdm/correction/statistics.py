@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from quantdm.correction.moments import Moments, NoiseFit, fit_noise
 from quantdm.correction.record import Correction
-from quantdm.correction.variants import OWN, rival_tables
+from quantdm.correction.variants import rival_tables, variant_of
 from quantdm.errors import QuantDMError
 
 # Values per channel and update that are kept for the robust cross-check of q.
@@ -189,7 +190,7 @@ def for_guidance(correction: Correction, scale: float) -> Correction:
             f"correction of {correction.model!r}: cannot be moved to guidance scale {scale}: it was fitted on one "
             "output per step (a guidance-distilled model, or no guidance); fit it anew at this scale"
         )
-    if correction.variant not in OWN:
+    if variant_of(correction.variant).table:
         raise QuantDMError(f"correction: variant {correction.variant!r} holds at the guidance scale of the fit only")
     mix = np.array([[1.0 - scale, scale, 0.0, 0.0], [0.0, 0.0, 1.0 - scale, scale]])
     fits = [
@@ -206,7 +207,7 @@ def _fit(moments: Moments) -> NoiseFit:
     return fit_noise(moments.mean.numpy(), moments.cov.numpy(), moments.count)
 
 
-def _arrays(fits: Iterable[NoiseFit]) -> dict[str, np.ndarray]:
+def _arrays(fits: Iterable[NoiseFit]) -> dict[str, Any]:
     fits = list(fits)
     return {name: np.stack([np.asarray(getattr(fit, name)) for fit in fits]) for name in ("k", "bias", "shift", "q")}
 

@@ -42,7 +42,8 @@ def step_table(correction: Correction, scheduler: Any, steps: int, *, eta: float
     record = {"correction": {**full.to_dict(), "within": None}, "eta": eta}
     made: Any = corrected_class(plain_class(scheduler))
     ours = made.from_config({**plain_config(scheduler), KEY: record})
-    ours.set_timesteps(steps)
+    shift = {"mu": ours.config.max_shift} if ours.config.get("use_dynamic_shifting") else {}  # of large images
+    ours.set_timesteps(steps, **shift)
     rows = []
     sample = torch.zeros(1, full.channels, 1, 1).movedim(1, full.axis)
     learned = ours.config.get("variance_type") in ("learned", "learned_range")

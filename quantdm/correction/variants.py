@@ -15,13 +15,13 @@ class Variant:
         k: whether the significant slope is divided out.
         bias: whether the mean error is taken off.
         room: how a step makes room for the rest (`variance.ROOMS`), None: not at all.
-        rival: whether gain and bias come from a table of its own (`rival_tables`) instead of k and bias.
+        table: whether gain and bias come from a table of its own (`rival_tables`) instead of k and bias.
     """
 
     k: bool = False
     bias: bool = False
     room: str | None = None
-    rival: bool = False
+    table: bool = False
 
 
 # From nothing to everything; the order in which a fit adds them.
@@ -30,15 +30,16 @@ OWN: dict[str, Variant] = {
     "bias": Variant(bias=True),
     "k": Variant(k=True),
     "both": Variant(k=True, bias=True),
+    "variance": Variant(table=True, room="full"),
     "both+variance": Variant(k=True, bias=True, room="full"),
 }
 RIVALS: dict[str, Variant] = {
-    "ptqd": Variant(rival=True, room="noise"),
-    "mmse": Variant(rival=True),
-    "stepbaq": Variant(rival=True, room="back"),
-    "qdrift": Variant(rival=True, room="drift"),
-    "tac": Variant(rival=True),
-    "tcec": Variant(rival=True),
+    "ptqd": Variant(table=True, room="noise"),
+    "mmse": Variant(table=True),
+    "stepbaq": Variant(table=True, room="back"),
+    "qdrift": Variant(table=True, room="drift"),
+    "tac": Variant(table=True),
+    "tcec": Variant(table=True),
 }
 ALL = {**OWN, **RIVALS}
 VARIANTS = tuple(OWN)
@@ -62,7 +63,7 @@ TAC_RATIO, TAC_ONE = 0.5, 0.1
 def rival_tables(
     mean: np.ndarray, second: np.ndarray, ratios: np.ndarray, slope: float, rest: tuple[float, float]
 ) -> dict[str, tuple[np.ndarray, np.ndarray, float]]:
-    """Return gain [C], bias [C] and remaining std of every rival at one level: e = gain (e_quantized - bias).
+    """Return gain [C], bias [C] and remaining std of every variant with a table: e = gain (e_quantized - bias).
 
     Args:
         mean: of output and error, [2, C].
@@ -92,6 +93,7 @@ def rival_tables(
         (1 - TAC_RATIO) * qq + TAC_RATIO * ratios[1] + TAC_ONE
     )
     return {
+        "variance": (ones, zeros, rest[0]),
         "ptqd": (ones / (1 + clamped), mean[1] - clamped * mean[0], float(beside / (1 + clamped))),
         "mmse": (ones * shrunk, mean.sum(axis=0) - mean[0] / shrunk, 0.0),
         "stepbaq": (ones, zeros, rest[0]),

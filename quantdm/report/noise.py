@@ -17,6 +17,7 @@ VARIANTS = {
     "bias": "mean error removed",
     "k": "slope removed",
     "both": "slope and mean error removed",
+    "variance": "the sampler's variance lowered",
     "both+variance": "slope and mean error removed, the sampler's variance lowered",
     "ptqd": "PTQD",
     "mmse": "posterior mean (D2-DPM)",

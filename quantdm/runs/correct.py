@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from quantdm.activations import usual_activations
-from quantdm.correction import Correction, fit_correction, load_correction, step_table
+from quantdm.correction import VARIANTS, Correction, fit_correction, load_correction, step_table
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, tensors_digest, write_json
@@ -21,7 +21,7 @@ from quantdm.pipelines.text_memory import memoized_text_encoders
 from quantdm.recipe import ActivationSpec, Recipe, load_recipe, weights_digest
 from quantdm.recipe.activations import MAX_ACTIVATION_BITS, MIN_ACTIVATION_BITS
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import Job, configured
+from quantdm.runs.evaluator import Evaluator, Job, configured
 from quantdm.runs.labels import labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.tune import own_tuning
@@ -45,6 +45,8 @@ def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
 
 FIT_DRAWS, TEST_DRAWS = 2, 4
 STEPS_VERSION = 2
+# Of the corrections of others those two that were ahead in eval/results/correction_study.json.
+TRIED = (*VARIANTS, "qdrift", "stepbaq")
 
 
 def correct_run(
@@ -78,38 +80,35 @@ def correct_run(
     whole = path.is_file() and record.is_file()
     if not anew and whole and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
-    evaluator = engine.local
-    pipe = evaluator.pipe
     job = Job(Draw(0, 0, 0), labels, spec, tuned=None if tuned is None else str(tuned))
-    weights_only = replace(job, activations=None)
     joint = Recipe(model=recipe.model, layers=labels, activations=activations)
-    if anew:
-        _forget(unfinished)
     with told(f"correction of {job.description}"):
-        correction = fit_correction(
-            pipe,
-            lambda: configured(pipe, evaluator.bank, job),
-            fit_runs=_runs_of(run, 50, FIT_DRAWS, images // FIT_DRAWS),
-            test_runs=_runs_of(run, 60, TEST_DRAWS, images),
-            distance=partial(_distance, evaluator.extractor),
-            # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
-            # noise is explained (docs/method.md, When not to correct).
-            explained_from=None if spec is None else lambda: configured(pipe, evaluator.bank, weights_only),
-            model=run.settings.model,
-            recipe=joint,
-            resume=unfinished,
-        )
-    steps = step_table(correction, pipe.scheduler, run.settings.protocol.steps)
+        correction = _fit(run, engine.local, job, joint, images, unfinished)
+    steps = step_table(correction, engine.local.pipe.scheduler, run.settings.protocol.steps)
     correction.save(path)
     write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "tuning": tuning, "steps": steps})  # last
-    _forget(unfinished)
+    for left in (unfinished, unfinished.with_suffix(".safetensors")):
+        left.unlink(missing_ok=True)
     return path
 
 
-def _forget(unfinished: Path) -> None:
-    """Remove what an interrupted fit has left."""
-    for path in (unfinished, unfinished.with_suffix(".safetensors")):
-        path.unlink(missing_ok=True)
+def _fit(run: Run, evaluator: Evaluator, job: Job, recipe: Recipe, images: int, unfinished: Path) -> Correction:
+    """Fit the correction of a job, or go on with a fit that was interrupted."""
+    pipe, weights_only = evaluator.pipe, replace(job, activations=None)
+    return fit_correction(
+        pipe,
+        lambda: configured(pipe, evaluator.bank, job),
+        fit_runs=_runs_of(run, 50, FIT_DRAWS, images // FIT_DRAWS),
+        test_runs=_runs_of(run, 60, TEST_DRAWS, images),
+        distance=partial(_distance, evaluator.extractor),
+        # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
+        # noise is explained (docs/method.md, When not to correct).
+        explained_from=None if job.activations is None else lambda: configured(pipe, evaluator.bank, weights_only),
+        variants=TRIED,
+        model=run.settings.model,
+        recipe=recipe,
+        resume=unfinished,
+    )
 
 
 def _distance(extractor: Extractor, images_a: torch.Tensor, images_b: torch.Tensor) -> float:
