@@ -73,9 +73,17 @@ def measure(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, w
 
 def swaps(run: Run, engine: Engine, space: SearchSpace, fitted: dict[str, Any], count: int) -> dict[str, Any]:
     """Swap one layer a time, as often in every operation type; compare predictions with both draws."""
-    reference, rng = select(space, -space.noise_error, target_bits=TARGET), np.random.default_rng(0)
-    types = np.array([layer.op_type for layer in space.layers])
-    left = {  # the swaps of every operation type that are not taken yet, in random order
+    reference = select(space, -space.noise_error, target_bits=TARGET)
+    rows = draw_swaps(space, reference, count)
+    y = measure(run, engine, space, np.concatenate([reference[None], rows]), "swap one layer a time")
+    delta = y[:, 1:] - y[:, :1]
+    return judge_swaps(space, fitted, reference, rows, delta)
+
+
+def draw_swaps(space: SearchSpace, reference: np.ndarray, count: int) -> np.ndarray:
+    """Return distinct configurations [N, L] in which one layer takes another option, in turn from every type."""
+    rng, types = np.random.default_rng(0), np.array([layer.op_type for layer in space.layers])
+    left = {
         name: rng.permutation(
             [(la, o) for la in np.flatnonzero(types == name) for o in range(len(space.options)) if o != reference[la]]
         ).tolist()
@@ -87,9 +95,7 @@ def swaps(run: Run, engine: Engine, space: SearchSpace, fitted: dict[str, Any], 
     layer, option = np.array(taken[:count]).T
     rows = np.tile(reference, (len(layer), 1))
     rows[np.arange(len(layer)), layer] = option
-    y = measure(run, engine, space, np.concatenate([reference[None], rows]), "swap one layer a time")
-    delta = y[:, 1:] - y[:, :1]
-    return judge_swaps(space, fitted, reference, rows, delta)
+    return rows
 
 
 def judge_swaps(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.restore_study import SHARES, ends_of, judge_swaps, restored
+from eval.restore_study import SHARES, draw_swaps, ends_of, judge_swaps, restored
 from quantdm.allocation import select
 from quantdm.surrogates import AdditiveSurrogate
 from tests.planted import PlantedTruth, planted_space
@@ -33,9 +33,11 @@ def test_swaps_are_judged_over_the_ceiling_of_two_noisy_draws(space):
     truth, rng = PlantedTruth(space), np.random.default_rng(0)
     fitted = {"additive": AdditiveSurrogate(space).fit(*truth.trials(150))}
     reference = select(space, -space.noise_error, target_bits=3.0)
-    rows = np.tile(reference, (120, 1))
-    layers = rng.integers(0, len(reference), 120)
-    rows[np.arange(120), layers] = (reference[layers] + rng.integers(1, 9, 120)) % 9
+    rows = draw_swaps(space, reference, 120)
+    assert len(np.unique(rows, axis=0)) == 120
+    assert ((rows != reference).sum(axis=1) == 1).all()
+    types = np.array([layer.op_type for layer in space.layers])
+    assert {types[i] for i in np.flatnonzero(rows != reference) % len(types)} == set(types)
     exact = truth.y(rows) - truth.y(reference)
     noisy = exact + 0.02 * rng.normal(size=(2, 120))
     found = judge_swaps(space, fitted, reference, rows, noisy)
