@@ -14,7 +14,7 @@ import numpy as np
 from quantdm.allocation import select, select_lambda
 from quantdm.files import read_json, write_json
 from quantdm.machine import versions
-from quantdm.surrogates import BlockScores, GraphSurrogate, TreeSurrogate
+from quantdm.surrogates import BlockScores, GraphSurrogate, TreeSurrogate, explain_one
 from tests.planted import PlantedTruth, planted_space
 
 OUT = Path(__file__).parent / "results" / "surrogate_timing.json"
@@ -25,6 +25,7 @@ FITS = {  # name: surrogate, denoiser, trials, the limit that was set (wall seco
     "graph, digits-sd": (GraphSurrogate, "digits-sd", 400, 180),
     "graph, pixart-xl-2": (GraphSurrogate, "pixart-xl-2", 500, 1800),
 }
+EXPLANATIONS = {"explain graph, digits-dit": ("digits-dit", 2), "explain graph, sdxl": ("sdxl", 30)}
 SELECTIONS = ("layers", "lambda", "blocks")
 
 
@@ -76,8 +77,26 @@ def spend(how: str) -> dict:
     }
 
 
+def explain(name: str) -> dict:
+    """Explain one random configuration against another, by a graph surrogate of a few trials: it has all parameters."""
+    model, limit = EXPLANATIONS[name]
+    space = planted_space(model=model)
+    choices, y = PlantedTruth(space).trials(40)
+    found = GraphSurrogate(space).fit(choices, y)
+    cpu, wall = time.process_time(), time.perf_counter()
+    explained = explain_one(found, choices[0], choices[1])
+    return {
+        "layers": len(space.layers),
+        "cpu_s": round(time.process_time() - cpu, 2),
+        "wall_s": round(time.perf_counter() - wall, 2),
+        "limit_s": limit,
+        "error_of_the_sum": float(abs(explained.contributions.sum() - explained.difference)),
+    }
+
+
 def main() -> None:
     names = {**{name: (fit, name) for name in FITS}, **{f"select {how}, sdxl": (spend, how) for how in SELECTIONS}}
+    names |= {name: (explain, name) for name in EXPLANATIONS}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"some of: {'; '.join(names)}")
     asked = parser.parse_args().names or list(names)

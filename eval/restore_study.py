@@ -51,7 +51,7 @@ def main() -> None:
     trials = load_trials(run, space)
     fitted = {name: kind(space, random_state=run.settings.seed).fit(*trials) for name, kind in SURROGATES.items()}
     path = ROOT / "eval" / "results" / f"restore_{run.settings.model}.json"
-    record = read_json(path, version=1) if path.exists() else {"version": 1}
+    record: dict[str, Any] = read_json(path, version=1) if path.exists() else {"version": 1}
     record |= {"trials": len(trials[1]), "machine": platform.machine(), "versions": versions()}
     with Engine(run, run.open_subject(), workers=arguments.workers) as engine:
         for name, study in (("swaps", swaps), ("curves", curves)):
@@ -73,17 +73,29 @@ def measure(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, w
 
 def swaps(run: Run, engine: Engine, space: SearchSpace, fitted: dict[str, Any], count: int) -> dict[str, Any]:
     """Swap one layer a time, as often in every operation type; compare predictions with both draws."""
-    reference, rng = select(space, -space.noise_error, target_bits=TARGET), np.random.default_rng(0)
-    types = np.array([layer.op_type for layer in space.layers])
-    turn = [rng.permutation(np.flatnonzero(types == name)) for name in dict.fromkeys(types.tolist())]
-    layers = np.array([turn[i % len(turn)][i // len(turn) % len(turn[i % len(turn)])] for i in range(count)])
-    rows = np.tile(reference, (count, 1))
-    rows[np.arange(count), layers] = (reference[layers] + rng.integers(1, len(space.options), count)) % len(
-        space.options
-    )
+    reference = select(space, -space.noise_error, target_bits=TARGET)
+    rows = draw_swaps(space, reference, count)
     y = measure(run, engine, space, np.concatenate([reference[None], rows]), "swap one layer a time")
     delta = y[:, 1:] - y[:, :1]
     return judge_swaps(space, fitted, reference, rows, delta)
+
+
+def draw_swaps(space: SearchSpace, reference: np.ndarray, count: int) -> np.ndarray:
+    """Return distinct configurations [N, L] in which one layer takes another option, in turn from every type."""
+    rng, types = np.random.default_rng(0), np.array([layer.op_type for layer in space.layers])
+    left = {
+        name: rng.permutation(
+            [(la, o) for la in np.flatnonzero(types == name) for o in range(len(space.options)) if o != reference[la]]
+        ).tolist()
+        for name in dict.fromkeys(types.tolist())
+    }
+    taken: list[list[int]] = []
+    while len(taken) < count and any(left.values()):
+        taken += [queue.pop() for queue in left.values() if queue]
+    layer, option = np.array(taken[:count]).T
+    rows = np.tile(reference, (len(layer), 1))
+    rows[np.arange(len(layer)), layer] = option
+    return rows
 
 
 def judge_swaps(

@@ -20,7 +20,7 @@ from quantdm.recipe import Provenance, Recipe
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
 from quantdm.schemes import PAPER_OPTIONS
-from quantdm.surrogates import SearchSpace
+from quantdm.surrogates import LocalExplanation, SearchSpace
 from quantdm.surrogates.attribution import summarise
 
 SENSITIVE = "attn1.to_v"  # planted: this operation type suffers most
@@ -121,6 +121,18 @@ def make_run(folder: Path, space: SearchSpace, *, model: str = "digits-dit") -> 
     write_json(
         run.path("selection.json"), {"version": 1, "chosen": "tree", "candidates": candidates, "configs": configs}
     )
+    chosen, rival = (picks[name] for name in ("tree", "baseline: kmeans-channel-3"))
+    explanations = {}
+    for name, a in found.items():
+        base, predicted = a.total(np.stack([rival, chosen])).tolist()
+        share = a.values[np.arange(len(chosen)), chosen] - a.values[np.arange(len(chosen)), rival]
+        one = LocalExplanation(name, space, chosen, rival, base, predicted, share, np.abs(share) / 10)
+        explanations[name] = one.to_dict()
+    write_json(
+        run.path("why.json"),
+        {"version": 1, "chosen": "tree", "against": "baseline: kmeans-channel-3", "measured": [0.3, 0.4],
+         "explanations": explanations},
+    )  # fmt: skip
     provenance = Provenance(source="measured: tree", seed=0, trials=24)
     Recipe(model=model, layers=configs["tree"], avg_bits=candidates["tree"]["avg_bits"], provenance=provenance).save(
         run.path("recipe.yaml")

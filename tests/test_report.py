@@ -214,12 +214,13 @@ def test_strings_of_records_cannot_become_markup_and_no_directory_is_told(tmp_pa
 @pytest.mark.parametrize(
     ("field", "record", "command", "sections"),
     [
-        ("space", "space.json", "quantdm search", {"insights", "sensitivity", "layers", "next"}),
+        ("space", "space.json", "quantdm search", {"insights", "sensitivity", "layers", "next", "unknown"}),
         ("trials", "trials", "quantdm search", {"frontier"}),
         ("surrogate", "surrogate.json", "quantdm fit", {"surrogates"}),
-        ("attributions", "attribution.json", "quantdm explain", {"insights", "sensitivity", "next"}),
+        ("attributions", "attribution.json", "quantdm explain", {"insights", "sensitivity", "next", "unknown"}),
         ("selection", "selection.json", "quantdm search", {"frontier"}),
-        ("recipe", "recipe.yaml", "quantdm search", {"insights", "layers", "next"}),
+        ("recipe", "recipe.yaml", "quantdm search", {"insights", "layers", "next", "unknown"}),
+        ("why", "why.json", "quantdm search", {"why"}),
         ("correction", "correction.safetensors", "quantdm correct", {"noise"}),
         ("tuning", "tuning.json", "quantdm tune", {"tuning"}),
         ("summary", "summary.json", "quantdm run", {"result"}),

@@ -1,7 +1,7 @@
 """What a run directory holds, read for the report. Only run.json is required: a section names the record it lacks."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +118,7 @@ def read_records(run_dir: str | Path) -> Records:
         recipe=recipe,
         tuning=optional(TUNING_FILE, lambda path: read_json(path, version=TUNING_VERSION)),
         correction=optional("correction.safetensors", load_correction),
-        steps=tuple(
-            (optional("correction_steps.json", lambda path: read_json(path, version=2)) or {}).get("steps", ())
-        ),
+        steps=tuple((optional("correction_steps.json", partial(read_json, version=2)) or {}).get("steps", ())),
         summary=optional("summary.json", lambda path: read_json(path, version=1)),
         samples=samples,
     )

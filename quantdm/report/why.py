@@ -3,11 +3,16 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from quantdm.report.advice import advice, doubts, read_names, shared_schemes
+from quantdm.report.advice import Names, advice, doubts, read_names, shared_schemes
 from quantdm.report.figures import describe
 from quantdm.report.markup import dotted, esc, missing, paragraph, table
 from quantdm.report.records import Records
+from quantdm.report.wording import percent
+from quantdm.surrogates import Attribution, SearchSpace
+
+Ints = NDArray[np.int64]
 
 TOP = 12  # layers of a table
 
@@ -18,34 +23,22 @@ def why(records: Records) -> str:
         return missing("why.json", "No comparison with a rival")
     found = records.why["explanations"]
     name = "graph" if "graph" in found else next(iter(found))
-    one, layers = found[name], found[name]["layers"]
+    layers = found[name]["layers"]
     whole = sum(abs(row["contribution"]) for row in layers)
     if not layers or whole == 0:
         return paragraph("By this explanation the recipe and its rival do not differ.")
     shown = layers[:TOP]
     share = sum(abs(row["contribution"]) for row in shown) / whole
-    difference, measured = one["predicted"] - one["base"], records.why["measured"]
-    text = (
-        f"The recipe (“{records.why['chosen']}”) against “{records.why['against']}”, in y = −log FID to full precision "
-        f"(larger is better): base {one['base']:+.3f}, predicted {one['predicted']:+.3f}, difference predicted "
-        f"{difference:+.3f} by the {name} surrogate"
-    )
-    text += "".join(f", {o['predicted'] - o['base']:+.3f} by {n}" for n, o in found.items() if n != name)
-    text += (
-        f"; measured {_measured(measured)}. The {len(shown)} layers below carry {100 * share:.0f}\u00a0% of all that "
-    )
-    text += f"changed in {len(layers)} layers."
+    text = _difference(records.why, name)
+    text += f" The {len(shown)} layers below carry {percent(share)} of all that changed in {len(layers)} layers."
     head = [("Layer", ""), ("Rival", ""), ("Recipe", ""), ("Share of y", f"{name} surrogate, ± over folds")]
     rows = [
-        (
-            "",
-            [
-                dotted(row["layer"]),
-                esc(describe(row["reference"])),
-                esc(describe(row["option"])),
-                f"{row['contribution']:+.3f} <small>±\u00a0{row['spread']:.3f}</small>",
-            ],
-        )
+        [
+            dotted(row["layer"]),
+            esc(describe(row["reference"])),
+            esc(describe(row["option"])),
+            f"{row['contribution']:+.3f} <small>±\u00a0{row['spread']:.3f}</small>",
+        ]
         for row in shown
     ]
     note = (
@@ -53,7 +46,20 @@ def why(records: Records) -> str:
         "cost between them. Spread is the standard deviation over five folds. For other pairs: quantdm "
         "explain --recipe --against."
     )
-    return paragraph(text) + table(head, rows, text_columns=(1, 2)) + paragraph(note, "caption")
+    listing = table(head, [("", cells) for cells in rows], text_columns=(1, 2))
+    return paragraph(text) + listing + paragraph(note, "caption")
+
+
+def _difference(record: dict[str, Any], name: str) -> str:
+    """Say what differs, by how much by every surrogate, and what was measured."""
+    one, found = record["explanations"][name], record["explanations"]
+    text = (
+        f"The recipe (“{record['chosen']}”) against “{record['against']}”, in y = −log FID to full precision (larger "
+        f"is better): base {one['base']:+.3f}, predicted {one['predicted']:+.3f}, difference predicted "
+        f"{one['predicted'] - one['base']:+.3f} by the {name} surrogate"
+    )
+    text += "".join(f", {o['predicted'] - o['base']:+.3f} by {n}" for n, o in found.items() if n != name)
+    return f"{text}; measured {_measured(record['measured'])}."
 
 
 def _measured(differences: list[float]) -> str:
@@ -83,34 +89,40 @@ def unknowns(records: Records) -> str:
     html = f'<ol class="insights">{"".join(lines)}</ol>' + _names_table(names)
     html += paragraph(
         f"Values of the {name} surrogate. Method and width are main effects on the mean layer (they explain "
-        f"{100 * names.share:.0f}\u00a0% of how options differ there); role is how strongly an operation type feels "
+        f"{percent(names.share)} of how options differ there); role is how strongly an operation type feels "
         "them, 1 on average. y as at the median trial.",
         "caption",
     )
+    return html + _sharing(space, explained, choice) + _doubts(space, explained, choice)
+
+
+def _sharing(space: SearchSpace, explained: Attribution, choice: Ints) -> str:
     rows = [
         ("", [esc(item.op_type), str(item.layers), esc(describe(item.scheme)), f"{item.loss:.4f}"])
         for item in shared_schemes(space, explained.values, choice)
     ]
     head = [("Operation type", ""), ("Layers", ""), ("One scheme for all", "of no more bytes"), ("Costs", "of y")]
-    html += (
-        f"<details><summary>Which layers could share a scheme</summary>{table(head, rows, text_columns=(2,))}</details>"
-    )
-    unsure = [
+    listing = table(head, rows, text_columns=(2,)) if rows else paragraph("None of several layers.")
+    return f"<details><summary>Which layers could share a scheme</summary>{listing}</details>"
+
+
+def _doubts(space: SearchSpace, explained: Attribution, choice: Ints) -> str:
+    rows = [
         ("", [dotted(d.layer), esc(describe(d.option)), esc(describe(d.rival)), f"{d.gap:+.4f}", f"{d.spread:.4f}"])
         for d in doubts(space, explained, choice)
     ]
     head = [
         ("Layer", ""),
         ("Recipe", ""),
-        ("As good, in no more bits", ""),
+        ("As good", "in no more bits"),
         ("Apart", "in y"),
         ("Spread", "over folds"),
     ]
-    listing = table(head, unsure, text_columns=(1, 2)) if unsure else paragraph("No layer.")
-    return html + f"<details><summary>Where the folds disagree: {len(unsure)} layers</summary>{listing}</details>"
+    listing = table(head, rows, text_columns=(1, 2)) if rows else paragraph("No layer.")
+    return f"<details><summary>Where the folds disagree: {len(rows)} layers</summary>{listing}</details>"
 
 
-def _names_table(names: Any) -> str:
+def _names_table(names: Names) -> str:
     """Return the worth of every method, width and role as one table."""
     rows = [("Method", esc(name.replace("-", " ")), f"{value:+.4f}") for name, value in names.methods.items()]
     rows += [("Width", f"{width}\u00a0bits", f"{value:+.4f}") for width, value in names.widths.items()]

@@ -181,7 +181,7 @@ class AmplitudeNet:
         return np.concatenate([LOG_POWER_SD["all"] * whole, LOG_POWER_SD["kind"] * bend @ self.wiring.kinds], axis=1)
 
 
-def power_energy(total: Floats, size: Floats | int, power: Floats) -> Floats:
+def power_energy(total: Floats, size: Floats | int, power: Floats | float) -> Floats:
     """Return n · (total / n)^(2/p): the power mean's energy from the sum of powers `total` over n layers."""
     return size * (total / size) ** (2 / power)
 
