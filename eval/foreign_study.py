@@ -21,11 +21,11 @@ from quantdm.runs.settings import Effort
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "results" / "foreign_study.json"
-BITS, TRIALS = 3.0, 40
+BITS, TRIALS = 3.0, 30
 LABELS = [*(f"kmeans-channel-{b}" for b in (2, 3, 4, 6)), *(f"uniform-channel-{b}" for b in (3, 4))]
-EFFORT = Effort(label_images=20, label_steps=1, verify_images=40, noise_images=4)
+EFFORT = Effort(label_images=10, label_steps=1, verify_images=12, noise_images=2)
 RIVALS = ("kmeans-channel-3", "uniform-channel-3", "kmeans-channel-4", "uniform-channel-4")
-IMAGES, DRAWS = 60, (901, 902, 903)
+IMAGES, DRAWS = 40, (901, 902, 903)
 RULERS = {"fd:efficientnet-lite0": "lower", "fd:pyramid": "lower", "psnr": "higher"}
 
 

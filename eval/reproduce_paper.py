@@ -47,8 +47,8 @@ from quantdm.metrics.features import open_features
 from quantdm.metrics.images import open_images
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.table import build_table
+from quantdm.metrics.to_folder import MANIFEST, generate_to_folder, shard_of_environment
 from quantdm.pipelines.inputs import Lines, resolve
-from quantdm.pipelines.to_folder import MANIFEST, generate_to_folder, shard_of_environment
 from quantdm.schemes import QuantConfig, Scheme
 
 SEED = 1

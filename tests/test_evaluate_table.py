@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from quantdm import ActivationSpec, load_pipeline, set_activation_bits_
 from quantdm.cli.main import app
 from quantdm.errors import QuantDMError
 from quantdm.metrics.distance import frechet_of_gaussians
@@ -19,8 +20,8 @@ from quantdm.metrics.influence import frechet_influence
 from quantdm.metrics.kernels import kid
 from quantdm.metrics.measure import measure
 from quantdm.metrics.table import build_table
+from quantdm.metrics.to_folder import MANIFEST, generate_to_folder, share
 from quantdm.pipelines.protocol import load_protocol
-from quantdm.pipelines.to_folder import MANIFEST, generate_to_folder, share
 
 DIT = load_protocol("digits-dit")
 SEEDS = range(3_000_000, 3_000_064)
@@ -71,6 +72,10 @@ def test_a_killed_run_goes_on_and_processes_share_the_work(tmp_path, dit):
     assert np.abs(pixels(whole) - pixels(tmp_path / "parts")).max() <= 1
     with pytest.raises(QuantDMError, match="holds images of another pipeline, protocol, number of steps or seeds"):
         generate_to_folder(dit, DIT, SEEDS[:10], whole, steps=2)
+    rounded = load_pipeline("digits-dit")
+    set_activation_bits_(rounded.transformer, ActivationSpec(bits=8))  # equal weights, other images
+    with pytest.raises(QuantDMError, match="holds images of another pipeline"):
+        generate_to_folder(rounded, DIT, SEEDS[:10], whole, steps=1)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear")
     with pytest.raises(QuantDMError, match=r"is not empty and has no manifest\.json"):

@@ -99,7 +99,7 @@ def generate(
     """Generate images to a folder, one seed each: resumed, and shared among processes."""
     from quantdm.cli.rows import open_row
     from quantdm.metrics.samples import Draw
-    from quantdm.pipelines.to_folder import generate_to_folder, shard_of_environment
+    from quantdm.metrics.to_folder import generate_to_folder, shard_of_environment
 
     pipe, chosen = open_row(str(recipe) if recipe else model, model, protocol)
     draw = Draw(seed, images, steps or chosen.steps)

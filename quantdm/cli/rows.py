@@ -21,10 +21,10 @@ from quantdm.metrics.lpips import Lpips
 from quantdm.metrics.prompted import ClipScore
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.table import Table, build_table
+from quantdm.metrics.to_folder import MANIFEST, generate_to_folder
 from quantdm.pipelines.loading import load_pipeline
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol
-from quantdm.pipelines.to_folder import MANIFEST, generate_to_folder
 from quantdm.recipe import load_recipe
 from quantdm.schemes import QuantConfig, Scheme
 

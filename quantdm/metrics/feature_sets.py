@@ -1,6 +1,7 @@
 """The features of a set of images: sums, and the features themselves where they are needed; on disk, in a cache."""
 
 import os
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,8 +77,11 @@ def is_statistics(path: str | Path) -> bool:
     if not path.is_file():
         return False
     if path.suffix.lower() == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return {"mu", "sigma"} <= set(file.files)
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return {"mu", "sigma"} <= set(file.files)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return False  # whoever opens it as images says what is wrong
     return path.suffix.lower() == ".safetensors" and load_tensors(path)[1].get("kind") == KIND
 
 
@@ -85,6 +89,10 @@ def _published(path: Path) -> Moments:
     """Return published statistics: they say neither how many images nor which resizing they are of."""
     with np.load(path, allow_pickle=False) as file:
         mean, covariance = (torch.from_numpy(np.asarray(file[key], dtype=np.float64)) for key in ("mu", "sigma"))
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+        raise QuantDMError(
+            f"{path}: mu is {tuple(mean.shape)} and sigma {tuple(covariance.shape)}, expected [F] and [F, F]"
+        )
     n = 10**9  # of so many images that n and n - 1 are the same
     return Moments(n, mean * n, covariance * (n - 1) + torch.outer(mean, mean) * n, "", str(path))
 

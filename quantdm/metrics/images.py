@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, load_tensors, read_json
+from quantdm.metrics.to_folder import MANIFEST
 from quantdm.pipelines.inputs import PICTURES
-from quantdm.pipelines.to_folder import MANIFEST
 
 BATCH = 64
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

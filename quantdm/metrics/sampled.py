@@ -10,11 +10,11 @@ from quantdm.files import digest
 from quantdm.metrics.door import check_measures
 from quantdm.metrics.images import ImageSet
 from quantdm.metrics.samples import Draw
+from quantdm.metrics.to_folder import manifest_of
 from quantdm.pipelines.generate import as_pictures, generate_batches
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.text_memory import memoized_text_encoders
-from quantdm.pipelines.to_folder import manifest_of
 
 
 def sampled_images(

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import DiffusionPipeline
+from torch import nn
 
+from quantdm.activations.hooks import activation_spec
 from quantdm.errors import QuantDMError
 from quantdm.files import atomic_path, check_output, digest, read_json, save_tensors, write_json
 from quantdm.machine import versions
 from quantdm.pipelines.checks import check_generates
-from quantdm.pipelines.fingerprint import fingerprint_part
+from quantdm.pipelines.fingerprint import dtype_of, fingerprint_part
 from quantdm.pipelines.generate import as_pictures, generate_batches
+from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.text_memory import memoized_text_encoders
 from quantdm.progress import bar
@@ -44,6 +47,14 @@ def identity(pipe: DiffusionPipeline) -> dict[str, str]:
     return {name: fingerprint_part(part) for name, part in sorted(pipe.components.items()) if part is not None}
 
 
+def computed_in(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return what images depend on beside weights and settings: dtypes, and how activations are rounded."""
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    specs = {name: activation_spec(part) for name, part in find_denoisers(pipe).items()}
+    rounded = {name: spec.model_dump(mode="json") for name, spec in specs.items() if spec is not None}
+    return {"dtypes": {name: dtype_of(part) for name, part in parts.items()}, "activations": rounded}
+
+
 def manifest_of(
     pipe: DiffusionPipeline, protocol: Protocol, seeds: Sequence[int], steps: int, *, latents: bool = False
 ) -> dict[str, Any]:
@@ -51,13 +62,14 @@ def manifest_of(
     asked = protocol.conditions
     prompts = [str(asked[i % len(asked)]) for i in range(len(seeds))] if asked else None
     told = protocol.model_dump(mode="json")
-    weights = identity(pipe)
-    same = digest(type(pipe).__name__, weights, told, steps, [seeds[0], len(seeds)], latents)
+    weights, computed = identity(pipe), computed_in(pipe)
+    same = digest(type(pipe).__name__, weights, computed, told, steps, [seeds[0], len(seeds)], latents)
     return {
         "version": VERSION,
         "identity": same,  # of what decides the images; not of versions
         "pipeline": type(pipe).__name__,
         "weights": weights,
+        **computed,
         "protocol": digest(told),
         "argument": protocol.argument,
         "steps": steps,
