@@ -61,7 +61,8 @@ def test_bench_prints_a_row_for_every_residency(tmp_path, monkeypatch):
     assert list(rows) == ["original", "packed", "int8", "dense", "integer", "auto"]
     assert all(name in table for name in rows)
     assert rows["packed"]["nbytes"] < rows["integer"]["nbytes"] < rows["dense"]["nbytes"]
-    assert rows["packed"]["distance"] == rows["int8"]["distance"] == 0 < rows["integer"]["distance"] < 0.02
+    assert rows["packed"]["distance"] == rows["int8"]["distance"] == 0
+    assert 0 < rows["integer"]["distance"] < 0.05  # where bfloat16 is fast, its own roundings are as large
 
 
 def test_doctor_names_versions_and_pipelines():

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantdm.errors import QuantDMError
-from quantdm.modules.blob import join_tensors, split_blob
+from quantdm.modules.blob import join_tensors, sparing_bytes, split_blob
 from quantdm.modules.coded import CodedInput
 from quantdm.modules.decoding import decode_bytes, decode_layer, new_handle
 from quantdm.modules.execution import Product, new_product, obstacle_of
@@ -139,9 +139,8 @@ class PackedLayer(nn.Module):
         if residency in ("integer", "auto"):
             form = self._integers()
             self.obstacle = obstacle_of(self, form, self.split, self.packed.device)
-            self._kept = (
-                None if self.scheme.hadamard else form
-            )  # decoding a rotated weight takes more than its integers
+            # A rotated weight is not what its integers decode to.
+            self._kept = None if self.scheme.hadamard else form
         if residency == "int8" or (residency == "integer" and self.obstacle):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = int8_form(self.quantized)
@@ -203,8 +202,8 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLayer":
         place = self.packed.device.type
-        super()._apply(_sparing_bytes(fn), recurse)
-        if self.residency in ("integer", "auto") and self.packed.device.type not in (place, "meta"):
+        super()._apply(sparing_bytes(fn), recurse)
+        if self.residency in ("integer", "auto") and len({place, self.packed.device.type, "meta"}) == 3:
             self.keep_(self.residency)  # another kind of device has other operators
         before, self.weight_dtype = self.weight_dtype, fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         self._product = None  # it is in the order of an operator of its device
@@ -277,16 +276,6 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """`nn.Conv3d` with a packed weight."""
-
-
-def _sparing_bytes(fn: Any) -> Any:
-    """Return what moves tensors as `fn` does, and casts no bytes (`.type(dtype)` would)."""
-
-    def moved_only(tensor: torch.Tensor) -> torch.Tensor:
-        new = fn(tensor)
-        return new if tensor.dtype != torch.uint8 or new.dtype == torch.uint8 else tensor.to(new.device)
-
-    return moved_only
 
 
 def torch_class(cls: type[nn.Module]) -> type[nn.Module]:
