@@ -15,7 +15,7 @@ from quantdm.cli.main import app, main
 
 COMMANDS = (
     "demo", "run", "tune", "inspect", "bank", "search", "fit", "explain", "select", "apply", "correct", "generate",
-    "evaluate", "export", "report", "doctor",
+    "evaluate", "export", "report", "doctor", "bench",
 )  # fmt: skip
 
 
@@ -48,6 +48,21 @@ def test_generate_writes_a_grid(tmp_path):
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (96, 64)
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_bench_prints_a_row_for_every_residency(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    options = ["bench", "digits-dit", "--activations", "token-8", "--steps", "2"]
+    table = CliRunner().invoke(app, options, catch_exceptions=False).stdout  # without the bars on standard error
+    assert all(len(line) <= 79 for line in table.splitlines())
+    asked = [*options, "--scheme", "uniform-channel-4", "--json"]
+    record = json.loads(CliRunner().invoke(app, asked, catch_exceptions=False).stdout)
+    rows = {row["residency"]: row for row in record["rows"]}
+    assert list(rows) == ["original", "packed", "int8", "dense", "integer", "auto"]
+    assert all(name in table for name in rows)
+    assert rows["packed"]["nbytes"] < rows["integer"]["nbytes"] < rows["dense"]["nbytes"]
+    assert rows["packed"]["distance"] == rows["int8"]["distance"] == 0
+    assert 0 < rows["integer"]["distance"] < 0.05  # where bfloat16 is fast, its own roundings are as large
 
 
 def test_doctor_names_versions_and_pipelines():

@@ -138,6 +138,23 @@ def test_narrow_outputs_are_rounded_once(kind: str, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", ["linear without bias", "linear of a long skip", "conv of a long skip", "conv 1x1 of a long skip"]
+)
+def test_rotated_weights_multiply_rotated_inputs(kind: str) -> None:
+    make, shape, split = LAYERS[kind]
+    layer, x = packed(make(), "uniform-channel-4-hadamard", split), torch.randn(shape)
+    record = record_of(layer, split)
+    layer.keep_("integer")
+    for label in ("token-8-hadamard", "tensor-6-hadamard"):
+        scheme = ActivationScheme.parse(label)
+        coded = input_for(layer, x, record, scheme, None)
+        assert isinstance(coded, CodedInput)
+        assert error(layer.forward(coded), simulated(layer, x, record, scheme)) < 1e-5
+        assert torch.equal(coded.values(), quantize_input(x, record, scheme))
+
+
+@torch.no_grad()
 def test_constant_and_distant_inputs_do_not_overflow() -> None:
     scheme = ActivationScheme.parse("sample-8")
     for make, shape in ((lambda: nn.Linear(640, 8), (2, 3, 640)), (lambda: nn.Conv2d(64, 8, 3), (2, 64, 5, 5))):
@@ -254,7 +271,7 @@ def messages(caplog) -> list[str]:
     ("make", "shape", "label", "reason"),
     [
         (lambda: nn.Conv2d(4, 6, 3), (2, 4, 8, 8), "map-8", "a scale for every channel"),
-        (lambda: nn.Linear(64, 6), (2, 64), "token-8-hadamard", "rotated"),
+        (lambda: nn.Linear(64, 6), (2, 64), "token-8-hadamard", "rotated weights need rotated inputs"),
         (lambda: nn.Linear(64, 6), (2, 64), "token-4-outliers16", "outliers apart"),
         (lambda: nn.Conv2d(4, 6, 1, groups=2), (2, 4, 8, 8), "token-8", "grouped or padded"),
     ],

@@ -100,7 +100,7 @@ def test_what_has_no_exact_int8_form_stays_packed_and_is_named() -> None:
 
 def test_a_residency_survives_casts_copies_and_a_block_of_dense_weights() -> None:
     x = torch.randn(3, 40)
-    for residency in FORMS:
+    for residency in RESIDENCIES:
         model = quantized(nn.Linear(40, 12, bias=False), "kmeans-channel-4")  # casting a bias back and forth rounds it
         wide, narrow = model(x), copy.deepcopy(model).bfloat16()(x.bfloat16())
         set_residency(model, residency)  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def test_a_residency_survives_casts_copies_and_a_block_of_dense_weights() -> Non
 def test_moving_takes_along_what_is_kept_and_loading_bytes_makes_it_anew(tmp_path: Path) -> None:
     first, second = (quantized(nn.Linear(40, 12), "uniform-channel-5") for _ in range(2))
     x = torch.randn(3, 40)
-    for residency in FORMS:
+    for residency in RESIDENCIES:
         model = copy.deepcopy(first)
         set_residency(model, residency)  # type: ignore[arg-type]
         save_file(model.state_dict(), tmp_path / residency)
@@ -128,7 +128,7 @@ def test_moving_takes_along_what_is_kept_and_loading_bytes_makes_it_anew(tmp_pat
         assert torch.equal(model(x), first(x))
         assert model[0].residency == residency
     files = [(tmp_path / residency).read_bytes() for residency in FORMS]
-    assert files[0] == files[1] == files[2]
+    assert all(file == files[0] for file in files)
 
 
 @pytest.mark.parametrize("residency", FORMS)

@@ -10,6 +10,7 @@ from torch import Tensor
 from quantdm.activations.rounding import Dims, grid_of, range_of
 from quantdm.modules.coded import CodedInput, Codes
 from quantdm.modules.kernels import Kernel
+from quantdm.quantizers.hadamard import rotate
 from quantdm.recipe import ActivationScheme
 
 Given = tuple[float, float] | None
@@ -45,7 +46,7 @@ def code_input(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
 
     Args:
         x: [..., C] or [B, C, H, W].
-        scheme: without rotation and outliers, which are no single grid.
+        scheme: without outliers, which are on a grid of their own.
         grid: what shares a scale.
     """
     if x.is_inference():  # such tensors do not count their changes
@@ -61,8 +62,9 @@ def code_input(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
 def new_codes(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
     """Return what `code_input` does, always made anew."""
     parts = [x] if grid.split is None else x.tensor_split([grid.split], dim=grid.channel)
+    parts = [rotate(part.float(), grid.channel) for part in parts] if scheme.hadamard else parts
     coded = tuple(_code(part, scheme, grid.dims, grid.channel, grid.given) for part in parts)
-    return CodedInput(coded, x.dtype, grid.channel)
+    return CodedInput(coded, x.dtype, grid.channel, scheme.hadamard)
 
 
 def _forget(source: "weakref.ref[Tensor]") -> None:

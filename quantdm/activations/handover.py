@@ -68,8 +68,10 @@ def _runs_in_integers(module: PackedLayer, x: Tensor) -> bool:
 
 def _no_single_grid(module: PackedLayer, record: LayerRecord, scheme: ActivationScheme, ndim: int) -> str | None:
     """Say why one product cannot compute what a scheme means for this layer; None: it can."""
-    if scheme.hadamard or scheme.outliers is not None:
-        return f"{scheme} inputs are rotated, or have outliers apart"
+    if scheme.outliers is not None:
+        return f"{scheme} inputs have outliers apart"
+    if scheme.hadamard != module.scheme.hadamard or (scheme.hadamard and getattr(module, "groups", 1) > 1):
+        return f"rotated weights need rotated inputs and the other way round, got {module.scheme} and {scheme}"
     if record.split != module.split:
         return "the halves of a long skip are those of other weights"
     if record.kind == "linear":

@@ -1,10 +1,12 @@
-"""Sub-commands that make images: generate, correct."""
+"""Sub-commands that make images: generate, bench, correct."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import Model, Out, ProtocolFile, RunDir, Seed, app
+from quantdm.cli.app import AsJson, Model, Out, ProtocolFile, RunDir, Seed, app
 
 
 @app.command(epilog="Example: quantdm generate digits-sd -o digits.png --images 40")
@@ -22,6 +24,34 @@ def generate(
 
     path = generate_grid(model, out, images=images, seed=seed, steps=steps, protocol=protocol, columns=columns)
     typer.echo(f"images: {path}")
+
+
+@app.command(epilog="Example: quantdm bench digits-dit --scheme kmeans-channel-4 --activations token-8")
+def bench(
+    model: Model,
+    scheme: Annotated[str | None, typer.Option(help="Weights of every layer (default: kmeans-channel-4).")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Or those of this recipe.")] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Inputs of every layer (default: the model's or recipe's, else token-8).")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Made at once.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the protocol's).")] = None,
+    protocol: ProtocolFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time the denoiser on this machine in every residency: ms per step, memory, agreement with the simulation."""
+    from quantdm.cli.bench import bench_model, bench_text
+
+    record = bench_model(
+        model,
+        scheme=scheme,
+        recipe=recipe,
+        activations=activations,
+        images=images,
+        steps=steps,
+        protocol=protocol,
+    )
+    typer.echo(json.dumps(record, indent=1) if as_json else bench_text(record))
 
 
 @app.command(epilog="Example: quantdm correct --run-dir runs/mine --bits 6")

@@ -6,7 +6,7 @@ so that blobs behind each other in a file stay aligned.
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,3 +72,13 @@ def split_blob(
         place.name: blob[place.first : place.first + place.size].view(place.dtype).view(place.shape)
         for place in _places(shape, scheme, split)
     }
+
+
+def sparing_bytes(fn: Any) -> Any:
+    """Return what moves tensors as `fn` does, and casts no bytes (`.type(dtype)` would)."""
+
+    def moved_only(tensor: torch.Tensor) -> torch.Tensor:
+        new = fn(tensor)
+        return new if tensor.dtype != torch.uint8 or new.dtype == torch.uint8 else tensor.to(new.device)
+
+    return moved_only

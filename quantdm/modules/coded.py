@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantdm.quantizers.hadamard import rotate
+
 
 @dataclass(frozen=True, eq=False)
 class Codes:
@@ -33,7 +35,10 @@ class CodedInput:
     parts: tuple[Codes, ...]
     dtype: torch.dtype
     channel: int  # the dimension along which the halves lie behind each other
+    rotated: bool = False  # whether channels were rotated before; the weight's integers are those of a rotated one then
 
     def values(self) -> Tensor:
         """Return the rounded input, as a simulation computes it."""
-        return torch.cat([part.values() for part in self.parts], dim=self.channel).to(self.dtype)
+        values = [part.values() for part in self.parts]
+        values = [rotate(part, self.channel) for part in values] if self.rotated else values
+        return torch.cat(values, dim=self.channel).to(self.dtype)

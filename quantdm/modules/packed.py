@@ -5,6 +5,7 @@ never cast (`torch_dtype=`, disk offload and `.to(dtype)` cast every floating te
 under sequential and group offload, and one tensor per layer keeps the checkpoint header small.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantdm.errors import QuantDMError
-from quantdm.modules.blob import join_tensors, split_blob
+from quantdm.modules.blob import join_tensors, sparing_bytes, split_blob
 from quantdm.modules.coded import CodedInput
 from quantdm.modules.decoding import decode_bytes, decode_layer, new_handle
 from quantdm.modules.execution import Product, new_product, obstacle_of
@@ -135,17 +136,25 @@ class PackedLayer(nn.Module):
     def keep_(self, residency: Residency) -> None:
         """Keep the weight in another form beside the bytes, or in none; what has no such form takes the next best."""
         self.residency, self._kept, self._product, self.obstacle = residency, None, None, f"{residency} residency"
-        if residency in ("int8", "integer", "auto"):
+        if residency in ("integer", "auto"):
+            form = self._integers()
+            self.obstacle = obstacle_of(self, form, self.split, self.packed.device)
+            # A rotated weight is not what its integers decode to.
+            self._kept = None if self.scheme.hadamard else form
+        if residency == "int8" or (residency == "integer" and self.obstacle):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = int8_form(self.quantized)
-        if residency in ("integer", "auto"):
-            self.obstacle = obstacle_of(self, self._kept, self.split, self.packed.device)
-        if residency == "integer" and self.obstacle:
-            self.residency = "int8"
-        if residency in ("int8", "integer") and self._kept is None:
-            self.residency = "packed"
+            self.residency = "packed" if self._kept is None else "int8"
         if residency == "dense" or (residency == "auto" and self.obstacle):
             self._keep_dense()
+
+    def _integers(self) -> Int8Weight | None:
+        """Return the int8 form in which the weight is multiplied: that of a rotated weight is rotated."""
+        quantized = self.quantized
+        if self.scheme.hadamard:
+            quantized = replace(quantized, scheme=self.scheme.model_copy(update={"hadamard": False}))
+        with torch.inference_mode(False), torch.no_grad():
+            return int8_form(quantized)
 
     def _keep_dense(self) -> None:
         with torch.inference_mode(False), torch.no_grad():  # what is kept must be usable under autograd
@@ -157,15 +166,20 @@ class PackedLayer(nn.Module):
         Only without an `obstacle`. An input whose integers could overflow is turned into its values.
         """
         if self._product is None:
+            form = self._kept if isinstance(self._kept, Int8Weight) else self._integers()
+            assert form is not None
             with torch.inference_mode(False), torch.no_grad():
-                form = self._kept if isinstance(self._kept, Int8Weight) else int8_form(self.quantized)
-                assert form is not None
                 self._product = new_product(self, form)
             if isinstance(self._kept, Int8Weight):
                 self._kept = None  # its codes are in the product now
         if not self._product.fits(coded):
             return self.forward(coded.values())
         return self._product(coded, self.bias)  # type: ignore[arg-type]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the weight in memory in all its forms."""
+        return sum(form.nbytes for form in (self.packed, self._kept, self._product) if form is not None)
 
     def settle_(self, on: Literal["dense", "integer"]) -> None:
         """Keep only what one of the two ways of `auto` residency needs."""
@@ -188,8 +202,8 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLayer":
         place = self.packed.device.type
-        super()._apply(_sparing_bytes(fn), recurse)
-        if self.residency in ("integer", "auto") and self.packed.device.type not in (place, "meta"):
+        super()._apply(sparing_bytes(fn), recurse)
+        if self.residency in ("integer", "auto") and len({place, self.packed.device.type, "meta"}) == 3:
             self.keep_(self.residency)  # another kind of device has other operators
         before, self.weight_dtype = self.weight_dtype, fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         self._product = None  # it is in the order of an operator of its device
@@ -262,16 +276,6 @@ class QuantConv2d(_QuantConv, nn.Conv2d):
 
 class QuantConv3d(_QuantConv, nn.Conv3d):
     """`nn.Conv3d` with a packed weight."""
-
-
-def _sparing_bytes(fn: Any) -> Any:
-    """Return what moves tensors as `fn` does, and casts no bytes (`.type(dtype)` would)."""
-
-    def moved_only(tensor: torch.Tensor) -> torch.Tensor:
-        new = fn(tensor)
-        return new if tensor.dtype != torch.uint8 or new.dtype == torch.uint8 else tensor.to(new.device)
-
-    return moved_only
 
 
 def torch_class(cls: type[nn.Module]) -> type[nn.Module]:

@@ -55,6 +55,11 @@ class LinearProduct:
     def __init__(self, form: Int8Weight, operator: str) -> None:
         self._halves = tuple(_Rows(half, operator) for half in halves_of(form))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in the operator's order, with its scales and sums."""
+        return sum(half.nbytes for half in self._halves)
+
     def fits(self, coded: CodedInput) -> bool:
         """Whether the integer sums of this input cannot overflow: sums of codes alone never do."""
         return True
@@ -75,6 +80,7 @@ class _Rows:
         self._onednn = operator == "onednn"
         self._packed = torch.ops.onednn.qlinear_prepack(half.codes, None) if self._onednn else aligned(half.codes)
         self._none = torch.zeros(len(half.codes), dtype=torch.int64)
+        self.nbytes = _bytes_of(half) + self._none.nbytes
 
     def __call__(self, part: Codes, added: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Return s·(…) + added; `added` is [N] or [..., N]."""
@@ -126,6 +132,11 @@ class ConvProduct:
         self._pixels = LinearProduct(form, "onednn") if shape[2:] == (1, 1) and geometry.groups == 1 else None
         self._stride = geometry.stride
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in the operator's order, with its scales."""
+        return sum(kernel.nbytes for kernel in self._kernels) + (self._pixels.nbytes if self._pixels else 0)
+
     def fits(self, coded: CodedInput) -> bool:
         """Whether the integer sums of this input cannot overflow."""
         return self._by_pixel(coded) or all(
@@ -162,7 +173,7 @@ class ConvProduct:
 class _Kernel:
     def __init__(self, half: _Half, shape: tuple[int, ...], geometry: Geometry) -> None:
         self._scale, self._offsets, self._geometry = half.scale, half.offsets, geometry
-        self.n = half.codes.shape[1]
+        self.n, self.nbytes = half.codes.shape[1], _bytes_of(half)
         kernel = half.codes.view(shape[0], -1, *shape[2:])
         self._packed = self._prepacked(kernel, half.scale)
         self._ones = None
@@ -204,6 +215,10 @@ class _Kernel:
         product = torch.ops.onednn.qconv2d_pointwise
         start = (codes, scale, -int(zero), packed, weight_scale, none, bias)
         return product(*start, *places, self._geometry.groups, 1.0, 0, dtype, "none", [], "")
+
+
+def _bytes_of(half: _Half) -> int:
+    return sum(tensor.nbytes for tensor in half if tensor is not None)
 
 
 def no_overflow(part: Codes, n: int) -> bool:
