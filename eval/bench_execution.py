@@ -99,7 +99,7 @@ def compare(layer: nn.Module, x: Tensor, scheme: ActivationScheme, grid: Grid) -
     row = figures(best_ms(ways), 0.0)
     dense = own.dequantize(dtype=torch.float32)
     rounded = quantize_activations(x32, scheme, dims=grid.dims, channel=grid.channel)
-    expected = torch.func.functional_call(wide, {"weight": dense}, (rounded,))
+    expected = torch.func.functional_call(wide, {"weight": dense, "bias": own.bias.float()}, (rounded,))  # pyright: ignore
     distance = (own.multiply(new_codes(x32, scheme, grid)) - expected).norm() / expected.norm()
     return row | {"distance": float(f"{float(distance):.1e}")}
 

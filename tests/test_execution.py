@@ -358,6 +358,7 @@ def test_auto_takes_what_is_faster_and_remembers_it(monkeypatch) -> None:
         assert (layer._product is None) == (answer == "dense")
         assert isinstance(layer._kept, Tensor) == (answer == "dense")
         measured._known.cache_clear()  # as a new process
+        layer.keep_("auto")
         assert isinstance(input_for(layer, x, record, scheme, None), kind)
         assert list(json.loads(measured.cache_file().read_text())["fastest"].values()) == [answer]
         assert layer.forward(x).shape == (3, 12)  # an input that is not quantized

@@ -55,8 +55,12 @@ def input_for(
         say_once(reason)
         return quantize_input(x, record, scheme, given)
     grid = Grid(shared_dims(record, scheme, x.dim()), -1 if record.kind == "linear" else 1, record.split, given)
-    if module.residency == "auto" and not _pays(module, x, record, scheme, grid):
-        return quantize_input(x, record, scheme, given)
+    if module.residency == "auto":
+        seen = (x.shape, x.dtype, scheme, torch.get_num_threads())
+        if seen not in module.pays:
+            module.pays[seen] = _pays(module, x, record, scheme, grid)
+        if not module.pays[seen]:
+            return quantize_input(x, record, scheme, given)
     return code_input(x, scheme, grid)
 
 

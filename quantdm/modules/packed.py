@@ -48,6 +48,7 @@ class PackedLayer(nn.Module):
     _kept: torch.Tensor | Int8Weight | None  # what is held beside the bytes to decode from
     _product: Product | None  # what multiplies coded inputs, made when the first one comes
     obstacle: str | None  # why it cannot multiply them
+    pays: dict[Any, bool]  # in auto residency: whether integers are faster, by what its input is
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a torch layer when called like one: PEFT builds the two convolutions of a LoRA as `type(layer)(...)`."""
@@ -136,6 +137,7 @@ class PackedLayer(nn.Module):
     def keep_(self, residency: Residency) -> None:
         """Keep the weight in another form beside the bytes, or in none; what has no such form takes the next best."""
         self.residency, self._kept, self._product, self.obstacle = residency, None, None, f"{residency} residency"
+        self.pays = {}
         if residency in ("integer", "auto"):
             form = self._integers()
             self.obstacle = obstacle_of(self, form, self.split, self.packed.device)
