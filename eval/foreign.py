@@ -69,8 +69,8 @@ def tensors_of(path: Path) -> State:
     Convolutions and linear layers kept their names. The scale and shift of a norm became constants of a product and a
     sum, whose place in the network is written beside these.
     """
-    import onnx
-    from onnx import numpy_helper
+    import onnx  # pyright: ignore[reportMissingImports]
+    from onnx import numpy_helper  # pyright: ignore[reportMissingImports]
 
     graph = onnx.load(path).graph
     values = {t.name: torch.from_numpy(np.array(numpy_helper.to_array(t))) for t in graph.initializer}
@@ -185,7 +185,7 @@ def _reference_names() -> set[str]:
 @torch.no_grad()
 def compare(unet: UNet2DModel, path: Path) -> dict[str, Any]:
     """Return the largest difference between onnxruntime and diffusers, network and scheduler, at several sigmas."""
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     rng = torch.Generator().manual_seed(0)
@@ -198,7 +198,7 @@ def compare(unet: UNet2DModel, path: Path) -> dict[str, Any]:
         feeds["difficulty"] = (classes / (CLASSES - 1)).numpy().astype(np.float32)
         theirs = torch.from_numpy(session.run(["denoised"], feeds)[0])
         t = torch.full((3,), 250 * float(np.log(sigma)))
-        c_skip, c_out = scheduler.get_scalings_for_boundary_condition(sigma)
+        c_skip, c_out = scheduler.get_scalings_for_boundary_condition(torch.tensor(sigma))
         f = unet(noisy / (sigma**2 + 0.25) ** 0.5, t, class_labels=classes).sample
         ours = (c_skip * noisy + c_out * f).clamp(-1, 1)
         found[str(sigma)] = (ours - theirs).abs().max().item()

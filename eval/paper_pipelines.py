@@ -95,8 +95,14 @@ class ClassLDMPipeline(DiffusionPipeline):
 
 # ----------------------------------------------------------------------------------------------------------- tiny ones
 
-_SIZES = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8, "patch_size": 2}
-_CLIP = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_SIZES: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "sample_size": 8,
+    "patch_size": 2,
+}
+_CLIP: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def _vae() -> AutoencoderKL:

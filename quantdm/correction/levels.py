@@ -45,9 +45,10 @@ def step_index(scheduler: Any, timestep: Any) -> int:
         if hasattr(scheduler, "_init_step_index"):
             scheduler._init_step_index(timestep)
         else:  # MiniMax starts where it is told, or at the timestep
-            begin = scheduler._begin_index
+            begin: int | None = scheduler._begin_index
             return scheduler.index_for_timestep(timestep) if begin is None else begin
-    return int(scheduler.step_index)
+    index: Any = scheduler.step_index
+    return int(index)
 
 
 def ratio_level(scheduler: Any, index: int) -> Level:

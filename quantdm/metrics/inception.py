@@ -1,6 +1,6 @@
 """Inception-v3 as FID uses it: the network of 2015 with TensorFlow's pooling, from weights that people have."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ class _Block(nn.Module):
     The last entry of a chain may be a list: convolutions that all read the one before.
     """
 
-    def __init__(self, channels: int, branches: list[list[_Conv | list[_Conv]]], pool: str) -> None:
+    def __init__(self, channels: int, branches: Sequence[Sequence[_Conv | list[_Conv]]], pool: str) -> None:
         super().__init__()
         self.plan: list[list[str | list[str]]] = []
         self.pool = pool

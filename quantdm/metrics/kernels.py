@@ -105,7 +105,7 @@ def cmmd(x: torch.Tensor, y: torch.Tensor) -> float:
     Raises:
         QuantDMError: fewer than two rows, a feature that is NaN or infinite, or an embedding of length zero.
     """
-    unit = [z.double() / z.double().norm(dim=1, keepdim=True) for z in (x, y)]
-    if not all(z.isfinite().all() for z in unit):
+    u, v = (z.double() / z.double().norm(dim=1, keepdim=True) for z in (x, y))
+    if not (u.isfinite().all() and v.isfinite().all()):
         raise QuantDMError("features: NaN, infinite or of length zero, expected embeddings that have a direction")
-    return CMMD_SCALE * squared_mmd(*unit, gaussian_kernel(CMMD_SIGMA), unbiased=False)
+    return CMMD_SCALE * squared_mmd(u, v, gaussian_kernel(CMMD_SIGMA), unbiased=False)

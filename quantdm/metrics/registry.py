@@ -96,7 +96,7 @@ def check_metrics(names: tuple[str, ...], have: set[Need]) -> None:
             raise QuantDMError(f"{name}: {found.package} {state}. With prompts there is clip_score")
         if name == "lpips" and lpips.find_alexnet() is None:
             raise QuantDMError(f"lpips: no weights of AlexNet; to get them: {lpips.FETCH}. Without: psnr, ssim, cosine")
-        lacks = [need for need in found.needs if need not in have]
+        lacks: list[Need] = [need for need in found.needs if need not in have]
         if lacks:
             raise QuantDMError(f"{name}: needs {_WHAT[lacks[0]]}")
 

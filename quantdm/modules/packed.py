@@ -24,7 +24,7 @@ from quantdm.quantizers import QuantizedWeight
 from quantdm.schemes import Scheme
 
 Residency = Literal["packed", "int8", "dense", "integer", "auto"]
-RESIDENCIES: tuple[str, ...] = get_args(Residency)
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
 
 
 class PackedLayer(nn.Module):
