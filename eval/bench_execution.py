@@ -70,8 +70,9 @@ def packed(layer: nn.Module, weight: Tensor) -> PackedLayer:
     model = nn.Sequential(layer)
     quantize_module_(model, "0", quantize_weight(weight, Scheme.parse(WEIGHTS), name="0"))
     set_residency(model, "integer")
-    assert isinstance(model[0], PackedLayer)
-    return model[0]
+    own = model[0]
+    assert isinstance(own, PackedLayer)
+    return own
 
 
 def figures(best: dict[str, float], distance: float) -> dict[str, Any]:
@@ -92,7 +93,8 @@ def compare(layer: nn.Module, x: Tensor, scheme: ActivationScheme, grid: Grid) -
     ways: dict[str, Callable[[], Tensor]] = {"float32": lambda: wide(x32), "bfloat16": lambda: narrow(x)}
     if x.dim() == 4:
         swept = x.to(memory_format=torch.channels_last)
-        last: nn.Module = type(layer)(**_geometry(layer)).to(torch.bfloat16, memory_format=torch.channels_last)
+        last: Any = type(layer)(**_geometry(layer))
+        last = last.to(torch.bfloat16, memory_format=torch.channels_last)
         ways["bfloat16 channels last"] = lambda: last(swept)
         ways["integer channels last"] = lambda: own.multiply(new_codes(swept, scheme, grid))
     ways["integer"] = lambda: own.multiply(new_codes(x, scheme, grid))
@@ -136,8 +138,8 @@ def with_mean(rows: dict[str, Any]) -> dict[str, Any]:
 def block(side: int, heads: int) -> dict[str, Any]:
     """Return the row of a DiT-XL/2 of one block with its ends, two images: bf16, simulated, integers."""
     sizes: dict[str, Any] = {**DIT, "num_attention_heads": heads, "sample_size": side}
-    original: Any = DiTTransformer2DModel(**sizes).to(torch.bfloat16).eval()
-    model: Any = DiTTransformer2DModel(**sizes).to(torch.bfloat16).eval()
+    make: Any = DiTTransformer2DModel
+    original, model = (make(**sizes).to(torch.bfloat16).eval() for _ in range(2))
     model.load_state_dict(original.state_dict())
     for layer in list_layers(model):
         weight = model.get_parameter(f"{layer.name}.weight").detach()

@@ -166,7 +166,7 @@ def main() -> None:
     else:
         with one_torch_thread():
             found = PARTS[part]()
-    record = read_json(OUT) if OUT.is_file() else {"version": 1}
+    record: dict[str, Any] = read_json(OUT) if OUT.is_file() else {"version": 1}
     found["machine"] = f"{platform.machine()}, {_processor()}, {cores()} cores"
     record[part] = {**found, "date": datetime.date.today().isoformat()}
     record["versions"] = versions()

@@ -82,7 +82,7 @@ class ClassLDMPipeline(DiffusionPipeline):
         shape = (len(labels), config["in_channels"], config["sample_size"], config["sample_size"])
         x = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
-        for t in self.progress_bar(self.scheduler.timesteps):
+        for t in self.progress_bar(self.scheduler.timesteps):  # pyright: ignore
             without, with_ = self.unet(torch.cat([x, x]), t, encoder_hidden_states=tokens).sample.chunk(2)
             e = without + guidance_scale * (with_ - without)
             # with a list of generators the scheduler's own noise would need one: it takes the noise ready-made
@@ -106,10 +106,11 @@ _CLIP: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden
 
 
 def _vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1,
-    )  # fmt: skip
+    blocks: dict[str, Any] = {  # diffusers types tuples of one
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }  # fmt: skip
+    return AutoencoderKL(**blocks, norm_num_groups=4, layers_per_block=1)
 
 
 def _tokenizer() -> Any:
@@ -132,8 +133,9 @@ def _pixart(cls: Any) -> DiffusionPipeline:
 
 def _hunyuan() -> DiffusionPipeline:
     words = _tokenizer()
+    sizes: dict[str, Any] = {**_SIZES, "num_layers": 4}
     net = HunyuanDiT2DModel(
-        **(_SIZES | {"num_layers": 4}), in_channels=4, hidden_size=16, mlp_ratio=2.0, cross_attention_dim=16,
+        **sizes, in_channels=4, hidden_size=16, mlp_ratio=2.0, cross_attention_dim=16,
         cross_attention_dim_t5=16, pooled_projection_dim=16, text_len=77, text_len_t5=256, learn_sigma=True,
         activation_fn="gelu-approximate",
     )  # fmt: skip
@@ -152,14 +154,15 @@ def _sdxl() -> DiffusionPipeline:
     )
     net = UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=[2, 4],
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=[1, 2],
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=[2, 4], transformer_layers_per_block=[1, 2],  # pyright: ignore[reportArgumentType]
         addition_embed_type="text_time", addition_time_embed_dim=8, use_linear_projection=True,
         projection_class_embeddings_input_dim=64,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=_vae(), text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=words, tokenizer_2=words, unet=net, scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+        tokenizer=words, tokenizer_2=words, unet=net, scheduler=EulerDiscreteScheduler(),  # pyright: ignore
+        add_watermarker=False,
     )  # fmt: skip
 
 

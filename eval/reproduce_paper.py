@@ -153,7 +153,7 @@ def rows_of(
 
     def activated() -> DiffusionPipeline:
         pipe = best()
-        set_activation_bits_(get_denoiser(pipe), ActivationSpec(bits=bits))
+        set_activation_bits_(get_denoiser(pipe), ActivationSpec(default=f"token-{bits}", attention=f"token-{bits}"))
         return pipe
 
     rows = {"full precision": denoise, "W4A16 uniform": uniform}

@@ -83,10 +83,9 @@ def swaps(run: Run, engine: Engine, space: SearchSpace, fitted: dict[str, Any], 
 def draw_swaps(space: SearchSpace, reference: np.ndarray, count: int) -> np.ndarray:
     """Return distinct configurations [N, L] in which one layer takes another option, in turn from every type."""
     rng, types = np.random.default_rng(0), np.array([layer.op_type for layer in space.layers])
+    options = np.arange(len(space.options))
     left = {
-        name: rng.permutation(
-            [(la, o) for la in np.flatnonzero(types == name) for o in range(len(space.options)) if o != reference[la]]
-        ).tolist()
+        name: rng.permutation(np.argwhere((types == name)[:, None] & (options != reference[:, None]))).tolist()
         for name in dict.fromkeys(types.tolist())
     }
     taken: list[list[int]] = []
