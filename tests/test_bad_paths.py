@@ -135,7 +135,7 @@ def test_the_place_is_looked_at_before_the_model(command, out, places, monkeypat
         (["evaluate", "digits-dit", "--images", "1"], "images: got 1, expected 2 or more"),
         (["evaluate", "digits-dit", "--seeds", "-1"], "seeds: got"),
         (["correct", "--run-dir", "run", "--images", "1"], "images: got 1, expected 4 or more"),
-        (["correct", "--run-dir", "run", "--bits", "5"], "bits: got 5"),
+        (["correct", "--run-dir", "run", "--bits", "9"], "bits: got 9"),
     ],
 )
 def test_numbers_out_of_range_are_one_line_too(arguments, expected, places, monkeypatch, capfd):

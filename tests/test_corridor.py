@@ -282,7 +282,7 @@ def test_a_correction_for_another_recipe_is_not_exported(measured, tmp_path):
     assert load_correction(old).weights == ""
     six = recipe.model_copy(update={"activations": load_correction(path).activations})
     for other, file, expected in (
-        (recipe, path, "fitted for token-6 activations .* the recipe has activations that are not quantized"),
+        (recipe, path, "fitted for 6-bit activations .* the recipe has activations that are not quantized"),
         (six.override(["*.to_q=uniform-channel-4"]), path, "other weights"),
         (six, old, "does not say which recipe"),
     ):

@@ -31,6 +31,7 @@ from quantdm.runs.search import start_run
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.tune import tune_run
+from quantdm.runs.why import explain_choice
 from quantdm.schemes import DEFAULT_OPTIONS, Scheme
 from quantdm.surrogates import SearchSpace
 
@@ -145,6 +146,7 @@ class _Way:
         attributions = explain(run, fitted)
         say("[6/10] choose and verify")
         recipe = choose(run, engine, space, attributions, fitted["graph"])
+        explain_choice(run, space, fitted)
         say(f"       recipe: {recipe.avg_bits:.3f} bits per weight ({recipe.provenance.source})")
         return space, recipe
 

