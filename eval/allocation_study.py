@@ -6,7 +6,7 @@ The trials cover random mixes and the frontiers of all sizes. Surrogates are fit
 candidates are verified on images of their own, the best by measurement becomes the recipe and is tuned, and recipe and
 baselines are measured on three draws of noises that neither the trials nor the verification saw. Run it again to go on.
 With --scores-only the trials are measured and the surrogates judged, and the rows stay as they were measured.
-Result: eval/results/allocation_PIPELINE.json and recipes/PIPELINE-BITSbit-{a16,a6}.yaml.
+Result: eval/results/calibrated_PIPELINE.json and recipes/PIPELINE-BITSbit-{a16,a6}.yaml.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--scores-only", action="store_true", help="keep the rows; count their sizes anew")
     arguments = parser.parse_args()
-    path = ROOT / "eval" / "results" / f"allocation_{arguments.model}.json"
+    path = ROOT / "eval" / "results" / f"calibrated_{arguments.model}.json"
     run, subject = start_run(look_at(arguments.model), arguments.run_dir, target_bits=3.0, trials=TRIALS)
     describe(run, subject)
     bank = build_bank(run, subject)

@@ -1,6 +1,6 @@
 """Publish finished allocation studies: the README's tables, and pictures of the same noises in docs/.
 
-python eval/publish_results.py digits-dit digits-sd        # after eval/allocation_study.py of both
+PYTHONPATH=. python eval/publish_results.py digits-dit digits-sd        # after eval/allocation_study.py of both
 """
 
 import argparse
@@ -13,7 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from quantdm import Recipe, apply_recipe, generate, load_pipeline, load_protocol, load_recipe
+from eval.allocation_study import size_name
+from quantdm import CalibrationSpec, Recipe, apply_recipe, generate, load_pipeline, load_protocol, load_recipe
 from quantdm.cli.images import image_grid
 from quantdm.files import atomic_path, read_json
 from quantdm.metrics.samples import real_floor
@@ -21,7 +22,7 @@ from quantdm.metrics.statistics import spread
 from quantdm.pipelines.generate import as_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-PICTURED, COLUMNS, SEED = "3", 20, 101 * 10**6
+COLUMNS, SEED = 20, 101 * 10**6
 ROWS = {
     "recipe": "**recipe**",
     "recipe untuned": "before tuning",
@@ -34,21 +35,21 @@ ROWS = {
 }
 
 
-def draw_samples(model: str, rows: dict[str, Any], out: Path) -> None:
-    """Draw the same noises in full precision, with the best uniform scheme and with the recipe, one strip each."""
+def draw_samples(model: str, size: str, rows: dict[str, Any], out: Path) -> None:
+    """Draw the same noises in full precision, with the best uniform scheme and with the (untuned) recipe of a size."""
     uniform = rows["uniform"]
     recipes = {
         "full precision\n16 bits": None,
         f"{uniform['note']}\n{uniform['avg_bits']:.2f} bits": Recipe(model=model, default=uniform["note"]),
         f"recipe\n{rows['recipe']['avg_bits']:.2f} bits": load_recipe(
-            ROOT / "recipes" / f"{model}-{float(PICTURED):.1f}bit-a16.yaml"
+            ROOT / "recipes" / f"{model}-{size_name(float(size))}bit-a16.yaml"
         ),
     }
     fig, axes = plt.subplots(len(recipes), 1, figsize=(10, 0.62 * len(recipes)), layout="constrained")
     for axis, (label, recipe) in zip(axes, recipes.items(), strict=True):
         pipe = load_pipeline(model)
         if recipe is not None:
-            apply_recipe(pipe, recipe)
+            apply_recipe(pipe, recipe, calibration=recipe.calibration or CalibrationSpec(protocol=model))
         images = generate(pipe, load_protocol(model), range(SEED, SEED + COLUMNS))
         axis.imshow(image_grid(as_bytes(images), COLUMNS))
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
@@ -93,9 +94,12 @@ def main() -> None:
     parser.add_argument("models", nargs="+", choices=["digits-dit", "digits-sd"])
     tables = []
     for model in parser.parse_args().models:
-        result = read_json(ROOT / "eval" / "results" / f"allocation_{model}.json", version=1)
-        rows = {row["name"]: row for row in result["sizes"][PICTURED]}
-        draw_samples(model, rows, ROOT / "docs" / f"{model}.png")
+        results = ROOT / "eval" / "results"
+        # The study of the default options where there is one, else the one of nine options without calibration.
+        studies = [results / f"{kind}_{model}.json" for kind in ("calibrated", "allocation")]
+        result = read_json(next(path for path in studies if path.is_file()), version=1)
+        size, found = next(iter(result["sizes"].items()))  # the smallest: there differences are seen
+        draw_samples(model, size, {row["name"]: row for row in found}, ROOT / "docs" / f"{model}.png")
         tables.append(table(result))
     readme = (ROOT / "README.md").read_text()
     block = "<!-- results:begin -->\n" + "\n\n".join(tables) + "\n<!-- results:end -->"
