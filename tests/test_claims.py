@@ -15,7 +15,7 @@ import pytest
 
 from quantdm.errors import QuantDMError
 from quantdm.metrics.samples import Draw
-from quantdm.runs.claims import Claims
+from quantdm.runs.claims import Claims, _space
 from quantdm.runs.evaluator import Job
 from quantdm.runs.jobs import CLAIMS, measure_jobs
 from quantdm.runs.store import TrialStore
@@ -115,7 +115,9 @@ def test_a_holder_shows_signs_of_life_and_a_dead_process_of_this_machine_none(tm
         assert holder is not None
         assert holder.age < 0.6
         assert not Claims(tmp_path, lease=0.6).take("a")
-    (tmp_path / "b").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 - 1, "started": "1"}))
+    (tmp_path / "b").write_text(
+        json.dumps({"host": socket.gethostname(), "space": _space(), "pid": 2**22 - 1, "started": "1"})
+    )
     assert Claims(tmp_path).take("b")
 
 

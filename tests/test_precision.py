@@ -122,3 +122,14 @@ def test_few_bits_in_any_steps_err_more_than_many_in_all():
         set_activation_bits_(pipe.transformer, None)
     assert min(errors[:2]) > errors[2] > errors[3] == 0.0
     assert errors[0] != errors[1]
+
+
+def test_a_bucket_of_16_bits_quantizes_nothing_and_sensitive_layers_keep_their_bits_elsewhere():
+    spec = ActivationSpec(
+        default="token-6", types={"a": "token-8"}, probabilities="uniform-8", buckets=(500.0,), bucket_bits=(16, 4)
+    )
+    common, sensitive = ActivationScheme(bits=6), ActivationScheme(bits=8)
+    assert spec.in_bucket(common, 0) is spec.in_bucket(sensitive, 0) is spec.probabilities_in(0) is None
+    assert spec.in_bucket(common, 1) == ActivationScheme(bits=4)
+    assert spec.in_bucket(sensitive, 1) == sensitive
+    assert spec.probabilities_in(1) == "uniform-8"

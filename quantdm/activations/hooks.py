@@ -124,12 +124,12 @@ class _Attention:
     def __init__(self, spec: ActivationSpec, clock: _Clock | None) -> None:
         self._spec, self._clock = spec, clock
         self._operands = None if spec.attention is None else ActivationScheme.parse(spec.attention)
-        self._probabilities = spec.probabilities
         self._active: list[QuantizedAttention] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
         operands = in_bucket(self._spec, self._operands, self._clock)
-        mode = QuantizedAttention(operands, self._probabilities)
+        probabilities = self._spec.probabilities_in(self._clock.bucket if self._clock else 0)
+        mode = QuantizedAttention(operands, probabilities)
         mode.__enter__()
         self._active.append(mode)
 

@@ -39,8 +39,11 @@ def observe_ranges(
         buckets: ranges of timesteps, of equally many steps, that have ranges of their own.
 
     Raises:
-        QuantDMError: nothing is static, more buckets than steps, or an input with NaN (layer and timestep are named).
+        QuantDMError: the spec has bits per bucket of timesteps already, nothing is static, more buckets than steps, or
+            an input with NaN (layer and timestep are named).
     """
+    if spec.bucket_bits:
+        raise QuantDMError("activations: have bits per bucket already; observe ranges first, then give bits to steps")
     denoiser = get_denoiser(pipe)
     rules = spec.model_copy(update={"ranges": {}, "buckets": ()})
     schemes = {name: scheme for name, scheme in _without_ranges(rules, list_layers(denoiser)).items() if scheme}

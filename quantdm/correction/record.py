@@ -56,6 +56,14 @@ def _part(arrays: Mapping[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
     return {name.removeprefix(f"{part}."): array for name, array in arrays.items() if name.startswith(f"{part}.")}
 
 
+def is_current(path: str | Path) -> bool:
+    """Tell whether a correction file is of the version that is read today; older ones have to be fitted again."""
+    try:
+        return load_tensors(path)[1].get("version") == CORRECTION_VERSION
+    except QuantDMError:
+        return False
+
+
 def is_correction(path: str | Path) -> bool:
     """Tell whether a file is a correction written by `Correction.save`."""
     try:
@@ -256,7 +264,8 @@ class Correction:
         if record.get("version") != CORRECTION_VERSION or not all(key in record for key in keys):
             raise QuantDMError(
                 f"correction in a scheduler: got version {record.get('version')} with keys {', '.join(record)}; "
-                f"expected version {CORRECTION_VERSION} with {', '.join(keys)}"
+                f"expected version {CORRECTION_VERSION} with {', '.join(keys)}; fit it again, or go on without: "
+                "quantdm.remove_correction(pipe)"
             )
         tables = {name: np.asarray(table, dtype=np.float64) for name, table in record["rivals"].items()}
         return cls(**{**{key: record[key] for key in keys}, "rivals": tables})

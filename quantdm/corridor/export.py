@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from quantdm.correction import load_correction
+from quantdm.correction.record import is_current
 from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, tensors_digest
@@ -80,6 +81,9 @@ def _pair(
         if corrected:
             raise QuantDMError(f"no correction in {run.folder}; fit one with `quantdm correct --run-dir {run.folder}`")
         return recipe, None, ""
+    if not corrected and not is_current(path):
+        again = f"quantdm correct --run-dir {run.folder}"
+        return recipe, None, f"correction: left out (it is of an earlier quantdm; fit it again: {again})"
     correction = load_correction(path)
     if corrected:
         notes = recipe.provenance.notes

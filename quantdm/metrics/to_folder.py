@@ -138,13 +138,14 @@ def generate_to_folder(
 def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, or check that the one that is there is of the same images."""
     path = folder / MANIFEST
-    if path.is_file():
+    others = folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir())
+    if path.is_file():  # after the look at the others: another process may have started the folder just now
         if read_json(path, version=VERSION)["identity"] != manifest["identity"]:
             raise QuantDMError(
                 f"{folder}: holds images of another pipeline, protocol, number of steps or seeds; choose another folder"
             )
         return
-    if folder.is_dir() and any(folder.iterdir()):
+    if others:
         raise QuantDMError(f"{folder}: is not empty and has no {MANIFEST}; choose another folder")
     write_json(path, manifest)
 

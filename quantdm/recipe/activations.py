@@ -183,11 +183,20 @@ class ActivationSpec(BaseModel):
         return bits
 
     def in_bucket(self, scheme: ActivationScheme | None, bucket: int) -> ActivationScheme | None:
-        """Return a scheme as it is in a bucket of timesteps: with the bucket's bits, or its own if those are more."""
-        if scheme is None or not self.bucket_bits or scheme.bits > self.bits:
+        """Return a scheme as it is in a bucket of timesteps: with the bucket's bits; None where these are 16.
+
+        One that has more bits than the default keeps them where the bucket has fewer.
+        """
+        if scheme is None or not self.bucket_bits:
             return scheme
         bits = self.bucket_bits[bucket]
+        if scheme.bits > self.bits:
+            bits = max(bits, scheme.bits)
         return None if bits == 16 else scheme.model_copy(update={"bits": bits})
+
+    def probabilities_in(self, bucket: int) -> str | None:
+        """Return how the probabilities are quantized in a bucket: not at all where its bits are 16."""
+        return None if self.bucket_bits and self.bucket_bits[bucket] == 16 else self.probabilities
 
     @property
     def schemes(self) -> tuple[ActivationScheme, ...]:

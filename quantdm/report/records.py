@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantdm.correction.record import Correction, load_correction
+from quantdm.correction.record import Correction, is_current, load_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
 from quantdm.recipe import Recipe, joint_config, load_recipe
@@ -117,7 +117,7 @@ def read_records(run_dir: str | Path) -> Records:
         why=optional(WHY_FILE, lambda path: read_json(path, version=1)),
         recipe=recipe,
         tuning=optional(TUNING_FILE, lambda path: read_json(path, version=TUNING_VERSION)),
-        correction=optional("correction.safetensors", load_correction),
+        correction=optional("correction.safetensors", lambda path: load_correction(path) if is_current(path) else None),
         steps=tuple((optional("correction_steps.json", partial(read_json, version=2)) or {}).get("steps", ())),
         summary=optional("summary.json", lambda path: read_json(path, version=1)),
         samples=samples,

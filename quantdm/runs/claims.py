@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import threading
+import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ class Claim:
 
     key: str
     host: str
+    space: str  # of process numbers: containers of one host name have their own
     pid: int
     started: str  # of the process, as the system tells it: process numbers come back
     age: float
@@ -67,6 +69,8 @@ class Claims:
         Raises:
             QuantDMError: the folder cannot be written.
         """
+        if self._over.is_set():  # given back already: nobody would show signs of life
+            return False
         holder = self.holder(key)
         if holder is not None and not self.is_stale(holder):
             return False
@@ -79,7 +83,8 @@ class Claims:
             raise QuantDMError(
                 f"{self.folder}: cannot be written ({error.strerror}); make room and give permission"
             ) from error
-        own = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        own = {"host": socket.gethostname(), "space": _space(), "pid": os.getpid()}
+        own["started"] = _started(os.getpid())
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(own, file)
         with self._lock:
@@ -120,14 +125,22 @@ class Claims:
             return None
         except ValueError:
             record = {}  # being written, or torn: its age decides
-        owner = (record.get("host", ""), record.get("pid", 0), record.get("started", ""))
-        return Claim(key, *owner, age, generation)
+        return Claim(
+            key,
+            host=record.get("host", ""),
+            space=record.get("space", ""),
+            pid=record.get("pid", 0),
+            started=record.get("started", ""),
+            age=age,
+            generation=generation,
+        )
 
     def is_stale(self, claim: Claim) -> bool:
         """Tell whether its holder is gone: no sign of life for a lease, or a process of this machine that has ended."""
         if claim.age > self.lease:
             return True
-        return claim.host == socket.gethostname() and bool(claim.pid) and _started(claim.pid) != claim.started
+        ours = claim.host == socket.gethostname() and claim.space == _space()
+        return ours and bool(claim.pid) and _started(claim.pid) != claim.started
 
     def _beat(self) -> None:
         while not self._over.wait(self.lease / BEATS):
@@ -151,11 +164,22 @@ class Claims:
         try:
             probe.touch()
             return probe.stat().st_mtime
+        except OSError:  # one who may only read has to trust the own clock
+            return time.time()
         finally:
-            probe.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                probe.unlink(missing_ok=True)
 
     def _path(self, key: str, generation: int) -> Path:
         return self.folder / (f"{key}{NEXT}{generation}" if generation else key)
+
+
+def _space() -> str:
+    """Return the space of process numbers that this process lives in; "" where the system has but one."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _started(pid: int) -> str:

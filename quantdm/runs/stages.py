@@ -69,8 +69,9 @@ def measure_space(run: Run, engine: Engine, subject: Subject, bank: WeightBank) 
         weight_error=np.array([[bank.weight_error(la.name, scheme) for scheme in options] for la in layers]),
         noise_error=np.array([errors[la.name] for la in layers]),
     )
-    space.save(path)
-    return space
+    if not path.is_file():  # of two processes with one run the first counts: both go on with the same numbers
+        space.save(path)
+    return SearchSpace.load(path)
 
 
 def load_space(run: Run) -> SearchSpace:

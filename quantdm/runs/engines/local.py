@@ -111,7 +111,7 @@ class Engine:
     def _serve(self, place: int, source: "_Source", done: "queue.SimpleQueue[tuple[int, Any]]") -> None:
         """Give the worker of a place jobs until none is left; results, or the error that ends it all, go to `done`."""
         try:
-            while (job := source.next()) is not None:
+            while not self._closing and (job := source.next()) is not None:
                 index, line, kind, size = job
                 answer: Any = None
                 for _ in range(TRIES):
