@@ -115,10 +115,11 @@ def test_a_holder_shows_signs_of_life_and_a_dead_process_of_this_machine_none(tm
         assert holder is not None
         assert holder.age < 0.6
         assert not Claims(tmp_path, lease=0.6).take("a")
-    (tmp_path / "b").write_text(
-        json.dumps({"host": socket.gethostname(), "space": _space(), "pid": 2**22 - 1, "started": "1"})
-    )
+    dead = {"host": socket.gethostname(), "space": _space(), "pid": 2**22 - 1, "started": "1"}
+    (tmp_path / "b").write_text(json.dumps(dead))
+    (tmp_path / "c").write_text(json.dumps(dead | {"space": "another container"}))
     assert Claims(tmp_path).take("b")
+    assert not Claims(tmp_path).take("c")
 
 
 def test_two_drivers_share_the_work_and_both_get_everything(tmp_path: Path) -> None:
