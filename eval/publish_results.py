@@ -76,7 +76,7 @@ def table(result: dict[str, Any]) -> str:
         cells = []
         for rows in sizes.values():
             note = f" ({rows[name]['note']}, {rows[name]['avg_bits']:.2f} b)" if name == "uniform" else ""
-            cells.append(f"{spread(rows[name]['fid_fp'], rows[name]['fid_fp_sd'], 3)}{note}")
+            cells.append(f"{spread(rows[name]['fid_fp'], rows[name]['fid_fp_sd'], 4)}{note}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     recipes = [rows["recipe"] for rows in sizes.values()]
     lines += [

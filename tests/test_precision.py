@@ -71,7 +71,7 @@ def test_bits_of_steps_are_buckets_of_timesteps():
     assert spec.bucket_bits == (16, 4, 8)
     four, eight = ActivationScheme.parse("token-4"), ActivationScheme.parse("token-8")
     assert [spec.in_bucket(four, bucket) for bucket in range(3)] == [None, four, eight]
-    assert [spec.in_bucket(eight, bucket) for bucket in range(3)] == [eight] * 3
+    assert [spec.in_bucket(eight, bucket) for bucket in range(3)] == [None, eight, eight]
     for wrong in ((4,), (4, 4, 99)):
         with pytest.raises(ValueError, match="for each bucket one of"):
             ActivationSpec(default="token-4", buckets=(750.0, 150.0), bucket_bits=wrong)
