@@ -1,32 +1,24 @@
 """The graph surrogate: amplitudes of errors that meet along the data flow (docs/method.md, Surrogates)."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from quantdm.errors import QuantDMError
-from quantdm.files import write_json
-from quantdm.machine import single_thread
-from quantdm.surrogates.additive_model import FOLDS, MIN_TRIALS, WHY, head_of, median_trial
-from quantdm.surrogates.amplitudes import make_net
+from quantdm.surrogates.additive_model import head_of
+from quantdm.surrogates.amplitudes import AmplitudeNet, make_net
 from quantdm.surrogates.block_scores import layer_values
-from quantdm.surrogates.gauss_newton import solve, solve_path
+from quantdm.surrogates.curve_surrogate import CurveSurrogate
 from quantdm.surrogates.meeting import secants, shapley
-from quantdm.surrogates.nested import choose_nested
-from quantdm.surrogates.ranking import judge_folds, spearman
 from quantdm.surrogates.space import SearchSpace
-from quantdm.surrogates.trials import check_trials, read_record, split_folds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 GRAPH_VERSION = 4
-STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 BACKGROUND = 64  # trials around which values of single layers are looked at
 
 
-class GraphSurrogate:
+class GraphSurrogate(CurveSurrogate):
     """Rank configurations by amplitudes of errors that meet inside blocks (`quantdm.surrogates.amplitudes`).
 
     log fid_fp = a + b · log(c + S), where S is exactly additive over the roots of blocks; so what predicts is what is
@@ -37,62 +29,24 @@ class GraphSurrogate:
     """
 
     name = "graph"
+    version = GRAPH_VERSION
+    strengths = (0.3, 1.0, 3.0, 10.0, 30.0)
 
     def __init__(self, space: SearchSpace, *, random_state: int = 0) -> None:
-        self.space = space
-        self.random_state = random_state
+        super().__init__(space, random_state=random_state)
         self.net = make_net(space)
-        self.held_out_: Floats | None = None  # [T] prediction of every trial by its fold, which has not seen it
-        self.cv_scores_: list[float] = []  # Spearman of every fold's held-out predictions
-        self.cv_ndcg_: list[float] = []  # their NDCG@10
-        self.strength_: float | None = None
-        self.fold_strengths_: tuple[float, ...] = ()
-        self._thetas: Floats | None = None  # [1 + folds, P] all trials, then one per fold
-        self._references: Ints | None = None  # [1 + folds, L] the median training trial of each
         self._background: Ints | None = None  # [N, L] of the better half of the trials: there the answer lies
 
-    def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> "GraphSurrogate":
-        """Fit to choices [T, L] and labels y [T]; the prior's strength is the one with the least held-out error.
+    @property
+    def curve(self) -> AmplitudeNet:
+        """The network."""
+        return self.net
 
-        Raises:
-            QuantDMError: fewer than 10 trials, or trials that do not fit the space.
-        """
-        choices, labels, weights = check_trials(self.space, choices, y, sample_weight, minimum=MIN_TRIALS, why=WHY)
-        folds = split_folds(len(labels), FOLDS, self.random_state)
-
-        def fit(rows: Ints, strength: float) -> Floats:
-            return solve(self.net, choices[rows], -labels[rows], weights[rows], strength)
-
-        def path(rows: Ints, strengths: Sequence[float]) -> list[Floats]:
-            return solve_path(self.net, choices[rows], -labels[rows], weights[rows], strengths)
-
-        def predict(theta: Floats, rows: Ints) -> Floats:
-            return -self.net.log_fid(theta, choices[rows])
-
-        with single_thread():
-            nested = choose_nested(fit, path, predict, STRENGTHS, labels, weights, folds)
-            final = fit(np.arange(len(labels)), nested.strength)
-        self.strength_, self.fold_strengths_ = nested.strength, nested.fold_strengths
-        self._thetas = np.concatenate([final[None], nested.fold_parameters])
-        trained = [np.arange(len(labels)), *(np.setdiff1d(np.arange(len(labels)), fold) for fold in folds)]
-        self._references = np.stack([median_trial(choices[rows], labels[rows]) for rows in trained])
-        self._background = _better_half(choices, labels)
-        self.held_out_ = nested.held_out
-        self.cv_scores_, self.cv_ndcg_ = judge_folds(nested.held_out, labels, folds)
+    def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
+        """Fit as `CurveSurrogate.fit`, and remember trials around which to look at single layers."""
+        super().fit(choices, y, sample_weight)
+        self._background = _better_half(self.space.check(choices), np.asarray(y, dtype=np.float64))
         return self
-
-    def predict(self, choices: ArrayLike) -> Floats:
-        """Predict y = -log(fid_fp): [T, L] -> [T]."""
-        return -self.net.log_fid(self.thetas[0], self.space.check(choices))
-
-    def predict_folds(self, choices: ArrayLike) -> Floats:
-        """Predict y with the final fit and with each fold's, which has not seen that fold: [T, L] -> [1+K, T]."""
-        rows = self.space.check(choices)
-        return np.stack([-self.net.log_fid(theta, rows) for theta in self.thetas])
-
-    def score(self, choices: ArrayLike, y: ArrayLike) -> float:
-        """Return Spearman's rank correlation of the prediction with y."""
-        return spearman(self.predict(choices), np.asarray(y, dtype=np.float64))
 
     def hop_scores(self, choices: ArrayLike) -> Floats:
         """Return the cost that is read at the roots of every hop count: [T, L] -> [T, hops + 1].
@@ -106,10 +60,8 @@ class GraphSurrogate:
 
     def units(self) -> Floats:
         """Return what one unit of cost changes y by at the median trial, for the final fit and each fold: [1+K]."""
-        thetas = self.thetas
-        assert self._references is not None
         found = []
-        for theta, reference in zip(thetas, self._references, strict=True):
+        for theta, reference in zip(self.thetas, self.references, strict=True):
             _, b, _, c = head_of(theta)
             alone, roots = self.net.energies(theta, reference[None])
             found.append(-b / (c + alone.sum() + roots.sum()))
@@ -134,55 +86,19 @@ class GraphSurrogate:
         return np.stack([secants(self.net, theta, choice, reference) for theta in self.thetas])
 
     @property
-    def thetas(self) -> Floats:
-        """The parameters of the final fit and of every fold's: [1+K, P].
-
-        Raises:
-            QuantDMError: not fitted.
-        """
-        if self._thetas is None:
-            raise QuantDMError("GraphSurrogate is not fitted; call fit(choices, y) first")
-        return self._thetas
-
-    @property
     def background(self) -> Ints:
         """Trials around which values of single layers are looked at: [N, L]."""
         assert self._background is not None
         return self._background
 
-    def save(self, path: str | Path) -> None:
-        """Write the fitted surrogate as JSON."""
-        thetas = self.thetas
-        assert self._references is not None
-        assert self.held_out_ is not None
-        record = {
-            "version": GRAPH_VERSION,
-            "space": self.space.digest,
-            "random_state": self.random_state,
-            "strength": self.strength_,
-            "fold_strengths": list(self.fold_strengths_),
-            "thetas": thetas.tolist(),
-            "references": self._references.tolist(),
-            "background": self.background.tolist(),
-            "held_out": self.held_out_.tolist(),
-            "cv_scores": self.cv_scores_,
-            "cv_ndcg": self.cv_ndcg_,
-        }
-        write_json(path, record)
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fitted surrogate as a JSON record with a version."""
+        return super().to_dict() | {"background": self.background.tolist()}
 
     @classmethod
-    def load(cls, path: str | Path, space: SearchSpace) -> "GraphSurrogate":
-        """Read a surrogate of the same space.
-
-        Raises:
-            QuantDMError: damaged, of another version, or fitted on another space.
-        """
-        record = read_record(path, space, GRAPH_VERSION)
-        self = cls(space, random_state=record["random_state"])
-        self.strength_, self.fold_strengths_ = record["strength"], tuple(record["fold_strengths"])
-        self.held_out_ = np.array(record["held_out"])
-        self.cv_scores_, self.cv_ndcg_ = record["cv_scores"], record["cv_ndcg"]
-        self._thetas, self._references = np.array(record["thetas"]), np.array(record["references"])
+    def from_dict(cls, record: dict[str, Any], space: SearchSpace) -> Self:
+        """Build a surrogate from `to_dict`'s record; its space must be `space`."""
+        self = super().from_dict(record, space)
         self._background = np.array(record["background"])
         return self
 
