@@ -5,7 +5,7 @@
 
 Planting multiplies a few channels by 30 where the next weight divides them again (tests/planted_outliers.py): the
 function stays, and rounding per tensor collapses. Every row is compared with the same weights without activation
-quantization on equal noises: fid_fp and PSNR, mean and sd over draws. Finished rows are kept in a file beside the
+quantization on equal noises: fid_fp and PSNR, mean and sd over draws. Finished rows are kept in a folder beside the
 result; run it again to go on.
 """
 
@@ -18,10 +18,9 @@ from typing import Any
 import torch
 
 import quantdm
-from eval.journal import Journal
 from quantdm.activations import set_activation_bits_, usual_activations
 from quantdm.activations.observe import choose_activations
-from quantdm.files import write_json
+from quantdm.files import digest, write_json
 from quantdm.machine import versions
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, Samples, compare, draw_samples
@@ -29,6 +28,7 @@ from quantdm.metrics.statistics import mean_and_sd
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import default_protocol
 from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe
+from quantdm.runs.store import TrialStore
 from tests.planted_outliers import FACTOR, SHARE, plant_outliers_
 
 OUT = Path(__file__).parent / "results"
@@ -53,21 +53,22 @@ def main() -> None:
     given = parser.parse_args()
     draws = [Draw(7000 + i, given.images, given.steps) for i in range(given.draws)]
     path = OUT / f"activations_{given.model}.json"
-    journal = Journal(path.with_suffix(".part.jsonl"))
+    store, rows = TrialStore(path.with_suffix(".part")), []
     for bed in BEDS:
         for weights, label in WEIGHTS.items():
             wanted = [(bits, name) for bits in given.bits for name in (*VARIANTS, "sensitive at 8", "chosen per layer")]
-            missing = [pair for pair in wanted if journal.get([bed, weights, *pair, given.images]) is None]
+            keys = {pair: digest(bed, weights, *pair, given.images, given.steps, given.draws) for pair in wanted}
+            missing = [pair for pair in wanted if store.get(keys[pair]) is None]
             if missing:
                 pipe = _pipe(given.model, bed, label)
                 references = [_samples(pipe, given.model, draw) for draw in draws]
-                for bits, name in missing:
-                    row = _measure(pipe, given.model, bits, name, draws, references)
-                    journal.put([bed, weights, bits, name, given.images], row)
-                    print(
-                        f"{bed} {weights} A{bits} {name}: fid_fp {row['fid_fp']:.4f} psnr {row['psnr_fp']}", flush=True
-                    )
-    rows = [dict(zip(("bed", "weights", "bits", "variant"), key, strict=False)) | row for key, row in journal.rows()]
+                for pair in missing:
+                    row = _measure(pipe, given.model, *pair, draws, references)
+                    store.put(keys[pair], row)
+                    print(f"{bed} {weights} A{pair[0]} {pair[1]}: fid_fp {row['fid_fp']:.4f}", flush=True)
+            for bits, name in wanted:
+                found = store.get(keys[bits, name]) or {}
+                rows.append({"bed": bed, "weights": weights, "bits": bits, "variant": name} | found)
     record = {"version": 1, "model": given.model, "rows": rows, "images": given.images, "steps": given.steps}
     record |= {"draws": [draw.base_seed for draw in draws], "planted": {"share": SHARE, "factor": FACTOR}}
     record |= {"versions": versions(), "machine": platform.processor(), "date": datetime.date.today().isoformat()}

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch.overrides import TorchFunctionMode
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection
 
 from quantdm.pipelines.embedded.digits import WORDS
 
 from .common import batch_of
 from .denoiser import DROP_CONDITION, LATENT_SIZE, finish, fit_averaged, load_latents
-from .sd import PROMPTS, train_tokenizer
+from .sd import PROMPTS, text_config, train_tokenizer
 from .vae import LATENT_CHANNELS
 
 WIDTH, TEXT_WIDTH = 160, 80  # of the transformer; of each text encoder
@@ -42,7 +42,7 @@ def train_flow(steps: int = 3500, batch: int = 96) -> None:
     vae, latents, labels = load_latents()
     vae.register_to_config(shift_factor=0.0)  # the pipeline adds it
     tokenizer = train_tokenizer()
-    encoders = [make_text_encoder(tokenizer) for _ in range(2)]
+    encoders = [CLIPTextModelWithProjection(text_config(tokenizer, TEXT_WIDTH)) for _ in range(2)]
     model = make_transformer()
 
     def tokens(prompts: list[str]) -> torch.Tensor:
@@ -86,23 +86,6 @@ def encoded(encoders: list[CLIPTextModelWithProjection], ids: torch.Tensor) -> t
     states = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
     pooled = torch.cat([out.text_embeds for out in outs], dim=-1)
     return torch.cat([states, torch.zeros_like(states[:, :1])], dim=1), pooled
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=2 * TEXT_WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=5,
-            max_position_embeddings=16,
-            projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
 
 
 def make_transformer() -> SD3Transformer2DModel:

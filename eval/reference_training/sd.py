@@ -31,7 +31,7 @@ PROMPTS = (
 def train_sd(steps: int = 2800, batch: int = 96) -> None:
     vae, latents, labels = load_latents()
     tokenizer = train_tokenizer()
-    text, model = make_text_encoder(tokenizer), make_unet()
+    text, model = CLIPTextModel(text_config(tokenizer, WIDTH)), make_unet()
     scheduler = make_scheduler()
 
     def tokens(prompts: list[str]) -> torch.Tensor:
@@ -75,20 +75,19 @@ def train_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]], model_max_length=16)
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=2 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=5,
-            max_position_embeddings=16,
-            projection_dim=WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+def text_config(tokenizer: CLIPTokenizer, width: int) -> CLIPTextConfig:
+    """Return the configuration of a text encoder of two layers."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=5,
+        max_position_embeddings=16,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
 
 

@@ -6,7 +6,7 @@ Simulated ("fake") quantization: values are rounded to the integer grid and retu
 
 import inspect
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,22 +34,27 @@ class _Clock:
     def __init__(self, denoiser: nn.Module, buckets: tuple[float, ...]) -> None:
         self.bucket = 0
         self._buckets = [-t for t in buckets]  # ascending
-        names = list(inspect.signature(denoiser.forward).parameters)
-        self._index = names.index("timestep") if "timestep" in names else None
+        self._timestep_of = timestep_reader(denoiser)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        at = timestep_of(args, kwargs, self._index)
+        at = self._timestep_of(args, kwargs)
         if at is None:
             raise QuantDMError("activations: ranges per bucket of timesteps, but the denoiser was called without one")
         self.bucket = bisect_left(self._buckets, -at)
 
 
-def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int | None) -> float | None:
-    """Return the (largest) timestep that a denoiser was called with, or None."""
-    value = kwargs.get("timestep")
-    if value is None and index is not None and index < len(args):
-        value = args[index]
-    return None if value is None else float(torch.as_tensor(value).float().max())
+def timestep_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[str, Any]], float | None]:
+    """Return what finds the (largest) timestep in the arguments of a denoiser's call, or None."""
+    names = list(inspect.signature(denoiser.forward).parameters)
+    index = names.index("timestep") if "timestep" in names else None
+
+    def timestep_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+        value = kwargs.get("timestep")
+        if value is None and index is not None and index < len(args):
+            value = args[index]
+        return None if value is None else float(torch.as_tensor(value).float().max())
+
+    return timestep_of
 
 
 @dataclass(frozen=True)

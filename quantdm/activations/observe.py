@@ -1,9 +1,9 @@
 """Look at the inputs of layers along full-precision trajectories: static ranges, and the best scheme of a layer."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantdm.activations.calibration import protocol_of
 from quantdm.activations.handover import quantize_input
-from quantdm.activations.hooks import activation_spec, first_input, set_activation_bits_, timestep_of
+from quantdm.activations.hooks import activation_spec, first_input, set_activation_bits_, timestep_reader
 from quantdm.activations.rounding import range_of
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
@@ -46,8 +46,8 @@ def observe_ranges(
         raise QuantDMError("activations: have bits per bucket already; observe ranges first, then give bits to steps")
     denoiser = get_denoiser(pipe)
     rules = spec.model_copy(update={"ranges": {}, "buckets": ()})
-    schemes = {name: scheme for name, scheme in _without_ranges(rules, list_layers(denoiser)).items() if scheme}
-    static = {name: scheme for name, scheme in schemes.items() if scheme.static}
+    schemes = _without_ranges(rules, list_layers(denoiser))
+    static = {name: scheme for name, scheme in schemes.items() if scheme is not None and scheme.static}
     if not static:
         raise QuantDMError("activations: no scheme of the spec is static, there are no ranges to observe")
     seen: dict[str, dict[float, list[tuple[float, float]]]] = {name: {} for name in static}
@@ -60,8 +60,8 @@ def observe_ranges(
     times = sorted({at for by_time in seen.values() for at in by_time}, reverse=True)
     if not 1 <= buckets <= len(times):
         raise QuantDMError(f"buckets: got {buckets}, expected 1 to {len(times)}, the timesteps of these images")
-    edges = [times[len(times) * i // buckets] for i in range(1, buckets)]
-    groups = [[t for t in times if _bucket(t, edges) == i] for i in range(buckets)]
+    ends = [len(times) * i // buckets for i in range(buckets + 1)]
+    groups = [times[first:last] for first, last in pairwise(ends)]
     ranges = {
         name: tuple(_joined([pair for t in group for pair in by_time.get(t, ())], static[name]) for group in groups)
         for name, by_time in seen.items()
@@ -122,12 +122,11 @@ class _Watcher:
     """Pre-hooks that show every call of some layers together with the timestep of the denoiser's call."""
 
     watches: Mapping[str, Watch]
+    timestep_of: Callable[[tuple[Any, ...], Mapping[str, Any]], float | None]
     at: float = 0.0
-    index: int | None = None
-    handles: list[Any] = field(default_factory=list)
 
     def clock(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        at = timestep_of(args, kwargs, self.index)
+        at = self.timestep_of(args, kwargs)
         self.at = 0.0 if at is None else at
 
     def hook(self, record: LayerRecord) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -145,8 +144,7 @@ class _Watcher:
 
 @contextmanager
 def _watching(denoiser: nn.Module, watches: Mapping[str, Watch]) -> Iterator[None]:
-    names = list(inspect.signature(denoiser.forward).parameters)
-    watcher = _Watcher(watches, index=names.index("timestep") if "timestep" in names else None)
+    watcher = _Watcher(watches, timestep_reader(denoiser))
     handles = [denoiser.register_forward_pre_hook(watcher.clock, with_kwargs=True)]
     try:
         for record in list_layers(denoiser):
@@ -174,10 +172,6 @@ def _run(pipe: DiffusionPipeline, calibration: CalibrationSpec, watches: Mapping
 def _without_ranges(spec: ActivationSpec, records: Sequence[LayerRecord]) -> dict[str, ActivationScheme | None]:
     """Return the schemes of layers as if all ranges were there."""
     return spec.model_copy(update={"ranges": {r.name: ((0.0, 1.0),) for r in records}}).resolve(records)
-
-
-def _bucket(t: float, edges: Sequence[float]) -> int:
-    return sum(t < edge or t == edge for edge in edges)
 
 
 def _joined(pairs: Sequence[tuple[float, float]], scheme: ActivationScheme) -> tuple[float, float]:
