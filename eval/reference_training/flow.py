@@ -11,11 +11,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, St
 from torch.overrides import TorchFunctionMode
 from transformers import CLIPTextModelWithProjection
 
-from quantdm.pipelines.embedded.digits import WORDS
-
 from .common import batch_of
-from .denoiser import DROP_CONDITION, LATENT_SIZE, finish, fit_averaged, load_latents
-from .sd import PROMPTS, text_config, train_tokenizer
+from .denoiser import LATENT_SIZE, finish, fit_averaged, load_latents
+from .sd import prompt_drawer, text_config, train_tokenizer
 from .vae import LATENT_CHANNELS
 
 WIDTH, TEXT_WIDTH = 160, 80  # of the transformer; of each text encoder
@@ -45,19 +43,11 @@ def train_flow(steps: int = 3500, batch: int = 96) -> None:
     encoders = [CLIPTextModelWithProjection(text_config(tokenizer, TEXT_WIDTH)) for _ in range(2)]
     model = make_transformer()
 
-    def tokens(prompts: list[str]) -> torch.Tensor:
-        return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-    table = torch.stack([tokens([p.format(w) for p in PROMPTS]) for w in WORDS])  # [digit, template, token]
-    empty = tokens([""])[0]
+    draw_prompts = prompt_drawer(tokenizer)
 
     def loss_of(g: torch.Generator) -> torch.Tensor:
         x, y = batch_of(latents, labels, batch, g)
-        template = torch.randint(len(PROMPTS), (batch,), generator=g)
-        template[: batch // 2] = 0
-        ids = table[y, template]
-        ids[torch.rand(batch, generator=g) < DROP_CONDITION] = empty
-        unique, inverse = ids.unique(dim=0, return_inverse=True)
+        unique, inverse = draw_prompts(y, g)
         states, pooled = (part[inverse] for part in encoded(encoders, unique))
         noise = torch.randn(x.shape, generator=g)
         s = ((torch.arange(batch) + torch.rand(batch, generator=g)) / batch).view(-1, 1, 1, 1)

@@ -3,6 +3,7 @@
 """digits-sd: a small Stable Diffusion, with its text encoder and tokenizer."""
 
 import json
+from collections.abc import Callable
 
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -34,19 +35,11 @@ def train_sd(steps: int = 2800, batch: int = 96) -> None:
     text, model = CLIPTextModel(text_config(tokenizer, WIDTH)), make_unet()
     scheduler = make_scheduler()
 
-    def tokens(prompts: list[str]) -> torch.Tensor:
-        return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-
-    table = torch.stack([tokens([p.format(w) for p in PROMPTS]) for w in WORDS])  # [digit, template, token]
-    empty = tokens([""])[0]
+    draw_prompts = prompt_drawer(tokenizer)
 
     def loss_of(g: torch.Generator) -> torch.Tensor:
         x, y = batch_of(latents, labels, batch, g)
-        template = torch.randint(len(PROMPTS), (batch,), generator=g)
-        template[: batch // 2] = 0
-        ids = table[y, template]
-        ids[torch.rand(batch, generator=g) < DROP_CONDITION] = empty
-        unique, inverse = ids.unique(dim=0, return_inverse=True)
+        unique, inverse = draw_prompts(y, g)
         states = text(unique).last_hidden_state[inverse]
         return noise_loss(x, scheduler, lambda xt, t: model(xt, t, encoder_hidden_states=states).sample, g)
 
@@ -55,6 +48,30 @@ def train_sd(steps: int = 2800, batch: int = 96) -> None:
         vae, text.eval(), tokenizer, model.eval(), scheduler, None, None, requires_safety_checker=False
     )
     finish(pipe, "digits-sd")
+
+
+def prompt_drawer(
+    tokenizer: CLIPTokenizer,
+) -> Callable[[torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]:
+    """Return what draws a prompt for every digit: the distinct token rows, and which of them each digit has.
+
+    The first half takes the first template; of all, a share has the empty prompt.
+    """
+
+    def tokens(prompts: list[str]) -> torch.Tensor:
+        return tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+    table = torch.stack([tokens([p.format(w) for p in PROMPTS]) for w in WORDS])  # [digit, template, token]
+    empty = tokens([""])[0]
+
+    def draw(digits: torch.Tensor, g: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        template = torch.randint(len(PROMPTS), (len(digits),), generator=g)
+        template[: len(digits) // 2] = 0
+        ids = table[digits, template]
+        ids[torch.rand(len(digits), generator=g) < DROP_CONDITION] = empty
+        return ids.unique(dim=0, return_inverse=True)
+
+    return draw
 
 
 def train_tokenizer() -> CLIPTokenizer:
