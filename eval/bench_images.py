@@ -4,17 +4,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
-from torch import nn
+from judge import Judge
 
 from quantdm import get_denoiser, list_layers, load_pipeline, load_protocol
 from quantdm.activations.moments import gather_moments
 from quantdm.hub.export import lossless_dtype
-from quantdm.machine import fast_dtype
-from quantdm.metrics import load_extractor
-from quantdm.metrics.samples import Draw, compare, draw_samples
-from quantdm.metrics.statistics import mean_and_sd, spread
+from quantdm.metrics.samples import Draw
+from quantdm.metrics.statistics import spread
 from quantdm.pipelines.generate import calibration_calls
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.tuned import TunedWeights
@@ -62,7 +58,7 @@ def _stages(name: str, folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]
         "refined": WeightBank(folder / "refined", layers, FED).build(denoiser, moments=moments),
     }
     train, held_out = (calibration_calls(exact, protocol, seeds) for seeds in (TRAIN, HELD_OUT))
-    judge = _Judge(name)
+    judge = Judge(name, [Draw(seed, IMAGES, STEPS) for seed in DRAWS])
     for plain, fed in zip(PLAIN, FED, strict=True):
         for stage, bank in banks.items():
             scheme = plain if stage == "plain" else fed
@@ -73,25 +69,3 @@ def _stages(name: str, folder: Path) -> Iterator[tuple[str, str, dict[str, Any]]
             tuned = tune(denoiser, weights, train, held_out, TUNE, others_dtype=lossless_dtype(denoiser))
             with TunedWeights(tuned.weights, tuned.others).applied(judge.denoiser):
                 yield plain.label, "tuned", judge.figures()
-
-
-class _Judge:
-    """A pipeline whose images are compared with its own of full precision."""
-
-    def __init__(self, name: str) -> None:
-        self.protocol, self.extractor = load_protocol(name), load_extractor("digits")
-        self.pipe: DiffusionPipeline = load_pipeline(name, torch_dtype=getattr(torch, fast_dtype()))
-        self.draws = [Draw(seed, IMAGES, STEPS) for seed in DRAWS]
-        self.references = self._samples()
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """Its denoiser, which the caller changes and puts back."""
-        return get_denoiser(self.pipe)
-
-    def _samples(self) -> list[Any]:
-        return [draw_samples(self.pipe, self.protocol, self.extractor, draw) for draw in self.draws]
-
-    def figures(self) -> dict[str, Any]:
-        """Return means and standard deviations over the draws."""
-        return mean_and_sd([compare(s, r) for s, r in zip(self._samples(), self.references, strict=True)])

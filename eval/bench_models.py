@@ -79,16 +79,16 @@ class Case:
     """One denoiser in bf16 weights and float32 arithmetic, with calls for calibration and held-out ones."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        pipe = None if name == "random-dit" else load_pipeline(name)
-        self.model: Any = random_dit() if pipe is None else get_denoiser(pipe)
+        self.pipe: Any = None if name == "random-dit" else load_pipeline(name)
+        self.model: Any = random_dit() if self.pipe is None else get_denoiser(self.pipe)
         self.model.to(torch.bfloat16).save_pretrained(folder / name)
         self.model.to(torch.float32)
-        if pipe is None:
+        if self.pipe is None:
             self.calibration, self.held_out = dit_calls(self.model, 1), dit_calls(self.model, 2)
         else:
             protocol = load_protocol(name)
-            self.calibration = calibration_calls(pipe, protocol, CALIBRATION_SEEDS, steps=STEPS)
-            calls = calibration_calls(pipe, protocol, HELD_OUT_SEEDS, steps=STEPS)
+            self.calibration = calibration_calls(self.pipe, protocol, CALIBRATION_SEEDS, steps=STEPS)
+            calls = calibration_calls(self.pipe, protocol, HELD_OUT_SEEDS, steps=STEPS)
             self.held_out = [calls[i] for i in MIDDLE]
         self.layers: tuple[LayerRecord, ...] = list_layers(self.model)
         parameters = sum(t.numel() for t in self.model.state_dict().values())

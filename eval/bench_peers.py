@@ -60,20 +60,23 @@ def bitsandbytes_nf4(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
     return decoded, size
 
 
-def hqq_4_64(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
-    quantize = importlib.import_module("hqq.core.quantize")
-    decoded, size = {}, state_bytes(model)
-    for name, module in linears(model).items():
-        if module.weight.numel() % 64:
-            continue
-        settings = quantize.BaseQuantizeConfig(nbits=4, group_size=64)
-        layer = quantize.HQQLinear(
-            module, settings, compute_dtype=torch.bfloat16, device="cpu", del_orig=False, initialize=True
-        )
-        parts = [layer.W_q, layer.meta["scale"], layer.meta["zero"]]
-        size += sum(bytes_of(t) for t in parts) - bytes_of(module.weight)
-        decoded[name] = layer.dequantize()
-    return decoded, size
+def hqq(bits: int, group: int) -> Callable[[nn.Module], tuple[dict[str, torch.Tensor], int]]:
+    def run(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
+        quantize = importlib.import_module("hqq.core.quantize")
+        decoded, size = {}, state_bytes(model)
+        for name, module in linears(model).items():
+            if module.weight.numel() % group:
+                continue
+            settings = quantize.BaseQuantizeConfig(nbits=bits, group_size=group)
+            layer = quantize.HQQLinear(
+                module, settings, compute_dtype=torch.bfloat16, device="cpu", del_orig=False, initialize=True
+            )
+            parts = [layer.W_q, layer.meta["scale"], layer.meta["zero"]]
+            size += sum(bytes_of(t) for t in parts) - bytes_of(module.weight)
+            decoded[name] = layer.dequantize()
+        return decoded, size
+
+    return run
 
 
 def torchao_int4(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
@@ -124,6 +127,23 @@ def sdnq(**settings: Any) -> Callable[[nn.Module], tuple[dict[str, torch.Tensor]
     return run
 
 
+def gguf(kind: str) -> Callable[[nn.Module], tuple[dict[str, torch.Tensor], int]]:
+    """A type of GGUF whose blocks have 32 weights; those of 256 (Q4_K, Q3_K) only the package's readers know."""
+
+    def run(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
+        package = importlib.import_module("gguf")
+        dtype, decoded, size = package.GGMLQuantizationType[kind], {}, state_bytes(model)
+        for name, module in linears(model).items():
+            if module.in_features % 32:
+                continue
+            packed = package.quants.quantize(module.weight.data.float().numpy(), dtype)
+            size += packed.nbytes - bytes_of(module.weight)
+            decoded[name] = torch.from_numpy(package.quants.dequantize(packed, dtype))
+        return decoded, size
+
+    return run
+
+
 def weight_dims(module: nn.Module) -> int:
     weight = getattr(module, "weight", None)
     return weight.dim() if isinstance(weight, torch.Tensor) and not isinstance(module, nn.Embedding) else 0
@@ -141,7 +161,9 @@ def dequantized(model: nn.Module) -> dict[str, torch.Tensor]:
 
 PEERS: dict[str, Callable[[nn.Module], tuple[dict[str, torch.Tensor], int]]] = {
     "bitsandbytes nf4 dq": bitsandbytes_nf4,
-    "hqq 4b g64": hqq_4_64,
+    "hqq 4b g64": hqq(4, 64),
+    "hqq 3b g64": hqq(3, 64),
+    "hqq 2b g32": hqq(2, 32),
     "torchao int4": torchao_int4,
     "torchao intx4 g32": torchao_intx4,
     "quanto int4": quanto(4),
@@ -149,6 +171,11 @@ PEERS: dict[str, Callable[[nn.Module], tuple[dict[str, torch.Tensor], int]]] = {
     "sdnq uint4": sdnq(weights_dtype="uint4"),
     "sdnq uint4 codebook": sdnq(weights_dtype="uint4", use_codebook=True),
     "sdnq uint4 svd": sdnq(weights_dtype="uint4", use_svd=True),
+    "sdnq uint3": sdnq(weights_dtype="uint3"),
+    "sdnq uint2": sdnq(weights_dtype="uint2"),
+    "gguf Q4_0": gguf("Q4_0"),
+    "gguf Q5_0": gguf("Q5_0"),
+    "gguf Q8_0": gguf("Q8_0"),
 }
 
 
