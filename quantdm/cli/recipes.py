@@ -88,6 +88,24 @@ def export(
         typer.echo(f"model card: {write_card(out, summary=summary if summary.is_file() else None)}")
 
 
+@app.command(epilog="Example: quantdm gguf flux-4bit -o flux-4bit.gguf")
+def gguf(
+    export: Annotated[str, typer.Argument(help="Directory of a quantized pipeline.")],
+    out: Out,
+    part: Annotated[str | None, typer.Option(help="Which denoiser, where a pipeline has several.")] = None,
+) -> None:
+    """Write the denoiser of an export as a GGUF file, for diffusers and other programs that read that format.
+
+    Its linear layers stay small where the format holds them exactly: see docs/gguf.md for the schemes to choose.
+    """
+    from quantdm.hub.gguf import export_gguf
+    from quantdm.pipelines.loading import load_pipeline
+
+    counts = export_gguf(load_pipeline(export), out, part=part)
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    typer.echo(f"gguf: {out}  {out.stat().st_size / 1e6:.2f} MB  ({told} tensors)")
+
+
 @app.command("import", epilog="Example: quantdm import dit.pkl --model facebook/DiT-XL-2-256 -o recipe.yaml")
 def import_(
     file: Annotated[Path, typer.Argument(help="Published configuration, or trials (quant_cache.pkl).")],

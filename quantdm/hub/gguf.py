@@ -1,0 +1,205 @@
+"""A packed denoiser as a GGUF file, for the programs that read that format.
+
+GGUF keeps 32 weights of a row with one fp16 step d and integers q: Q4_0 (4 bits, q in [-8, 7]), Q5_0 (5 bits,
+[-16, 15]) and Q8_0 (8 bits), 16 bits more per block. A linear layer whose weights are integers times one step in every
+block, as uniform schemes and k-means with int8 tables are, is written exactly in the smallest type that holds it;
+everything else is written decoded, in F16 if that holds it exactly, else in F32.
+"""
+
+import importlib
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from quantdm.errors import QuantDMError
+from quantdm.files import atomic_path, check_output
+from quantdm.modules.packed import QuantLinear, packed_layers
+from quantdm.pipelines.parts import find_denoisers
+from quantdm.progress import bar
+from quantdm.quantizers import QuantizedWeight
+from quantdm.quantizers.weight import halves
+
+BLOCK = 32
+LIMITS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # q lies in [-limit, limit - 1]
+# What readers call the architectures (`general.architecture`); others are written under the name of their class.
+ARCHITECTURES = {
+    "AuraFlowTransformer2DModel": "aura",
+    "CosmosTransformer3DModel": "cosmos",
+    "FluxTransformer2DModel": "flux",
+    "HiDreamImageTransformer2DModel": "hidream",
+    "HunyuanVideoTransformer3DModel": "hyvid",
+    "LTXVideoTransformer3DModel": "ltxv",
+    "Lumina2Transformer2DModel": "lumina2",
+    "QwenImageTransformer2DModel": "qwen_image",
+    "SD3Transformer2DModel": "sd3",
+    "WanTransformer3DModel": "wan",
+}
+UNETS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text that they attend to
+
+
+class Written(NamedTuple):
+    """One tensor of the file."""
+
+    name: str
+    kind: str  # GGUF's type
+    data: np.ndarray  # bytes of blocks, or numbers
+
+
+def export_gguf(pipe: DiffusionPipeline, path: str | Path, *, part: str | None = None) -> dict[str, int]:
+    """Write a packed denoiser as one GGUF file, under the tensor names of diffusers.
+
+    Activation quantization and a correction of the sampler are quantdm's own and do not fit into the file.
+
+    Args:
+        pipe: a pipeline with packed layers.
+        path: the file, `*.gguf`.
+        part: which denoiser, where a pipeline has several.
+
+    Returns:
+        GGUF type -> number of tensors of it.
+
+    Raises:
+        QuantDMError: nothing is packed, several denoisers and none is named, another suffix, or the package `gguf` is
+            missing.
+    """
+    path = Path(path)
+    if path.suffix != ".gguf":
+        raise QuantDMError(f"{path}: expected a name that ends in .gguf")
+    check_output(path)
+    package, denoiser = _package(), _chosen(pipe, part)
+    kinds = package.GGMLQuantizationType
+    counts: Counter[str] = Counter()
+    with atomic_path(path) as temporary:
+        writer = package.GGUFWriter(str(temporary), architecture_of(denoiser))
+        try:
+            writer.add_file_type(package.LlamaFileType.MOSTLY_F16)
+            for tensor in tensors_of(denoiser):
+                writer.add_tensor(tensor.name, tensor.data, raw_dtype=kinds[tensor.kind])
+                counts[tensor.kind] += 1
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+    return dict(counts)
+
+
+def architecture_of(denoiser: nn.Module) -> str:
+    """Return what GGUF's readers call a denoiser's architecture."""
+    kind = type(denoiser).__name__
+    if kind == "UNet2DConditionModel":
+        return UNETS.get(denoiser.config.cross_attention_dim, kind)  # type: ignore[union-attr]
+    return ARCHITECTURES.get(kind, kind)
+
+
+def tensors_of(denoiser: nn.Module) -> Iterator[Written]:
+    """Yield what a file holds of a denoiser: the packed layers, then all other tensors of its state."""
+    layers = packed_layers(denoiser)
+    with bar(len(layers), "gguf: layers") as progress:
+        for name, layer in layers.items():
+            exact = isinstance(layer, QuantLinear) and _in_blocks(f"{name}.weight", layer.quantized)
+            yield exact or _decoded(f"{name}.weight", layer.dequantize(dtype=torch.float32))
+            progress.update()
+    for name, tensor in denoiser.state_dict().items():
+        if name.removesuffix(".packed") not in layers:
+            yield _decoded(name, tensor)
+
+
+def integer_blocks(weight: QuantizedWeight) -> tuple[Tensor, Tensor] | None:
+    """Return steps fp16 [C, n / 32] and integers int16 [C, n / 32, 32] whose products are a weight [C, n], exactly.
+
+    None if its rows are no whole blocks, or its values no integers in [-128, 127] times one fp16 step per block.
+    """
+    steps = _steps(weight)
+    if steps is None:
+        return None
+    step = steps.half().float()
+    blocks = weight.dequantize(dtype=torch.float32).view(*steps.shape, BLOCK)
+    whole = torch.where(step[..., None] == 0, 0.0, blocks / step[..., None]).round()
+    limit = LIMITS["Q8_0"]
+    if not torch.equal(whole * step[..., None], blocks) or whole.min() < -limit or whole.max() >= limit:
+        return None
+    return step.half(), whole.to(torch.int16)
+
+
+def _steps(weight: QuantizedWeight) -> Tensor | None:
+    """Return the stored step of every block, float32 [C, n / 32]; None where blocks are not of one scale."""
+    scheme, tables = weight.scheme, weight.scheme.method == "kmeans"
+    if (
+        len(weight.shape) != 2
+        or scheme.hadamard
+        or scheme.granularity == "shared"
+        or (tables and scheme.table != "int8")
+    ):
+        return None
+    parts = []
+    for suffix, columns in halves(weight.shape, weight.split):
+        n, length = columns.stop - columns.start, scheme.group_size
+        scale = weight.tensors[f"scale{suffix}"].float() * weight.tensors[f"factor{suffix}"]
+        if n % BLOCK or (scale.shape[1] > 1 and (length is None or length % BLOCK)):
+            return None
+        per = n // BLOCK if scale.shape[1] == 1 else (length or n) // BLOCK
+        parts.append(scale.repeat_interleave(per, dim=1)[:, : n // BLOCK].expand(weight.shape[0], -1))
+    return torch.cat(parts, dim=1)
+
+
+def _in_blocks(name: str, weight: QuantizedWeight) -> Written | None:
+    found = integer_blocks(weight)
+    if found is None:
+        return None
+    step, whole = found
+    low, high = int(whole.min()), int(whole.max())
+    kind = next(kind for kind, limit in LIMITS.items() if -limit <= low and high < limit)
+    blocks = torch.cat([_bytes(step[..., None]), *_codes(whole, kind)], dim=-1)
+    return Written(name, kind, blocks.flatten(1).numpy())
+
+
+def _codes(whole: Tensor, kind: str) -> list[Tensor]:
+    """Return the bytes behind the step of every block, uint8 [C, n / 32, ...]: high bits, then the other bits."""
+    if kind == "Q8_0":
+        return [_bytes(whole.to(torch.int8))]
+    codes = whole + LIMITS[kind]
+    low = codes & 15
+    nibbles = (low[..., : BLOCK // 2] | low[..., BLOCK // 2 :] << 4).to(torch.uint8)
+    if kind == "Q4_0":
+        return [nibbles]
+    high = (codes >> 4).unflatten(-1, (BLOCK // 8, 8)) << torch.arange(8, dtype=torch.int16)
+    return [high.sum(-1).to(torch.uint8), nibbles]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _decoded(name: str, tensor: Tensor) -> Written:
+    """Return a tensor in F16 if that holds it exactly; vectors are F32, as readers expect."""
+    values = tensor.detach().float().cpu()
+    kind = "F16" if values.dim() > 1 and torch.equal(values.half().float(), values) else "F32"
+    return Written(name, kind, (values.half() if kind == "F16" else values).numpy())
+
+
+def _chosen(pipe: DiffusionPipeline, part: str | None) -> nn.Module:
+    denoisers = find_denoisers(pipe)
+    if part is None and len(denoisers) > 1:
+        raise QuantDMError(f"gguf: the pipeline has several denoisers; name one with part ({', '.join(denoisers)})")
+    name = part or next(iter(denoisers))
+    if name not in denoisers:
+        raise QuantDMError(f"part: got {name!r}, expected one of {', '.join(denoisers)}")
+    if not packed_layers(denoisers[name]):
+        raise QuantDMError(
+            f"gguf: {type(denoisers[name]).__name__} has no packed layers; apply a recipe first, or give its export"
+        )
+    return denoisers[name]
+
+
+def _package() -> Any:
+    try:
+        return importlib.import_module("gguf")
+    except ImportError:
+        raise QuantDMError("gguf: the package that writes the format is missing; pip install 'gguf>=0.10'") from None
