@@ -1,6 +1,6 @@
 """Does a search lose or repeat anything, whoever dies? Kill its processes at random, compare with an undisturbed one.
 
-    PYTHONPATH=. python eval/chaos.py --kills 100        # writes eval/results/chaos.json
+    PYTHONPATH=. python eval/chaos.py --kills 100        # writes eval/results/chaos.json; --go-on: in pieces
 
 Two drivers, each with two workers, work on one run directory. At random moments a driver or a worker is killed
 (SIGKILL) or a worker is stopped for good (SIGSTOP: it hangs), and what was killed is started again; temporary files
@@ -27,34 +27,35 @@ from tests.tiny_search import TRIALS
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "eval" / "results" / "chaos.json"
 PAUSE = (1.0, 8.0)  # seconds between two kills
+WEIGHTS = {"driver": 1, "worker": 3, "stopped worker": 2}  # drivers are killed less often: they take long to start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--go-on", action="store_true", help="add to the rounds that are recorded")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         quiet = Path(folder) / "quiet"
         _finish(_start(quiet))
-        rounds, kills = [], 0
-        while kills < given.kills:
-            record = _disturbed(
-                Path(folder) / f"round{len(rounds)}", quiet, given.kills - kills, given.seed + len(rounds)
-            )
-            kills += sum(record["kills"].values())
+        rounds = read_json(OUT, version=1)["rounds"] if given.go_on and OUT.is_file() else []
+        new = 0
+        while new < given.kills:
+            record = _disturbed(Path(folder) / f"round{len(rounds)}", quiet, given.kills - new, len(rounds))
+            new += sum(record["kills"].values())
             rounds.append(record)
             print(record, flush=True)
-    result = {"version": 1, "rounds": rounds, "kills": kills, "machine": platform.processor()}
-    result |= {"versions": versions(), "date": datetime.date.today().isoformat()}
-    write_json(OUT, result)
+            kills = sum(sum(record["kills"].values()) for record in rounds)
+            result = {"version": 1, "rounds": rounds, "kills": kills, "machine": platform.processor()}
+            result |= {"versions": versions(), "date": datetime.date.today().isoformat()}
+            write_json(OUT, result)
     if not all(record["same_labels"] and record["same_recipe"] and not record["changed"] for record in rounds):
         sys.exit("a label was lost, repeated or changed")
 
 
 def _disturbed(folder: Path, quiet: Path, most: int, seed: int) -> dict:
     """Run one search under fire until it is finished; return what was killed and whether anything differs."""
-    chance, kills = random.Random(seed), {"driver": 0, "worker": 0, "stopped worker": 0}
+    chance, kills = random.Random(seed), dict.fromkeys(WEIGHTS, 0)
     drivers = [_start(folder), _start(folder)]
     seen: dict[str, int] = {}
     changed: list[str] = []
@@ -68,7 +69,7 @@ def _disturbed(folder: Path, quiet: Path, most: int, seed: int) -> dict:
         if sum(kills.values()) >= most or not running:
             continue
         place = chance.choice(running)
-        workers, kind = _children(drivers[place].pid), chance.choice(list(kills))
+        workers, kind = _children(drivers[place].pid), chance.choices([*WEIGHTS], [*WEIGHTS.values()])[0]
         if kind == "driver":
             drivers[place].kill()
             drivers[place].wait()

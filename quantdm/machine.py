@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from quantdm.errors import QuantDMError
+
 _CPU_FEATURES = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx512_f", "avx2")
 SIZE = 768  # of the matrices that are timed
 PROBE_ROUNDS = 8
@@ -115,6 +117,26 @@ def probe_seconds(dtype: torch.dtype) -> float:
 def best_device() -> str:
     """Return where pipelines that are opened by name are put: "cuda" if there is any, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def same_devices(device: torch.device) -> list[str]:
+    """Return the devices of this machine that are like one: every GPU for a GPU, itself for all else."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    return [f"cuda:{index}" for index in range(count)] or [str(device)]
+
+
+def checked_device(name: str) -> str:
+    """Return the name of a device that is there.
+
+    Raises:
+        QuantDMError: torch knows none of that name, or does not find it here.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise QuantDMError(f"device: got {name!r}, expected cpu, cuda, cuda:1 or mps; {reason:.120}") from None
+    return name
 
 
 def cores() -> int:

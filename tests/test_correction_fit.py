@@ -37,6 +37,7 @@ from quantdm.correction import (
     remove_correction,
 )
 from quantdm.correction.corrected import CorrectedScheduler
+from quantdm.correction.fit import glanced
 from quantdm.errors import QuantDMError
 
 STEPS = 4
@@ -388,6 +389,15 @@ def test_a_variant_that_helps_at_fine_levels_only_is_kept_there():
     assert chosen.choice == "bias, finer half"
     assert chosen.at(0.0).is_nothing
     assert not chosen.at(1.0).is_nothing
+
+
+def test_a_variant_that_is_no_better_on_the_first_runs_is_not_measured_on_the_others():
+    without = [1.0, 1.2, 1.1, 0.9]
+    assert glanced(iter([1.1, 1.2, 0.1, 0.1]), without) == [1.1, 1.2]
+    assert glanced(iter([1.1, 1.0, 0.1, 0.1]), without) == [1.1, 1.0, 0.1, 0.1]
+    chosen = choose_variant(lambda c: without if c is None else [1.1, 1.2], flat_correction())
+    assert chosen.variant == "none"
+    assert chosen.measured["bias"] == [1.1, 1.2]
 
 
 def test_rivals_are_tried_like_the_own_variants():

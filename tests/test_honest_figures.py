@@ -15,7 +15,7 @@ from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_s
 from quantdm.metrics.statistics import mean_and_sd, spread, totals
 from quantdm.pipelines.embedded.digits import WORDS, digit_of, load_digit_images
 from quantdm.pipelines.subject import look_at
-from quantdm.runs.evaluator import Evaluator, Job, configured
+from quantdm.runs.evaluator import Evaluator, Job, Probe, configured
 from quantdm.runs.run import Run
 from quantdm.schemes import Scheme
 
@@ -91,7 +91,7 @@ def test_a_nan_layer_is_an_error_in_the_sensitivities(finished, dit):
     kept = dense.clone()
     dense.fill_(float("nan"))
     with pytest.raises(QuantDMError, match=rf"sensitivity of {name} under {scheme}: relative error: got nan"):
-        evaluator.sensitivity(name)
+        evaluator.sensitivity(Probe(name, (scheme.label,)))
     dense.copy_(kept)
 
 

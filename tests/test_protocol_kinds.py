@@ -16,7 +16,7 @@ from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_s
 from quantdm.pipelines.drawn import CLIP_FRAMES, KINDS, draw
 from quantdm.pipelines.generate import count_calls
 from quantdm.pipelines.subject import look_at
-from quantdm.runs.evaluator import NOISE_CALLS, Evaluator
+from quantdm.runs.evaluator import NOISE_CALLS, Evaluator, Probe
 from quantdm.runs.run import Run
 from quantdm.runs.settings import Effort, make_settings
 from quantdm.runs.stages import build_bank
@@ -139,7 +139,7 @@ def test_sensitivities_see_every_image_where_calls_make_one(tmp_path):
     run = Run.create(tmp_path / "run", settings)
     build_bank(run, subject)
     evaluator = Evaluator(run, subject)
-    rough, fine = evaluator.sensitivity("conv_in")
+    rough, fine = evaluator.sensitivity(Probe("conv_in", settings.options))
     assert rough > 10 * fine > 0
     calls = evaluator._recorded()["unet"]
     assert len(calls) % 3 == 0

@@ -30,7 +30,7 @@ from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import look_at
 from quantdm.runs.bank import WeightBank
-from quantdm.runs.evaluator import Evaluator, Job
+from quantdm.runs.evaluator import Evaluator, Job, Probe
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
 from quantdm.runs.stages import build_bank
@@ -125,7 +125,7 @@ def test_sensitivity_is_the_error_of_one_layer(finished, dit):
     space = SearchSpace.load(folder / "space.json")
     evaluator = Evaluator(Run.open(folder), look_at(dit))
     name = space.layer_names[10]
-    assert evaluator.sensitivity(name) == pytest.approx(space.noise_error[10].tolist(), rel=1e-3)
+    assert evaluator.sensitivity(Probe(name, space.labels)) == pytest.approx(space.noise_error[10].tolist(), rel=1e-3)
     assert (space.noise_error[:, 0] > space.noise_error[:, 1]).all()  # 2 bits hurt every layer more than 4
 
 

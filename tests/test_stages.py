@@ -58,7 +58,7 @@ def alarmed(monkeypatch):
     for kind in KINDS:
         monkeypatch.setattr(kind, "fit", alarm("fit"))
     monkeypatch.setattr(explaining, "attribute", alarm("attribute"))
-    for name in ("score_blocks", "select", "select_lambda", "verify"):
+    for name in ("score_blocks", "select", "select_lambda", "race"):
         monkeypatch.setattr(choosing, name, alarm("choose"))
     monkeypatch.setattr(why, "explain_one", alarm("why"))
     for name in ("propose", "first_trials", "label_trials"):

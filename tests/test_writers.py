@@ -12,6 +12,7 @@ from quantdm import QuantDMError, Recipe, export_pipeline, get_denoiser, load_pi
 from quantdm.cli.images import generate_grid
 from quantdm.cli.main import app
 from quantdm.corridor.demo import demo
+from quantdm.corridor.levels import LEVELS
 from quantdm.files import YAML_COMMENT, atomic_path, check_output, replace_folder, save_tensors, write_json, write_text
 from quantdm.hub.export import check_export_path
 from quantdm.hub.model_card import write_card
@@ -22,7 +23,6 @@ from quantdm.report.drawing import draw_graph
 from quantdm.report.insight_files import save_insights
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
-from quantdm.runs.settings import QUICK, QUICK_TRIALS
 from quantdm.runs.store import TrialStore
 from tests.report_run import make_run, make_space
 
@@ -323,7 +323,11 @@ def test_graphs_are_the_same_in_memory_and_in_the_file(tmp_path):
 @pytest.mark.parametrize("name", ["export/thesis.txt", "report.html"])
 def test_the_demo_looks_at_its_last_places_first(name, tmp_path):
     options = {"target_bits": 3.0, "quick": True, "say": lambda _: None}
-    run, _ = start_run(look_at("digits-dit"), tmp_path / "run", target_bits=3.0, trials=QUICK_TRIALS, effort=QUICK)
+    level = LEVELS["quick"]
+    run, _ = start_run(
+        look_at("digits-dit"), tmp_path / "run", target_bits=3.0, trials=level.trials, options=level.options,
+        effort=level.effort,
+    )  # fmt: skip
     path = run.path(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")

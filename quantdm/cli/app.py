@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -48,6 +48,14 @@ TargetBytes = Annotated[
     ),
 ]
 Trials = Annotated[int, typer.Option(min=1, help="Configurations whose images are measured.")]
+BatchSize = Annotated[
+    str,
+    typer.Option(help="Images at once at most: auto (found from memory), or a number; halved where memory runs out."),
+]
+Device = Annotated[str | None, typer.Option(help="Where the pipeline is put: cpu, cuda, mps (default: cuda if any).")]
+Dtype = Annotated[
+    str | None, typer.Option(help="Images are generated in bfloat16, float16 or float32 (default: what is fast here).")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Determines every sampled configuration and noise.")]
 ProtocolFile = Annotated[str | None, typer.Option("--protocol", help="YAML file: what images to measure on.")]
 Overrides = Annotated[
@@ -71,3 +79,16 @@ def given_inputs(path: Path | None) -> dict[str, Any] | None:
     from quantdm.denoisers.given_inputs import read_inputs
 
     return None if path is None else read_inputs(path)
+
+
+def batch_size_of(text: str) -> int | Literal["auto"]:
+    """Read `--batch-size`.
+
+    Raises:
+        QuantDMError: neither auto nor a number of images.
+    """
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or not int(text):
+        raise QuantDMError(f"batch size: got {text!r}, expected auto, or 1 image or more")
+    return int(text)

@@ -6,6 +6,9 @@ from typing import Annotated
 import typer
 
 from quantdm.cli.app import (
+    BatchSize,
+    Device,
+    Dtype,
     ExampleInputs,
     Model,
     ProtocolFile,
@@ -14,8 +17,17 @@ from quantdm.cli.app import (
     TargetBits,
     TargetBytes,
     app,
+    batch_size_of,
     given_inputs,
 )
+
+Minutes = Annotated[
+    float | None,
+    typer.Option(min=0.1, help="Trials end in time for the other stages; run it again for the rest."),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what every stage would take of time, memory and disk; start nothing.")
+]
 
 
 @app.command(epilog="Example: quantdm demo --model digits-sd --target-bits 3.0")
@@ -27,11 +39,24 @@ def demo(
         bool, typer.Option("--quick", help="Every stage with fewer trials and images: two minutes.")
     ] = False,
     seed: Seed = 0,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    minutes: Minutes = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Run everything on an embedded pipeline: search, recipe, export, report. Run it again to go on."""
     from quantdm.corridor.demo import demo
 
-    demo(model, target_bits=target_bits, run_dir=run_dir, quick=quick, seed=seed, say=typer.echo)
+    demo(
+        model,
+        target_bits=target_bits,
+        run_dir=run_dir,
+        quick=quick,
+        seed=seed,
+        batch_size=batch_size_of(batch_size), device=device, dtype=dtype, minutes=minutes, dry_run=dry_run,
+        say=typer.echo,
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: quantdm run digits-sd --target-bits 3.0 --effort quick")
@@ -48,11 +73,16 @@ def run(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
     tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.")] = True,
     example_inputs: ExampleInputs = None,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    minutes: Minutes = None,
+    dry_run: DryRun = False,
 ) -> None:
     """Make your own pipeline small: search, tune, measure, export, report. Run it again to go on."""
     from quantdm.corridor.run import run
     from quantdm.pipelines.protocol import load_protocol
-    from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+    from quantdm.schemes import Scheme
 
     run(
         model,
@@ -61,14 +91,15 @@ def run(
         run_dir=run_dir,
         effort=effort,
         trials=trials,
-        options=DEFAULT_OPTIONS if options is None else [Scheme.parse(label) for label in options.split(",")],
+        options=None if options is None else [Scheme.parse(label) for label in options.split(",")],
         protocol=None if protocol is None else load_protocol(protocol),
         seed=seed,
         workers=workers,
         tuned=tune,
         example_inputs=given_inputs(example_inputs),
+        batch_size=batch_size_of(batch_size), device=device, dtype=dtype, minutes=minutes, dry_run=dry_run,
         say=typer.echo,
-    )
+    )  # fmt: skip
 
 
 @app.command(epilog="Example: quantdm tune --run-dir runs/mine --steps 1000")

@@ -5,6 +5,9 @@ from typing import Annotated
 import typer
 
 from quantdm.cli.app import (
+    BatchSize,
+    Device,
+    Dtype,
     ExampleInputs,
     Model,
     Out,
@@ -15,6 +18,7 @@ from quantdm.cli.app import (
     TargetBytes,
     Trials,
     app,
+    batch_size_of,
     given_inputs,
 )
 
@@ -25,7 +29,7 @@ def bank(
     run_dir: RunDir,
     target_bits: TargetBits = None,
     target_bytes: TargetBytes = None,
-    trials: Trials = 160,
+    trials: Trials = 64,
     seed: Seed = 0,
     protocol: ProtocolFile = None,
     example_inputs: ExampleInputs = None,
@@ -56,10 +60,14 @@ def search(
     run_dir: RunDir,
     target_bits: TargetBits = None,
     target_bytes: TargetBytes = None,
-    trials: Trials = 160,
+    trials: Trials = 64,
     seed: Seed = 0,
     protocol: ProtocolFile = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
     example_inputs: ExampleInputs = None,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""
     from quantdm.pipelines.protocol import load_protocol
@@ -73,7 +81,11 @@ def search(
         trials=trials,
         seed=seed,
         protocol=None if protocol is None else load_protocol(protocol),
+        workers=workers,
         example_inputs=given_inputs(example_inputs),
+        batch_size=batch_size_of(batch_size),
+        device=device,
+        dtype=dtype,
     )
     typer.echo(f"recipe: {run_dir / 'recipe.yaml'}  ({recipe.avg_bits:.4f} bits per weight)")
 

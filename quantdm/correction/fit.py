@@ -23,7 +23,7 @@ from quantdm.progress import bar
 from quantdm.recipe import Recipe
 
 CONFIDENCE = 0.95
-
+GLANCE = 2  # runs after which a variant that has not lowered their distance is given up
 
 FIT_VERSION = 1
 END = 2 * MAX_LOG_SNR  # beyond all levels
@@ -66,11 +66,7 @@ def fit_correction(
         QuantDMError: no runs, runs that do not repeat themselves, no scheduler or one that is not served.
     """
     check_corrects(pipe)
-    if not fit_runs or (variant is None and (len(test_runs) < 2 or distance is None)):
-        raise QuantDMError(
-            f"fit_correction: got {len(fit_runs)} fit_runs, {len(test_runs)} test_runs and distance {distance}; "
-            "expected fit_runs, and to choose a variant at least 2 test_runs and a distance; or name the variant"
-        )
+    _check_runs(fit_runs, test_runs, distance, variant)
     kept = None if resume is None else resume.with_suffix(".safetensors")
     if kept is not None and kept.is_file():
         correction = load_correction(kept)
@@ -81,15 +77,52 @@ def fit_correction(
     if variant is not None:
         return correction.with_variant(variant)
     assert distance is not None
+    measure = _measuring(pipe, quantized, test_runs, distance, eta, resume)
+    with bar(len(variants), "correction: what helps?") as shown:
+        return choose_variant(measure, correction, variants=variants, resume=resume, progress=shown.update)
+
+
+def _check_runs(fit_runs: Sequence[Run], test_runs: Sequence[Run], distance: object, variant: str | None) -> None:
+    if not fit_runs or (variant is None and (len(test_runs) < 2 or distance is None)):
+        raise QuantDMError(
+            f"fit_correction: got {len(fit_runs)} fit_runs, {len(test_runs)} test_runs and distance {distance}; "
+            "expected fit_runs, and to choose a variant at least 2 test_runs and a distance; or name the variant"
+        )
+
+
+def _measuring(
+    pipe: DiffusionPipeline,
+    quantized: Network,
+    runs: Sequence[Run],
+    distance: Callable[[torch.Tensor, torch.Tensor], float],
+    eta: float,
+    resume: Path | None,
+) -> Callable[[Correction | None], list[float]]:
+    """Return what measures a correction on held-out runs, as `choose_variant` asks for it."""
     with sampling(pipe, None, eta=eta):
-        references = [run(pipe) for run in test_runs]
+        references = [run(pipe) for run in runs]
+    known = resume is not None and resume.is_file()
+    without: list[float] = read_json(resume, version=FIT_VERSION)["measured"].get("none", []) if known else []
 
     def measure(candidate: Correction | None) -> list[float]:
         with network(pipe, quantized), sampling(pipe, candidate, eta=eta):
-            return [distance(run(pipe), ref) for run, ref in zip(test_runs, references, strict=True)]
+            distances = (distance(run(pipe), ref) for run, ref in zip(runs, references, strict=True))
+            if candidate is not None:
+                return glanced(distances, without)
+            without[:] = distances
+            return list(without)
 
-    with bar(len(variants), "correction: what helps?") as shown:
-        return choose_variant(measure, correction, variants=variants, resume=resume, progress=shown.update)
+    return measure
+
+
+def glanced(distances: Iterator[float], without: Sequence[float]) -> list[float]:
+    """Return a variant's distances: all of them, or the first GLANCE of one that is no better than none on those."""
+    found = []
+    for value in distances:
+        found.append(value)
+        if len(found) == GLANCE and sum(found) >= sum(without[:GLANCE]):
+            break
+    return found
 
 
 def _fit(
@@ -126,7 +159,8 @@ def choose_variant(
     that is lower still beyond noise.
 
     Args:
-        measure: distances to full precision on held-out runs, in the same order every time; None: no correction.
+        measure: distances to full precision on held-out runs, in the same order every time; None: no correction. Only
+            the first GLANCE of a variant that is given up.
         correction: the fitted statistics.
         variants: those to try.
         resume: a file in which measured distances are kept.
@@ -180,7 +214,11 @@ def sampling(pipe: DiffusionPipeline, correction: Correction | None, *, eta: flo
 
 def _checked(distances: Sequence[float], count: int | None = None) -> list[float]:
     values = [float(d) for d in distances]
-    if len(values) < 2 or (count is not None and len(values) != count) or not all(map(math.isfinite, values)):
+    if (
+        len(values) < 2
+        or (count is not None and len(values) not in (GLANCE, count))
+        or not all(map(math.isfinite, values))
+    ):
         raise QuantDMError(f"choose_variant: got distances {values}, expected the same number each time, >= 2, finite")
     return values
 
@@ -188,6 +226,8 @@ def _checked(distances: Sequence[float], count: int | None = None) -> list[float
 def _is_lower(distances: Sequence[float], reference: Sequence[float]) -> bool:
     from scipy.stats import t as student  # heavy, and only needed here
 
+    if len(distances) != len(reference):  # given up
+        return False
     gain = np.subtract(reference, distances)
     error = gain.std(ddof=1) / math.sqrt(len(gain))
     return bool(gain.mean() > student.ppf(CONFIDENCE, len(gain) - 1) * error and gain.mean() > 0)

@@ -1,7 +1,7 @@
 """The main job on an embedded pipeline, which needs no download."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantdm.corridor.run import Say, run
 
@@ -14,6 +14,11 @@ def demo(
     quick: bool = False,
     seed: int = 0,
     workers: int | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    minutes: float | None = None,
+    dry_run: bool = False,
     say: Say = print,
 ) -> dict[str, Any]:
     """Walk the whole way with one pipeline and return its summary: `run` with defaults.
@@ -28,5 +33,10 @@ def demo(
         effort="quick" if quick else "normal",
         seed=seed,
         workers=workers,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        minutes=minutes,
+        dry_run=dry_run,
         say=say,
     )

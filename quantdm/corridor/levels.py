@@ -4,12 +4,16 @@ from dataclasses import dataclass, replace
 
 from quantdm.errors import QuantDMError, nearest
 from quantdm.runs.settings import FULL, FULL_TRIALS, QUICK, QUICK_TRIALS, Effort
+from quantdm.schemes import DEFAULT_OPTIONS, Scheme
 from quantdm.tuning import TuneSettings
 
 
 @dataclass(frozen=True)
 class Level:
-    """Trials and their effort; images of the final rows per draw, of the correction and of the tuning; its steps."""
+    """Trials and their effort; images of the final rows per draw, of the correction and of the tuning; its steps.
+
+    `options` are the schemes that every layer may take if nobody says.
+    """
 
     trials: int
     effort: Effort
@@ -17,11 +21,18 @@ class Level:
     correction_images: int
     tune: TuneSettings
     tune_images: int
+    options: tuple[Scheme, ...] = DEFAULT_OPTIONS
 
+
+LABELS = (
+    "kmeans-shared-2-feedback", "kmeans-shared-3-feedback", "kmeans-shared-4-feedback", "kmeans-channel-4-feedback",
+    "uniform-channel-8-feedback",
+)  # fmt: skip
+FEW_OPTIONS = tuple(map(Scheme.parse, LABELS))  # what recipes of the default options are mostly made of
 
 LEVELS = {
-    "quick": Level(QUICK_TRIALS, QUICK, 200, 32, TuneSettings(steps=60, rows=16, every=20), 32),
-    "normal": Level(FULL_TRIALS, FULL, 1000, 128, TuneSettings(), 128),
+    "quick": Level(QUICK_TRIALS, QUICK, 100, 16, TuneSettings(steps=40, rows=16, every=20), 16, FEW_OPTIONS),
+    "normal": Level(FULL_TRIALS, FULL, 500, 64, TuneSettings(), 128),
     "thorough": Level(400, Effort(500, 10, 1000, 32, 128, 8), 2000, 256, TuneSettings(steps=2000, every=100), 256),
 }
 

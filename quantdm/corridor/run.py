@@ -4,16 +4,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantdm.activations import usual_activations
 from quantdm.correction.schedulers import is_served
 from quantdm.corridor.export import export_run
 from quantdm.corridor.levels import Level, level_of
+from quantdm.corridor.plan import plan_run
 from quantdm.corridor.table import show_table
 from quantdm.files import check_output, check_replaceable
 from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
+from quantdm.machine import checked_device
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject, look_at
@@ -28,11 +30,12 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
+from quantdm.runs.settings import make_settings
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.tune import tune_run
 from quantdm.runs.why import explain_choice
-from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+from quantdm.schemes import Scheme
 from quantdm.surrogates import SearchSpace
 
 ACTIVATION_BITS = 6
@@ -47,12 +50,17 @@ def run(
     run_dir: str | Path | None = None,
     effort: str = "normal",
     trials: int | None = None,
-    options: Sequence[Scheme] = DEFAULT_OPTIONS,
+    options: Sequence[Scheme] | None = None,
     protocol: Protocol | None = None,
     seed: int = 0,
     workers: int | None = None,
     tuned: bool = True,
     example_inputs: Mapping[str, Any] | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    minutes: float | None = None,
+    dry_run: bool = False,
     say: Say = print,
 ) -> dict[str, Any]:
     """Make a pipeline small: search, tune, correct, measure, export and report; return the summary.
@@ -67,7 +75,11 @@ def run(
         run_dir: where every stage leaves its record (None: runs/NAME-SIZE).
         effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
-        options, protocol, seed, workers, example_inputs: as in `search`.
+        options: the schemes that every layer may take (None: as the effort has it).
+        protocol, seed, workers, example_inputs, batch_size, device, dtype: as in `search`.
+        minutes: trials end in time for the other stages to fit, as far as can be told before (None: all trials).
+        dry_run: say what every stage would take of time, memory and disk, by estimate, and return that; nothing is
+            measured but a few images, nothing is written.
         tuned: whether the recipe is tuned; what does not help on every draw is not kept anyway.
         say: is told what happens.
 
@@ -75,29 +87,38 @@ def run(
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
     start, level = time.monotonic(), level_of(effort, trials=trials)
+    subject = _look(pipe, run_dir, example_inputs, device, say)
+    given: dict[str, Any] = {
+        "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
+        "options": options or level.options, "protocol": protocol, "effort": level.effort,
+    }  # fmt: skip
+    settings = make_settings(subject, **given)
+    plan = plan_run(subject, settings, level, workers=workers, tuned=tuned) if dry_run or minutes else None
+    if dry_run and plan is not None:
+        return plan.said(say)
+    folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
+    started, subject = start_run(subject, folder, **given)
+    check_places(started)
+    say(f"       {_counted(subject)}; run directory {started.folder}")
+    most = None if plan is None or not minutes else plan.trials_within(start + 60 * minutes, say)
+    with Engine(started, subject, workers=workers, batch_size=batch_size) as engine:
+        summary = _Way(started, engine, level, say, most).walk(tuned=tuned)
+    _hand_over(started, subject, summary, say, tuned=tuned, start=start)
+    return summary
+
+
+def _look(
+    pipe: DiffusionPipeline | str | Path,
+    run_dir: str | Path | None,
+    example_inputs: Mapping[str, Any] | None,
+    device: str | None,
+    say: Say,
+) -> Subject:
+    """Open and look at what a run is of, on a device that is there."""
     if run_dir is not None:
         check_output(run_dir, folder=True)  # before anything is opened
     say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
-    subject = look_at(pipe, example_inputs=example_inputs)
-    folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
-    started, subject = start_run(
-        subject,
-        folder,
-        target_bits=target_bits,
-        target_bytes=target_bytes,
-        trials=level.trials,
-        seed=seed,
-        options=options,
-        protocol=protocol,
-        effort=level.effort,
-    )
-    check_places(started)
-    say(f"       {_counted(subject)}; run directory {started.folder}")
-    with Engine(started, subject, workers=workers) as engine:
-        summary = _Way(started, engine, level, say).walk(tuned=tuned)
-    _hand_over(started, subject, summary, say, tuned=tuned)
-    say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
-    return summary
+    return look_at(pipe, example_inputs=example_inputs, device=None if device is None else checked_device(device))
 
 
 def _counted(subject: Subject) -> str:
@@ -125,6 +146,7 @@ class _Way:
     engine: Engine
     level: Level
     say: Say
+    most: Callable[[int], int] | None = None
 
     def walk(self, *, tuned: bool) -> dict[str, Any]:
         """Search and measure; return the summary."""
@@ -140,7 +162,7 @@ class _Way:
         say("[3/10] how sensitive is each layer?")
         space = measure_space(run, engine, subject, bank)
         say(f"[4/10] measure {run.settings.trials} sampled configurations (processes: {engine.workers})")
-        run_trials(run, engine, space)
+        run_trials(run, engine, space, most=self.most)
         say("[5/10] learn image quality from configurations, and explain it")
         fitted = fit_surrogates(run, space, *load_trials(run, space))
         attributions = explain(run, fitted)
@@ -168,12 +190,12 @@ class _Way:
         say("[9/10] measure the result on noises that the search never saw")
         draws = final.final_draws(run, images=level.final_images)
         jobs = final.final_jobs(run, space, recipe, spec, correction, None if weights is None else str(weights))
-        rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(subject.pipe))
+        rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(subject.pipe), against="recipe")
         final.save_grids(run, engine, jobs, draws[0])
         return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
 
 
-def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say, *, tuned: bool) -> None:
+def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say, *, tuned: bool, start: float) -> None:
     """Export, report, and print the result rows."""
     say("[10/10] export and report")
     export = export_run(run, run.path("export"), tuned=tuned, say=say)
@@ -182,3 +204,4 @@ def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say, *,
     show_table(summary)
     say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB on disk)")
     say(f"report:  {report}")
+    say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")

@@ -29,6 +29,9 @@ def show_table(summary: dict[str, Any], console: Console | None = None) -> None:
     protocol, noise = summary["protocol"], summary["fp_noise"]["mean"]
     lines = [f"{row['name']}: {row['note']}." for row in summary["rows"] if row["name"] == "uniform-next-width"]
     lines.append(f"{protocol['images']} images per draw, {protocol['steps']} steps.")
+    few = min(row.get("draws", len(protocol["draws"])) for row in summary["rows"])
+    if few < len(protocol["draws"]):
+        lines.append(f"Rows that are clearly apart from the recipe stop after {few} draws.")
     if noise is not None:
         lines.append(f"Two full-precision draws of different noises are {noise:.4f} apart.")
     for row in summary["rows"]:

@@ -16,7 +16,7 @@ from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.planning import arguments_of, plan, stands_alone
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.signature import CallSignature, output_of
-from quantdm.pipelines.sizes import auto_batch
+from quantdm.pipelines.sizes import auto_batch, halve_batch, is_out_of_memory
 
 # What pipelines call the list of the images that their safety checker blanked.
 FLAGS = ("nsfw_content_detected", "nsfw_detected")
@@ -53,8 +53,8 @@ def generate(
         seeds: one per image. Schedulers that draw noise without a generator are seeded per batch, state restored.
         steps: number of denoising steps (None: the protocol's); without effect where a pipeline takes none.
         first: index of the first image.
-        batch_size: images per call of the pipeline at most ("auto": found from memory, see `auto_batch`). Videos and
-            images with pictures are made one by one in any case.
+        batch_size: images per call of the pipeline at most ("auto": found from memory, see `auto_batch`); halved where
+            memory runs out. Videos and images with pictures are made one by one in any case.
         progress: called with the number of images done after every batch.
 
     Returns:
@@ -94,25 +94,35 @@ def generate_batches(
     most = 1 if alone else auto_batch(pipe, protocol) if batch_size == "auto" else batch_size
     if most < 1:
         raise QuantDMError(f"batch_size: got {most}, expected one image or more, or 'auto'")
-    shape = None
-    for call in plan(signature, protocol, len(seeds), first=first, most=most):
-        batch = list(seeds[call.start : call.start + call.count])
+    shape, start = None, 0
+    while start < len(seeds):  # planned anew after every call: memory may have said that fewer images fit
+        call = next(plan(signature, protocol, len(seeds) - start, first=first + start, most=most))
+        batch = list(seeds[start : start + call.count])
         settings = arguments_of(
             pipe, signature, protocol, call, generators=image_generators(batch), steps=steps or protocol.steps,
             output=output, alone=alone,
         )  # fmt: skip
         out = _call(pipe, settings, batch)
+        if out is None:
+            most = halve_batch(pipe, call.count)
+            continue
+        start += call.count
         images = results_of(pipe, out, output, len(batch))
         check_pixels(images, batch)
-        if shape not in (None, images.shape[1:]):
-            raise QuantDMError(
-                f"images: got {tuple(images.shape[1:])} with seed {batch[0]} after {tuple(shape or ())}, expected one "
-                "size: give all rows pictures of one size, or a resolution"
-            )
-        shape = images.shape[1:]
+        shape = _same_shape(images, shape, batch[0])
         yield Generated(images, _flags(out, len(batch)))
         if progress is not None:
             progress(len(batch))
+
+
+def _same_shape(images: torch.Tensor, before: torch.Size | None, seed: int) -> torch.Size:
+    """Return the shape of each of some images, checked to be that of those before."""
+    if before not in (None, images.shape[1:]):
+        raise QuantDMError(
+            f"images: got {tuple(images.shape[1:])} with seed {seed} after {tuple(before or ())}, expected one size: "
+            "give all rows pictures of one size, or a resolution"
+        )
+    return images.shape[1:]
 
 
 def count_calls(pipe: DiffusionPipeline, protocol: Protocol, images: int) -> int:
@@ -124,12 +134,16 @@ def count_calls(pipe: DiffusionPipeline, protocol: Protocol, images: int) -> int
 
 @torch.no_grad()
 def _call(pipe: DiffusionPipeline, settings: dict[str, Any], batch: list[int]) -> Any:
-    """Call a pipeline; what it refuses is one clear error."""
+    """Call a pipeline; what it refuses is one clear error. None: its memory does not hold so many images."""
     with seeded(batch[0], devices_of(pipe)):
         try:
             return pipe(**settings)  # pyright: ignore[reportCallIssue]
         except QuantDMError:
             raise
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             given = ", ".join(name for name in settings if name not in ("generator", "output_type"))

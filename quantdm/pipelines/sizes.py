@@ -1,13 +1,16 @@
 """How large the images of a pipeline are, and how many of them its memory can make at once."""
 
+import gc
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
 
+from quantdm.errors import QuantDMError
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol
 
@@ -75,7 +78,35 @@ def auto_batch(pipe: DiffusionPipeline, protocol: Protocol) -> int:
     of what is free now; on an accelerator a quarter of its memory.
     """
     fits = budget(pipe.device) // bytes_per_image(pipe, protocol)
-    return int(min(max(fits, 1), MOST_IMAGES))
+    return int(min(max(fits, 1), MOST_IMAGES, _FITTED.get(pipe, MOST_IMAGES)))
+
+
+# Live pipeline -> images that its memory held after it had held no more: so no later draw fails first.
+_FITTED: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()
+
+
+def halve_batch(pipe: DiffusionPipeline, images: int) -> int:
+    """Return half as many images after memory ran out, and remember it for `auto_batch`.
+
+    Raises:
+        QuantDMError: one image does not fit.
+    """
+    if images <= 1:
+        raise QuantDMError(
+            f"{type(pipe).__name__}: memory ran out on {pipe.device} with one image; ask for a smaller resolution, use "
+            "fewer workers, load the pipeline in bfloat16 or offload its parts"
+        )
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    _FITTED[pipe] = images // 2
+    return images // 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out; on a processor torch has no type of its own for that."""
+    words = ("DefaultCPUAllocator", "not enough memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def budget(device: torch.device) -> int:

@@ -155,13 +155,15 @@ def look_at(
     )
 
 
-def reopen(location: str, name: str, seen: Seen, *, example_inputs: Inputs | None = None) -> Subject:
-    """Open a pipeline again and look at it: the same dtypes and kind of device, called `name`.
+def reopen(
+    location: str, name: str, seen: Seen, *, example_inputs: Inputs | None = None, device: str | None = None
+) -> Subject:
+    """Open a pipeline again and look at it: the same dtypes, on a device (None: of the same kind), called `name`.
 
     Raises:
         QuantDMError: it cannot be opened, or it is no longer what was seen; the differences are named.
     """
-    live = load_pipeline(location, torch_dtype=seen.dtypes, device=seen.device)
+    live = load_pipeline(location, torch_dtype=seen.dtypes, device=device or seen.device)
     subject = look_at(live, example_inputs=example_inputs, location=location)
     changed = differences(seen, subject.seen)
     if changed:

@@ -83,6 +83,7 @@ def worth(correction: Correction, steps: Sequence[dict[str, float]]) -> str:
     name = kept if kept in others else min(others, key=lambda other: others[other].mean(), default=None)
     if name is None:
         return "No correction was tried."
+    none = none[: len(others[name])]  # a variant that is given up is not measured on all runs
     gain = none - others[name]
     error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
     figures = (

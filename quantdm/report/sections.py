@@ -206,7 +206,9 @@ def frontier(records: Records) -> str:
             f"{'Result' if records.rows else 'Verification'}: {images:,} images, {steps} steps per draw",
         ),
     )
-    right = f"candidates verified on two draws of {settings.verify_images:,} images are circles"
+    right = (
+        f"candidates verified on up to {settings.verify_draws} draws of {settings.verify_images:,} images are circles"
+    )
     if records.rows:
         draws = len(protocol.get("draws", []))
         spreads = f" with one standard deviation over {draws} draws" if draws > 1 else ", one draw each"
@@ -232,9 +234,10 @@ def _candidate_table(candidates: dict[str, dict[str, Any]], chosen: str | None) 
             f"{c['avg_bits']:.3f}",
             spread_cell({"fid_fp": c["fid_fp_mean"], "fid_fp_sd": c.get("fid_fp_sd")}, "fid_fp", 4),
             "–" if psnr is None else f"{psnr:.1f}",
+            str(c.get("draws", 2)),
         ]
         rows.append(("chosen" if name == chosen else "", cells))
-    head = [("Candidate", ""), ("Bits", "per weight"), ("FID to full precision", "two draws"), ("PSNR", "dB")]
+    head = [("Candidate", ""), ("Bits", "per weight"), ("FID to full precision", ""), ("PSNR", "dB"), ("Draws", "")]
     return f"<details><summary>All {len(rows)} verified candidates</summary>{table(head, rows)}</details>"
 
 
@@ -252,7 +255,11 @@ def protocol(records: Records) -> str:
             f"{s.seed}, draw {base}, computed in {s.dtype}",
         ),
         ("Sensitivities", f"{s.noise_images} images, draw {base + 1}, float32"),
-        ("Verification", f"2 draws ({base + 2}, {base + 3}) of {s.verify_images:,} images, {s.protocol.steps} steps"),
+        (
+            "Verification",
+            f"up to {s.verify_draws} draws (from {base + 2}) of {s.verify_images:,} images, {s.protocol.steps} steps; "
+            "a candidate that is clearly worse than the best (99 % interval over images of equal noises) stops",
+        ),
     ]
     if final:
         items += [

@@ -63,6 +63,8 @@ class WeightBank:
     ) -> "WeightBank":
         """Quantize what is not on disk yet, layer by layer; nothing of a finished layer stays in memory.
 
+        Of a bank that was built here with other options, those that both have are kept.
+
         Args:
             source: the denoiser, or its safetensors file or folder of them.
             moments: of the inputs of every layer; needed when an option is calibrated.
@@ -79,7 +81,7 @@ class WeightBank:
             missing = [name for name in self.layers if name not in moments]
             if missing:
                 raise QuantDMError(f"moments: none for {missing[0]}; {nearest(missing[0], moments)}")
-        gate = Gate(IN_FLIGHT)
+        gate, before = Gate(IN_FLIGHT), self._before()
 
         def work(layer: LayerRecord) -> tuple[LayerRecord, Path]:
             with gate.room(layer.num_weights):
@@ -87,10 +89,7 @@ class WeightBank:
                 if tuple(weight.shape) != layer.shape:
                     raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
                 known = moments[layer.name] if moments is not None and self.calibrated else None
-                path = self._path(layer, weight, known)
-                if not path.is_file():
-                    self._write(path, layer, weight, known)
-                return layer, path
+                return layer, self._built(layer, weight, known, before.get(layer.name))
 
         largest_first = sorted(self.layers.values(), key=lambda layer: -layer.num_weights)
         with one_torch_thread(), ThreadPoolExecutor(workers or cores()) as pool:
@@ -130,22 +129,40 @@ class WeightBank:
         """Whether an option is calibrated, so that `build` needs moments."""
         return any(scheme.calibration is not None for scheme in self.options)
 
-    def _path(self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> Path:
-        parts: list[Any] = [BANK_VERSION, layer.name, [scheme.label for scheme in self.options], layer.split, weight]
-        if moments is not None:
-            parts += [moments.second, moments.count, self.sweeps]
-        return self.folder / f"{digest(*parts)}.safetensors"
+    def _before(self) -> dict[str, Path]:
+        """Return the files of the bank that was built here last."""
+        if not (self.folder / INDEX).is_file():
+            return {}
+        files = read_json(self.folder / INDEX, version=BANK_VERSION)["layers"]
+        return {name: self.folder / file for name, file in files.items()}
 
-    def _write(self, path: Path, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None) -> None:
+    def _built(self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None, before: Path | None) -> Path:
+        """Return the file of a layer that holds every option; what an earlier one has is taken over."""
+        path = self._path(layer, weight, moments, self.options)
+        if path.is_file():
+            return path
+        of = _digest(layer, weight, moments, self.sweeps)
+        tensors: dict[str, torch.Tensor] = {}
+        errors: dict[str, float] = {}
+        if before is not None and before.is_file():
+            old, meta = load_tensors(before)
+            if meta.get("of") == of:
+                tensors, errors = dict(old), dict(meta["errors"])
+        missing = [scheme for scheme in self.options if scheme.label not in errors]
+        if errors and not missing:
+            assert before is not None
+            return before
+        if errors:
+            path = self._path(layer, weight, moments, [*map(Scheme.parse, errors), *missing])
         quantized = quantize_options(
-            weight, self.options, split=layer.split, name=layer.name, moments=moments, sweeps=self.sweeps
+            weight, missing, split=layer.split, name=layer.name, moments=moments, sweeps=self.sweeps
         )
-        tensors, errors = {}, {}
-        for scheme, item in zip(self.options, quantized, strict=True):
+        for scheme, item in zip(missing, quantized, strict=True):
             tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
             errors[scheme.label] = weight_error(weight, item.dequantize(dtype=torch.float32))
         metadata = {
             "version": BANK_VERSION,
+            "of": of,
             "layer": layer.name,
             "shape": list(weight.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -153,6 +170,13 @@ class WeightBank:
             "errors": errors,
         }
         save_tensors(path, tensors, metadata)
+        return path
+
+    def _path(
+        self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None, options: Sequence[Scheme]
+    ) -> Path:
+        name = _digest(layer, weight, moments, self.sweeps, [scheme.label for scheme in options])
+        return self.folder / f"{name}.safetensors"
 
     def _open(self, name: str) -> dict[str, QuantizedWeight]:
         if name not in self._loaded:
@@ -213,6 +237,14 @@ class WeightBank:
             for name, scheme in quantized:
                 point(f"{name}.weight", lambda dtype, device, n=name, s=scheme: self.dense(n, s, dtype, device))
             yield denoiser
+
+
+def _digest(layer: LayerRecord, weight: torch.Tensor, moments: Moments | None, sweeps: int, *more: Any) -> str:
+    """Return what determines the options of a layer, as a hash."""
+    parts: list[Any] = [BANK_VERSION, layer.name, *more, layer.split, weight]
+    if moments is not None:
+        parts += [moments.second, moments.count, sweeps]
+    return digest(*parts)
 
 
 @contextmanager

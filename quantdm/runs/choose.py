@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from quantdm.allocation import select, select_lambda
-from quantdm.allocation.candidates import BASELINE, baseline_choices, mean_of_standardised
+from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR, baseline_choices, mean_of_standardised
 from quantdm.allocation.pruning import dominated, prune
 from quantdm.files import YAML_COMMENT, check_replaceable, digest, read_json, write_json, write_text
 from quantdm.machine import versions
@@ -19,7 +19,7 @@ from quantdm.runs.labels import calibration_of, label_bits, labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.trials import load_trials
-from quantdm.runs.verify import verify
+from quantdm.runs.verify import race
 from quantdm.surrogates import Attribution, BlockScores, GraphSurrogate, SearchSpace, score_blocks
 
 # Standard deviations over folds by which scores of whole blocks are lowered: of 0 to 4 the best on planted truths of
@@ -54,26 +54,34 @@ def choose(
 def verification_draws(run: Run) -> list[Draw]:
     """Return the noises on which candidates are compared."""
     settings = run.settings
-    return [Draw(settings.seed * 1000 + 2 + i, settings.verify_images, settings.protocol.steps) for i in range(2)]
+    base = settings.seed * 1000 + 2
+    return [Draw(base + i, settings.verify_images, settings.protocol.steps) for i in range(settings.verify_draws)]
 
 
 def _select(
     run: Run, engine: Engine, space: SearchSpace, attributions: dict[str, Attribution], graph: GraphSurrogate
 ) -> dict[str, Any]:
-    """Measure every candidate and return which was best, their figures and their configurations."""
+    """Measure every candidate and return which was best, their figures and their configurations.
+
+    Candidates race: what is clearly worse than the best of its kind after some draws is not measured on the others.
+    """
     candidates = candidate_choices(run, space, attributions, score_blocks(graph))
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
-    figures = verify(run, engine, configs, verification_draws(run), f"verify: {len(configs)} candidates")
+    learned = [name for name in candidates if not name.startswith(BASELINE)]
+    uniform = [name for name in candidates if name.startswith(BASELINE) and name != LEAST_WEIGHT_ERROR]
+    draws = verification_draws(run)
+    what = f"verify: {len(configs)} candidates"
+    figures = race(run, engine, configs, draws, what, groups=(learned, uniform))
     summary = {
         name: {
             "avg_bits": float(space.avg_bits(candidates[name])[0]),
             **{f"{key}_{kind}": value for kind, row in mean_and_sd(rows).items() for key, value in row.items()},
             **totals(rows),
+            "draws": len(rows),
         }
         for name, rows in figures.items()
     }
-    learned = [name for name in candidates if not name.startswith(BASELINE)]
-    best = min(learned, key=lambda name: summary[name]["fid_fp_mean"])
+    best = min((n for n in learned if len(figures[n]) == len(draws)), key=lambda name: summary[name]["fid_fp_mean"])
     return {"chosen": best, "candidates": summary, "configs": configs}
 
 

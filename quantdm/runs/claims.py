@@ -20,6 +20,7 @@ from typing import Any
 
 from quantdm.errors import QuantDMError
 
+CLAIMS = ".claims"  # the folder of claims beside what is claimed
 LEASE = 60.0  # seconds without a sign of life after which a claim is stale
 BEATS = 6  # signs of life in a lease
 NEXT = "~"  # between a key and the number of its generation
@@ -109,6 +110,10 @@ class Claims:
         keys = dict.fromkeys(name.partition(NEXT)[0] for name in self._names())
         found = [claim for claim in map(self.holder, keys) if claim is not None]
         return sorted(found, key=lambda claim: claim.age)
+
+    def living(self) -> list[Claim]:
+        """Return the claims whose holders show signs of life."""
+        return [claim for claim in self.holders() if not self.is_stale(claim)]
 
     def _names(self) -> list[str]:
         try:

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantdm.activations import set_activation_bits_
 from quantdm.correction import apply_correction, load_correction
@@ -14,6 +14,7 @@ from quantdm.denoisers.ensemble import join_weights
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
+from quantdm.metrics.influence import frechet_influence
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
 from quantdm.pipelines.generate import count_calls, generate
 from quantdm.pipelines.loading import DiffusionPipeline
@@ -23,7 +24,7 @@ from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TunedWeights
-from quantdm.schemes import QuantConfig
+from quantdm.schemes import QuantConfig, Scheme
 
 NOISE_CALLS = 4  # timesteps of the one-layer noise error: from the middle, the extreme ones rank worse
 
@@ -63,11 +64,20 @@ class Job:
         return weights + tuned + activations + ("" if self.correction is None else ", corrected sampler")
 
 
+@dataclass(frozen=True)
+class Probe:
+    """One layer and the labels of the schemes whose sensitivity is asked for."""
+
+    layer: str
+    options: tuple[str, ...]
+
+
 class Evaluator:
     """A pipeline with its bank: turns jobs into figures, in this process."""
 
-    def __init__(self, run: Run, subject: Subject) -> None:
+    def __init__(self, run: Run, subject: Subject, *, batch_size: int | Literal["auto"] = "auto") -> None:
         self.run = run
+        self.batch_size: int | Literal["auto"] = batch_size
         self.subject = subject
         self.protocol = run.settings.protocol
         self.extractor = load_extractor(self.protocol.features)
@@ -84,10 +94,19 @@ class Evaluator:
 
     def measure(self, job: Job) -> dict[str, Any]:
         """Return the figures of one job; full-precision samples of a draw are made once and kept on disk."""
+        return self._measured(job)[0]
+
+    def measure_paired(self, job: Job) -> dict[str, Any]:
+        """Return the figures of one job, and what every image adds to fid_fp: "influence", one number per image."""
+        figures, samples, reference = self._measured(job)
+        own, other = frechet_influence(samples.features, reference.features)
+        return {**figures, "influence": [float(f"{value:.6g}") for value in (own + other).tolist()]}
+
+    def _measured(self, job: Job) -> tuple[dict[str, Any], Samples, Samples]:
         reference = self.reference(job.draw)
         samples = reference if job == Job(job.draw) else self.samples(job)
         figures = {**compare(samples, reference), **compare_real(samples, self.protocol)}
-        return {**figures, "seconds": round(samples.seconds, 3)}
+        return {**figures, "seconds": round(samples.seconds, 3)}, samples, reference
 
     def reference(self, draw: Draw) -> Samples:
         """Return the full-precision samples of a draw."""
@@ -112,23 +131,25 @@ class Evaluator:
                 self.protocol,
                 self.extractor,
                 job.draw,
+                batch_size=self.batch_size,
                 what=job.description,
                 may_be_constant=job.labels is not None,  # it is compared with the reference, which may not
             )
 
     # ----------------------------------------------------------------------------------------------- sensitivities
 
-    def sensitivity(self, layer_name: str) -> list[float]:
-        """Return, per option, the relative teacher-forced error of the output when only this layer is quantized.
+    def sensitivity(self, probe: Probe) -> list[float]:
+        """Return, per option, the relative teacher-forced error of the output when only the probe's layer is quantized.
 
         The inputs are those of the full-precision trajectory at NOISE_CALLS timesteps, so nothing accumulates. The
         pipeline computes in the dtype it was opened in: float32 unless it was given otherwise; bfloat16 rounding would
         hide the small errors.
         """
+        layer_name = probe.layer
         part = self.subject.part_of(layer_name)
         denoiser, calls = self.subject.denoisers[part], self._recorded()[part]
         errors = []
-        for scheme in self.run.settings.schemes:
+        for scheme in map(Scheme.parse, probe.options):
             with self.bank.applied(self.subject.weights, {layer_name: scheme}):
                 outputs = replay(denoiser, calls)
             with told(f"sensitivity of {layer_name} under {scheme}"):

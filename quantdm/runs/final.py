@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
+from quantdm.correction import load_correction
 from quantdm.files import digest, load_tensors, read_json, save_tensors, tensors_digest, write_json
 from quantdm.hub.export import configuration_digest
 from quantdm.hub.size import ExportSize
@@ -25,10 +27,12 @@ from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
 from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
+from quantdm.runs.verify import fid_difference, plain
 from quantdm.schemes import COMPARED, ORIGINAL_BITS, QuantConfig, Scheme
 from quantdm.surrogates import SearchSpace
 
 GRID_IMAGES = 40
+ALWAYS = 2  # draws that every row runs: fewer have no spread
 FIGURES = ("fid_real", "fid_fp", "psnr_fp", "agreement")
 GRID_ROWS = ("fp", "uniform-next-width", "recipe", "recipe+a6+correction")
 
@@ -94,18 +98,43 @@ def measure_rows(
     jobs: dict[str, tuple[Job, str]],
     draws: Sequence[Draw],
     size: ExportSize,
+    *,
+    against: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure every row on every draw; return one record per row: means, deviations, counts, size of the files."""
+    """Measure every row on every draw; return one record per row: means, deviations, counts, size of the files.
+
+    A row whose fid_fp is clearly another than that of the row `against` after ALWAYS draws, by the paired interval over
+    images of equal noises, is not measured on the others. None: every row runs all draws.
+    """
     store = TrialStore(run.path("final"))
-    work = {(name, draw): replace(job, draw=draw) for name, (job, _) in jobs.items() for draw in draws}
-    keys = {place: run_key(run, job) for place, job in work.items()}
-    distinct = {keys[place]: job for place, job in work.items()}  # two rows may be the same configuration
-    with bar(len(distinct), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
-        found = measure_jobs(engine, store, distinct, progress=progress)
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    running = list(jobs)
+    with bar(len(_distinct(run, jobs, running, draws)), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
+        for heat in [draws] if against is None else [draws[:ALWAYS], draws[ALWAYS:]]:
+            work = _distinct(run, jobs, running, heat)
+            found = measure_jobs(engine, store, work, progress=progress, method="measure_paired")
+            for name in running:
+                measured[name] += [found[run_key(run, replace(jobs[name][0], draw=draw))] for draw in heat]
+            running = [n for n in running if n == against or not _apart(measured, n, against)]
+        progress.total = progress.n  # measurements that were not needed are none that are missing
     return [
-        _row(space, name, job, note, [found[keys[name, draw]] for draw in draws], size)
+        _row(space, name, job, note, [plain(record) for record in measured[name]], size)
         for name, (job, note) in jobs.items()
     ]
+
+
+def _distinct(
+    run: Run, jobs: dict[str, tuple[Job, str]], names: Sequence[str], draws: Sequence[Draw]
+) -> dict[str, Job]:
+    """Return the jobs of rows by key: two rows may be the same configuration."""
+    work = [replace(jobs[name][0], draw=draw) for name in names for draw in draws]
+    return {run_key(run, job): job for job in work}
+
+
+def _apart(measured: dict[str, list[dict[str, Any]]], name: str, against: str | None) -> bool:
+    """Tell whether a row's fid_fp clearly differs from that of the row it is held against."""
+    found = None if against is None else fid_difference(measured[name], measured[against])
+    return found is not None and found.clear
 
 
 def _row(
@@ -122,6 +151,7 @@ def _row(
         **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
         **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
         **totals(measured),
+        "draws": len(measured),
         "seconds": round(figures["mean"]["seconds"] or 0.0, 3),
     }
 
@@ -135,9 +165,17 @@ def _configuration(job: Job) -> str | None:
 
 
 def run_key(run: Run, job: Job) -> str:
-    """Return the key of a final measurement; a new correction or tuning makes a new one."""
-    files = [file for file in (job.correction, job.tuned) if file is not None]
-    return digest(job.key, *map(tensors_digest, files)) if files else job.key
+    """Return the key of a final measurement; a correction and a tuning count by content, wherever the run lies.
+
+    A correction that found nothing to do counts as none.
+    """
+    used = {"tuned": job.tuned, "correction": None if _is_idle(job.correction) else job.correction}
+    files = {kind: tensors_digest(path) for kind, path in used.items() if path is not None}
+    return digest(replace(job, correction=None, tuned=None).key, files) if files else job.key
+
+
+def _is_idle(correction: str | None) -> bool:
+    return correction is not None and load_correction(Path(correction)).variant == "none"
 
 
 def row_bits(space: SearchSpace, job: Job) -> int:

@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantdm.runs.claims import Claims
+from quantdm.runs.claims import CLAIMS, Claims
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.store import TrialStore
 
-CLAIMS = ".claims"
 LOOK = 0.5  # seconds between two looks at what other processes have finished
 Record = dict[str, Any]
 
@@ -24,6 +23,7 @@ def measure_jobs(
     progress: Any,
     record_of: Callable[[str, Record], Record] = lambda key, result: result,
     claims: Claims | None = None,
+    method: str = "measure",
 ) -> dict[str, Record]:
     """Return the record of every job by its key: from the store, measured here, or by another process meanwhile.
 
@@ -34,6 +34,7 @@ def measure_jobs(
         progress: a progress bar of len(jobs).
         record_of: makes the record that is kept of a key and its figures.
         claims: of this process (None: with the usual lease).
+        method: of `Evaluator`, that measures.
 
     Raises:
         QuantDMError: what a job raised; what others have claimed is theirs.
@@ -49,7 +50,7 @@ def measure_jobs(
     with work.claims:
         while work.missing:
             keys: list[str] = []
-            for index, result in engine.map("measure", work.free(keys), at_most=len(work.missing)):
+            for index, result in engine.map(method, work.free(keys), at_most=len(work.missing)):
                 record = record_of(keys[index], result)
                 store.put(keys[index], record)
                 work.keep(keys[index], record)

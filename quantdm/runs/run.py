@@ -11,15 +11,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
 from quantdm.files import check_output, read_json, write_json
+from quantdm.pipelines.inputs import PATH_KEYS
 from quantdm.pipelines.protocol import Protocol, known_protocols, load_protocol
 from quantdm.pipelines.seen import Seen, differences
 from quantdm.pipelines.subject import Subject, reopen
 from quantdm.recipe import CalibrationSpec
+from quantdm.runs.claims import CLAIMS, Claims
 from quantdm.schemes import COMPARED, Scheme
 
 RUN_VERSION = 2
 CALIBRATION_SEED = 900  # base seed of the trajectories that calibrate: outside those of every draw
+MIN_TRIALS = 30  # the fewest that a search is asked for: surrogates learn nothing from fewer
 MANIFEST, SNAPSHOT = "run.json", "subject"
+# Settings that may change while a run goes on: what was measured under others stays true, and counts where it applies.
+GROWS = (
+    "target_bits", "trials", "options", "label_images", "label_steps", "verify_images", "verify_draws",
+)  # fmt: skip
 
 
 class RunSettings(BaseModel):
@@ -43,6 +50,7 @@ class RunSettings(BaseModel):
     label_images: int
     label_steps: int
     verify_images: int
+    verify_draws: int = 2  # what runs before 0.3 had
     noise_images: int
     calibration_images: int = 16  # what runs before 0.3 had, whose manifests do not say
     sweeps: int = 0
@@ -93,26 +101,26 @@ class Run:
         """Where the run's pipeline can be opened: its source, or the snapshot that the run keeps of a changed one."""
         return self.settings.location or str(self.path(SNAPSHOT))
 
-    def open_subject(self) -> Subject:
-        """Open the run's pipeline again and look at it.
+    def open_subject(self, *, device: str | None = None) -> Subject:
+        """Open the run's pipeline again and look at it, on a device (None: of the kind on which the run started).
 
         Raises:
             QuantDMError: it is gone, or no longer what it was when the run started.
         """
         settings = self.settings
         inputs = {part: parse_inputs(record) for part, record in settings.seen.example_inputs.items()}
-        return reopen(self.location, settings.model, settings.seen, example_inputs=inputs or None)
+        return reopen(self.location, settings.model, settings.seen, example_inputs=inputs or None, device=device)
 
     @classmethod
     def create(cls, folder: str | Path, settings: RunSettings, *, keep_dtype: bool = True) -> "Run":
-        """Start a run, or go on with one of the same settings.
+        """Start a run, or go on with one: of the same settings, or grown (GROWS), or of a pipeline that was moved.
 
         Args:
             keep_dtype: whether a run that goes on keeps the dtype that the first machine chose.
 
         Raises:
-            QuantDMError: the folder holds a run of other settings (they are named), or files that are no run; or it
-                cannot be written.
+            QuantDMError: the folder holds a run of other settings (they are named) or one that another process works
+                on, where it would grow; or files that are no run; or it cannot be written.
         """
         check_output(folder, folder=True)
         folder = Path(folder)
@@ -126,11 +134,32 @@ class Run:
                     f"run directory {folder} belongs to another run: {'; '.join(differing[:3])}. "
                     "Choose another --run-dir, or delete this one"
                 )
-            return run
+            return run.grow(settings)
         if folder.is_file() or (folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith("."))):
             raise QuantDMError(f"run directory {folder} is not empty and holds no {MANIFEST}; choose another --run-dir")
         write_json(folder / MANIFEST, settings.model_dump(mode="json"))
         return cls(folder, settings)
+
+    def grow(self, settings: RunSettings) -> "Run":
+        """Return the run with what may change of its settings, and say so in its manifest.
+
+        Raises:
+            QuantDMError: they change, and another process works on the run.
+        """
+        changed = {key: getattr(settings, key) for key in (*GROWS, "protocol")}
+        if settings.location and self.settings.location:  # where the pipeline lies now
+            changed["location"] = settings.location
+        grown = self.settings.model_copy(update=changed)
+        if grown == self.settings:
+            return self
+        busy = [claim for place in self.folder.glob(f"*/{CLAIMS}") for claim in Claims(place).living()]
+        if busy:
+            raise QuantDMError(
+                f"run directory {self.folder}: process {busy[0].pid} on {busy[0].host} works on it with other "
+                "settings; wait until it is done, or choose another --run-dir"
+            )
+        write_json(self.path(MANIFEST), grown.model_dump(mode="json"))
+        return Run(self.folder, grown)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":
@@ -150,11 +179,28 @@ class Run:
 
 
 def _differences(first: RunSettings, second: RunSettings) -> list[str]:
-    """Return which settings differ; where a pipeline lies makes no difference, what it is does."""
-    apart = {"seen", "location"}
+    """Return which settings differ that no run survives; where things lie makes no difference, what they are does."""
+    other = differences(first.seen, second.seen)
+    apart = {"seen", "location", "protocol", *GROWS, *([] if other else ["model"])}
     old, new = (settings.model_dump(mode="json", exclude=apart) for settings in (first, second))
     found = [f"{key} is {_short(old[key])}, asked for {_short(new[key])}" for key in old if old[key] != new[key]]
-    return found + differences(first.seen, second.seen)
+    before, after = (_placeless(settings.protocol.model_dump(mode="json")) for settings in (first, second))
+    found += [
+        f"protocol.{key} is {_short(before[key])}, asked for {_short(after[key])}"
+        for key in before
+        if before[key] != after[key]
+    ]
+    return found + other
+
+
+def _placeless(data: Any) -> Any:
+    """Return a protocol's record without the paths of files whose content it knows by their hash."""
+    if isinstance(data, list):
+        return [_placeless(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    known = data.get("sha256") is not None
+    return {key: _placeless(item) for key, item in data.items() if not (known and key in PATH_KEYS)}
 
 
 def _short(value: Any) -> str:

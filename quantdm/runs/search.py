@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantdm.files import check_output
+from quantdm.machine import checked_device
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject, look_at
@@ -34,6 +35,9 @@ def search(
     effort: Effort = FULL,
     workers: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> Recipe:
     """Find the configuration of a pipeline's denoisers that keeps the images closest at a given size.
 
@@ -52,6 +56,10 @@ def search(
         workers: processes (None: one per core).
         example_inputs: keyword arguments of one call of the denoiser, where its class and configuration do not tell
             them (see `capture_inputs`).
+        batch_size: images at once at most ("auto": found from memory); halved where memory runs out.
+        device: where a pipeline that is named is put (None: CUDA if there is any).
+        dtype: in which images are generated: bfloat16, float16 or float32 (None: what is fast here, a live pipeline's
+            own).
 
     Returns:
         The recipe; it lies in `run_dir/recipe.yaml` too.
@@ -61,7 +69,7 @@ def search(
             belongs to another run or to another pipeline (the difference is named).
     """
     check_output(run_dir, folder=True)  # before anything is opened
-    subject = look_at(pipe, example_inputs=example_inputs)
+    subject = look_at(pipe, example_inputs=example_inputs, device=None if device is None else checked_device(device))
     run, subject = start_run(
         subject,
         run_dir,
@@ -72,8 +80,9 @@ def search(
         options=options,
         protocol=protocol,
         effort=effort,
+        dtype=dtype,
     )
-    with Engine(run, subject, workers=workers) as engine:
+    with Engine(run, subject, workers=workers, batch_size=batch_size) as engine:
         return find_recipe(run, engine, subject)
 
 
@@ -88,6 +97,7 @@ def start_run(
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
     protocol: Protocol | None = None,
     effort: Effort = FULL,
+    dtype: str | None = None,
 ) -> tuple[Run, Subject]:
     """Start (or go on with) a run of a subject; one that lies nowhere is kept in the run directory.
 
@@ -102,8 +112,9 @@ def start_run(
         options=options,
         protocol=protocol,
         effort=effort,
+        dtype=dtype,
     )
-    run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free)
+    run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free and dtype is None)
     return run, keep_snapshot(run, subject)
 
 

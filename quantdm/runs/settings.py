@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from quantdm.denoisers.inventory import LayerRecord
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, nearest
 from quantdm.hub.size import ExportSize
 from quantdm.machine import fast_dtype
 from quantdm.metrics.door import check_measures
@@ -15,38 +15,39 @@ from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
 from quantdm.quantizers.fit import SWEEPS
-from quantdm.runs.run import RunSettings
+from quantdm.runs.run import MIN_TRIALS, RunSettings
 from quantdm.schemes import DEFAULT_OPTIONS, Scheme
 
-MIN_TRIALS = 30
-FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
+DTYPES = ("bfloat16", "float16", "float32")
+FULL_TRIALS, QUICK_TRIALS = 64, MIN_TRIALS
 
 
 @dataclass(frozen=True)
 class Effort:
     """How much is measured in a search.
 
-    `label_images` at `label_steps` per trial, `verify_images` per draw for each of the best candidates, `noise_images`
-    for the one-layer noise errors. Calibrated options see the inputs of `calibration_images` trajectories of the
-    protocol's steps and are refined in up to `sweeps` rounds.
+    `label_images` at `label_steps` per trial, `verify_images` on up to `verify_draws` draws for each of the best
+    candidates, `noise_images` for the one-layer noise errors. Calibrated options see the inputs of `calibration_images`
+    trajectories of the protocol's steps and are refined in up to `sweeps` rounds.
     """
 
     label_images: int = 300
     label_steps: int = 8
-    verify_images: int = 500
-    noise_images: int = 16
-    calibration_images: int = 64
+    verify_images: int = 300
+    noise_images: int = 8
+    calibration_images: int = 32
     sweeps: int = SWEEPS
+    verify_draws: int = 3
 
     def __post_init__(self) -> None:
         least = {"label_images": 2, "label_steps": 1, "verify_images": 2, "noise_images": 1}
-        least |= {"calibration_images": 1, "sweeps": 0}
+        least |= {"calibration_images": 1, "sweeps": 0, "verify_draws": 1}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
 
 
-FULL, QUICK = Effort(), Effort(80, 5, 100, 4, 16, 1)
+FULL, QUICK = Effort(), Effort(48, 4, 64, 2, 8, 1, 2)
 
 
 def make_settings(
@@ -59,12 +60,15 @@ def make_settings(
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
     protocol: Protocol | None = None,
     effort: Effort = FULL,
+    dtype: str | None = None,
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     least = max(MIN_TRIALS, 2 * len(options))
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
-    free = subject.dtype_is_free
+    if dtype not in (None, *DTYPES):
+        raise QuantDMError(f"dtype: got {dtype!r}; {nearest(str(dtype), DTYPES)}")
+    own = fast_dtype() if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
     return RunSettings(
         model=subject.name,
@@ -77,7 +81,7 @@ def make_settings(
         trials=trials,
         seed=seed,
         protocol=protocol or default_protocol(subject.name),
-        dtype=fast_dtype() if free else str(subject.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dtype=dtype or own,  # type: ignore[arg-type]
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )

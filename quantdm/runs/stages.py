@@ -1,5 +1,7 @@
 """The first stages of a search: layers, bank, search space."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from quantdm.activations.calibration import calibrate
@@ -11,6 +13,7 @@ from quantdm.progress import bar
 from quantdm.quantizers import count_bits
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
+from quantdm.runs.evaluator import Probe
 from quantdm.runs.run import Run
 from quantdm.surrogates import SearchSpace
 
@@ -45,21 +48,11 @@ def build_bank(run: Run, subject: Subject) -> WeightBank:
 def measure_space(run: Run, engine: Engine, subject: Subject, bank: WeightBank) -> SearchSpace:
     """Write sensitivity.json (one-layer noise errors) and space.json (bits and errors of every layer x option)."""
     path = run.path("space.json")
-    if path.is_file():
-        return SearchSpace.load(path)
+    labels = run.settings.options
+    if path.is_file() and tuple((known := SearchSpace.load(path)).labels) == labels:
+        return known
     layers = subject.layers
-    measured = run.path(SENSITIVITY_FILE)
-    errors: dict[str, list[float]] = {}
-    if measured.is_file():
-        errors = read_json(measured, version=RECORD_VERSION)["noise_error"]
-    todo = [layer.name for layer in layers if layer.name not in errors]
-    with bar(len(layers), "sensitivity: one layer a time") as progress:
-        progress.update(len(layers) - len(todo))
-        for index, result in engine.map("sensitivity", todo):
-            errors[todo[index]] = result
-            progress.update()
-            if len(errors) % 8 == 0 or len(errors) == len(layers):
-                write_json(measured, {"version": RECORD_VERSION, "noise_error": errors})
+    errors = _one_layer_errors(run, engine, [layer.name for layer in layers])
     options = run.settings.schemes
     space = SearchSpace(
         layers=layers,
@@ -67,11 +60,41 @@ def measure_space(run: Run, engine: Engine, subject: Subject, bank: WeightBank) 
         options=options,
         bits=np.array([[count_bits(la.shape, scheme, la.split) for scheme in options] for la in layers]),
         weight_error=np.array([[bank.weight_error(la.name, scheme) for scheme in options] for la in layers]),
-        noise_error=np.array([errors[la.name] for la in layers]),
+        noise_error=np.array([[errors[la.name][label] for label in labels] for la in layers]),
     )
-    if not path.is_file():  # of two processes with one run the first counts: both go on with the same numbers
-        space.save(path)
+    if not path.is_file() or tuple(SearchSpace.load(path).labels) != labels:
+        space.save(path)  # of two processes with one run the first counts: both go on with the same numbers
     return SearchSpace.load(path)
+
+
+def _one_layer_errors(run: Run, engine: Engine, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return layer -> label -> one-layer noise error; what sensitivity.json has is not measured again."""
+    measured, labels = run.path(SENSITIVITY_FILE), run.settings.options
+    errors = _known_errors(run)
+    missing = {name: tuple(label for label in labels if label not in errors.get(name, {})) for name in names}
+    todo = [Probe(name, left) for name, left in missing.items() if left]
+    with bar(len(names), "sensitivity: one layer a time") as progress:
+        progress.update(len(names) - len(todo))
+        for count, (index, result) in enumerate(engine.map("sensitivity", todo), 1):
+            probe = todo[index]
+            errors.setdefault(probe.layer, {}).update(zip(probe.options, result, strict=True))
+            progress.update()
+            if count % 8 == 0 or count == len(todo):
+                write_json(measured, {"version": RECORD_VERSION, "noise_error": errors})
+    return errors
+
+
+def _known_errors(run: Run) -> dict[str, dict[str, float]]:
+    """Return what sensitivity.json holds; runs before 0.3 left lists, of the options that their space.json names."""
+    if not run.path(SENSITIVITY_FILE).is_file():
+        return {}
+    rows = read_json(run.path(SENSITIVITY_FILE), version=RECORD_VERSION)["noise_error"]
+    if all(isinstance(row, dict) for row in rows.values()):
+        return rows
+    if not run.path("space.json").is_file():
+        return {}  # nobody says which options they are of
+    labels = load_space(run).labels
+    return {name: dict(zip(labels, row, strict=True)) for name, row in rows.items()}
 
 
 def load_space(run: Run) -> SearchSpace:

@@ -4,8 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantdm.runs.claims import Claim, Claims
-from quantdm.runs.jobs import CLAIMS
+from quantdm.runs.claims import CLAIMS, Claim, Claims
 from quantdm.runs.run import Run
 
 # What every stage leaves, in their order.
@@ -53,7 +52,7 @@ def status_of(run: Run) -> Status:
     for name in STORES:
         claims = Claims(run.path(name) / CLAIMS)
         done = {path.stem for path in run.path(name).glob("*.json")}
-        found = [claim for claim in claims.holders() if claim.key not in done and not claims.is_stale(claim)]
+        found = [claim for claim in claims.living() if claim.key not in done]
         if found:
             working[name] = found
     return Status(

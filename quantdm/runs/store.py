@@ -1,5 +1,6 @@
 """The trial store: one JSON file per trial, named by the hash of everything that determines its label."""
 
+import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,17 @@ class TrialStore:
         return {name: value for name, value in record.items() if name not in ("version", "key")}
 
     def put(self, key: str, record: dict[str, Any]) -> None:
-        """Keep a finished trial."""
+        """Keep a finished trial.
+
+        Raises:
+            QuantDMError: a figure is NaN or infinite, or the file cannot be written; nothing is kept then.
+        """
+        bad = next((k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)), None)
+        if bad is not None:
+            raise QuantDMError(
+                f"trial {key}: its worker measured {bad} = {record[bad]}, expected a number; run it again, and if that "
+                "repeats itself leave the scheme out or compute in float32"
+            )
         write_json(self.path(key), {"version": TRIAL_VERSION, "key": key, **record})
 
     def check_own(self, keys: Collection[str] | None = None) -> None:

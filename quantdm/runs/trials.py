@@ -1,6 +1,6 @@
 """Trials: which configurations are measured, and their labels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from quantdm.runs.evaluator import Job
 from quantdm.runs.explain import SURROGATES, is_current
 from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.proposals import propose
-from quantdm.runs.run import Run
+from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
 from quantdm.surrogates import (
@@ -26,6 +26,9 @@ from quantdm.surrogates import (
 # Shares of the trials: drawn over the whole space, near the frontier of the one-layer sensitivities, and near the
 # frontier of what was learned so far. Trials pay most where the answer lies.
 RANDOM_SHARE, FRONTIER_SHARE = 0.35, 0.3
+NEAR = 0.75  # bits: how near the target a trial lies that tells of it
+CUT_SHORT = "cut short"  # what stands for the inputs of a plan that time did not allow
+LEAST = 20  # trials from which more are learned
 BATCH = 70  # learned trials that are chosen at once
 PROPOSERS = ("additive", "tree")  # the network takes a minute to fit, these take seconds
 
@@ -45,24 +48,35 @@ def run_trials(
     *,
     targets: Sequence[float] = (),
     proposers: Sequence[str] = PROPOSERS,
+    most: Callable[[int], int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Write trials/ and trials.json (which they are): every planned configuration measured, if it was not yet.
 
     Returns choices [T, L] and y = -log(fid_fp) [T].
     The plan is a function of the settings and of earlier labels only, so an interrupted run ends as an undisturbed one.
     `targets` are the sizes whose frontier is explored (default: the run's), `proposers` the surrogates that choose the
-    learned batches.
+    learned batches. `most` says how many trials time allows when some are done; a run that it cut short goes on where
+    it stopped when it is asked for all.
     """
-    total, seed = run.settings.trials, run.settings.seed
-    targets = targets or (run.settings.target_bits,)
+    seed, targets = run.settings.seed, tuple(targets or (run.settings.target_bits,))
     record, errors = run.path("trials.json"), (space.noise_error.tolist(), space.weight_error.tolist())
     inputs = digest(run.settings.model_dump(mode="json"), space.digest, *errors, list(targets), list(proposers))
     if is_current(record, inputs) and (done := _planned(run, space, read_json(record)["keys"])) is not None:
         return done
-    choices = first_trials(space, total, targets=targets, seed=seed)
-    batches = max(1, round((total - len(choices)) / BATCH))
+    choices, y = _earlier(run, space)
+    first = choices[:0]
+    if not _covers(space, choices):
+        planned = first_trials(space, run.settings.trials, targets=targets, seed=seed)
+        first = _distinct(np.concatenate([choices, planned]))[len(choices) :]
+    kept = len(choices)
+    wanted = kept + max(_wanted(space, choices, run.settings.trials, targets), len(first))
+    total = _allowed(most, wanted, kept, 0)
     with bar(total, f"trials: {label_draw(run).images} images each") as progress:
-        y = label_trials(run, engine, space, choices, progress)
+        progress.update(kept)
+        y = np.concatenate([y, label_trials(run, engine, space, first[: total - kept], progress)])
+        choices = np.concatenate([choices, first[: total - kept]])
+        total = progress.total = _allowed(most, total, kept, len(choices) - kept)
+        batches = max(1, round((total - len(choices)) / BATCH))
         for batch in range(batches):
             count = (total - len(choices)) // (batches - batch)
             if count < 1:
@@ -72,8 +86,43 @@ def run_trials(
             y = np.concatenate([y, label_trials(run, engine, space, fresh, progress)])
             choices = np.concatenate([choices, fresh])
     keys = [Job(label_draw(run), space.config(choice).to_labels()).key for choice in choices]
-    write_json(record, {"version": RECORD_VERSION, "inputs": inputs, "keys": keys})
+    write_json(record, {"version": RECORD_VERSION, "inputs": inputs if total == wanted else CUT_SHORT, "keys": keys})
     return choices, y
+
+
+def _allowed(most: Callable[[int], int] | None, total: int, kept: int, done: int) -> int:
+    """Return how many trials there will be: `total`, or what time allows, but enough to learn from."""
+    return total if most is None else min(total, max(kept + done, kept + most(done), MIN_TRIALS))
+
+
+def _earlier(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Return the trials of the plan that was finished last, of a smaller run or another target, as far as they count.
+
+    Not those that lie there beyond it: a run that was interrupted goes on with the plan that it had.
+    """
+    record, store = run.path("trials.json"), TrialStore(run.path("trials"))
+    keys = read_json(record, version=RECORD_VERSION)["keys"] if record.is_file() else []
+    if any(store.get(key) is None for key in keys):  # it is not finished any more
+        keys = []
+    found = {trial["key"]: trial for trial in own_trials(run, space)}
+    return _arrays(space, [found[key] for key in keys if key in found])
+
+
+def _covers(space: SearchSpace, choices: np.ndarray) -> bool:
+    """Tell whether trials are enough to learn from, and every option occurs in them."""
+    return len(choices) >= LEAST and set(choices.ravel().tolist()) == set(range(len(space.options)))
+
+
+def _wanted(space: SearchSpace, choices: np.ndarray, total: int, targets: Sequence[float]) -> int:
+    """Return how many trials are to be added to those that are there.
+
+    As many as are asked for in all, and near the targets as many as a run has that starts with them.
+    """
+    if not len(choices):
+        return total
+    apart = np.abs(space.avg_bits(choices)[:, None] - np.array(targets)).min(axis=1)
+    lacking = round(total * (1 - RANDOM_SHARE)) - int((apart <= NEAR).sum())
+    return max(total - len(choices), lacking if lacking > total // 10 else 0, 0)
 
 
 def _planned(run: Run, space: SearchSpace, keys: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -99,15 +148,31 @@ def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], se
 
 def load_trials(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
     """Return the choices [T, L] and labels y = -log(fid_fp) [T] of all finished trials of a run."""
-    trials = list(TrialStore(run.path("trials")))
+    trials = own_trials(run, space)
     if not trials:
         raise QuantDMError(f"no trials in {run.path('trials')}; run `quantdm search --run-dir {run.folder}` first")
     return _arrays(space, trials)
 
 
+def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
+    """Return the finished trials that count: of the run's noises, with schemes that are options.
+
+    A run that had other options, or labels of other images, may hold more.
+    """
+    draw, names, labels = label_draw(run), set(space.layer_names), set(space.labels)
+    return [
+        trial
+        for trial in TrialStore(run.path("trials"))
+        if trial["config"].keys() == names
+        and labels.issuperset(trial["config"].values())
+        and trial["key"] == Job(draw, trial["config"]).key
+    ]
+
+
 def _arrays(space: SearchSpace, trials: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     rows = [[space.labels.index(trial["config"][name]) for name in space.layer_names] for trial in trials]
-    return np.array(rows), np.array([label_of(trial) for trial in trials])
+    choices = np.array(rows, dtype=np.int64).reshape(-1, len(space.layers))
+    return choices, np.array([label_of(trial) for trial in trials], dtype=np.float64)
 
 
 def label_of(trial: dict[str, Any]) -> float:

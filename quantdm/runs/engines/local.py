@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
-from quantdm.machine import cores
+from quantdm.machine import cores, same_devices
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.subject import Subject
 from quantdm.runs.evaluator import Evaluator
@@ -34,15 +34,30 @@ _END, _NOTHING = -1, object()
 class Engine:
     """Map a method of `Evaluator` over arguments, on all cores where the pipeline can be opened again.
 
-    Workers open the pipeline at the run's location and check that it is the one that the run was started with. A
-    pipeline on an accelerator is measured in this process.
+    Workers open the pipeline at the run's location, each on its own device, and check that it is the one that the run
+    was started with. There is one per core, or one per accelerator; a single one works in this process.
+
+    Args:
+        workers: processes on a processor (None: one per core).
+        batch_size: images at once at most ("auto": found from memory).
+        devices: where workers load the pipeline, in turn (None: all devices of the kind on which the subject is).
     """
 
-    def __init__(self, run: Run, subject: Subject, *, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        subject: Subject,
+        *,
+        workers: int | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        devices: Sequence[str] | None = None,
+    ) -> None:
         self.run = run
         self.subject = subject
-        alone = subject.device.type != "cpu" or subject.location is None
-        self.workers = 1 if alone else workers or cores()
+        self.batch_size = batch_size
+        self.devices = tuple(devices or same_devices(subject.device))
+        on_cpu = subject.device.type == "cpu"
+        self.workers = 1 if subject.location is None else (workers or cores()) if on_cpu else len(self.devices)
         self._slowest: dict[str, float] = {}  # kind of job -> seconds per unit of its size
         self._closing = False
         self._processes: list[subprocess.Popen[str]] = []
@@ -72,7 +87,7 @@ class Engine:
     @cached_property
     def local(self) -> Evaluator:
         """The evaluator of this process."""
-        return Evaluator(self.run, self.subject)
+        return Evaluator(self.run, self.subject, batch_size=self.batch_size)
 
     def map(self, method: str, arguments: Iterable[Any], *, at_most: int | None = None) -> Iterator[tuple[int, Any]]:
         """Yield (index, result) of `Evaluator.method(argument)` in the order in which they finish.
@@ -89,7 +104,7 @@ class Engine:
                 yield index, getattr(self.local, method)(argument)
             return
         if not self._processes:
-            self._processes = [self._start() for _ in range(self.workers)]
+            self._processes = [self._start(place) for place in range(self.workers)]
         source, done = _Source(method, arguments), queue.SimpleQueue[tuple[int, Any]]()
         self._threads = [
             threading.Thread(target=self._serve, args=(place, source, done), daemon=True)
@@ -119,7 +134,7 @@ class Engine:
                     if not isinstance(answer, _Ended) or self._closing:
                         break  # at the end nobody needs a new worker
                     _bury(self._processes[place])
-                    self._processes[place] = self._start()
+                    self._processes[place] = self._start(place)
                 done.put((index, answer.error() if isinstance(answer, _Ended) else answer))
         except BaseException as error:  # what the source raised is the caller's
             done.put((_END, error))
@@ -152,10 +167,11 @@ class Engine:
         """Return the seconds after which a job counts as hung: many times the slowest one of its kind so far."""
         return max(LEAST_PATIENCE, HANGS_AFTER * size * self._slowest.get(kind, 0.0))
 
-    def _start(self) -> "subprocess.Popen[str]":
+    def _start(self, place: int) -> "subprocess.Popen[str]":
+        device = self.devices[place % len(self.devices)]
         path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
         return subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(self.run.folder)],
+            [sys.executable, "-m", WORKER, str(self.run.folder), device, str(self.batch_size)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

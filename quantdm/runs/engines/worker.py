@@ -1,8 +1,8 @@
 """A worker: one process with one pipeline, which answers jobs line by line until its input ends.
 
-It is started as a program of its own (`python -m quantdm.runs.engines.worker RUN_DIR`), so it never imports the script
-that called the search. Jobs come as lines of JSON on standard input, answers leave as lines of JSON on standard output;
-whatever libraries print goes to standard error.
+It is started as a program of its own (`python -m quantdm.runs.engines.worker RUN_DIR DEVICE BATCH_SIZE`), so it never
+imports the script that called the search. Jobs come as lines of JSON on standard input, answers leave as lines of JSON
+on standard output; whatever libraries print goes to standard error.
 """
 
 import json
@@ -18,14 +18,16 @@ import torch
 
 from quantdm.errors import QuantDMError
 from quantdm.metrics.samples import Draw
-from quantdm.runs.evaluator import Evaluator, Job
+from quantdm.runs.evaluator import Evaluator, Job, Probe
 from quantdm.runs.run import Run
 
-ARGUMENTS: dict[str, Any] = {"sensitivity": str, "measure": Job.from_dict, "prepare": lambda record: Draw(**record)}
+ARGUMENTS: dict[str, Any] = {"measure": Job.from_dict, "measure_paired": Job.from_dict}
+ARGUMENTS |= {"prepare": lambda record: Draw(**record)}
+ARGUMENTS |= {"sensitivity": lambda record: Probe(record["layer"], tuple(record["options"]))}
 
 
-def main(run_dir: str) -> None:
-    """Open the run's pipeline and answer jobs."""
+def main(run_dir: str, device: str, batch_size: str) -> None:
+    """Open the run's pipeline on a device and answer jobs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
@@ -38,7 +40,8 @@ def main(run_dir: str) -> None:
         try:
             if evaluator is None:
                 run = Run.open(run_dir)
-                evaluator = Evaluator(run, run.open_subject())
+                most = "auto" if batch_size == "auto" else int(batch_size)
+                evaluator = Evaluator(run, run.open_subject(device=device), batch_size=most)
             answer = {"result": getattr(evaluator, job["method"])(ARGUMENTS[job["method"]](job["argument"]))}
         except QuantDMError as error:
             answer = {"error": str(error)}
@@ -56,4 +59,4 @@ def _listen(jobs: "queue.SimpleQueue[str]") -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -1,0 +1,190 @@
+"""What a run will take, before anything starts: time, memory and disk of every stage, from a few images."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantdm.corridor.levels import Level
+from quantdm.denoisers.inventory import LayerRecord
+from quantdm.machine import cores
+from quantdm.pipelines.generate import generate
+from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.sizes import auto_batch, bytes_per_image
+from quantdm.pipelines.subject import Subject
+from quantdm.quantizers import Moments, count_bits, quantize_options
+from quantdm.runs.evaluator import NOISE_CALLS
+from quantdm.runs.run import RunSettings
+
+PROBE_SECONDS, PROBE_IMAGES, PROBE_ROWS = 1.0, 64, 64
+CANDIDATES, SURVIVORS = 13, 5  # of the verification: those of a usual run, and how many run further draws
+PLAIN_ROWS, ROUNDED_ROWS = 7, 2  # of the result: with and without quantized activations
+ROUNDED = 2.4  # what quantized activations cost, times the plain denoiser: measured on digits-dit
+TRIED = 8  # corrections, each on two of four draws where it does not help
+
+
+PARALLEL = ("sensitivities", "trials", "verification", "final rows")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: seconds, and bytes of memory and disk."""
+
+    name: str
+    seconds: float
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stages of a run in their order, and its trials."""
+
+    stages: tuple[Stage, ...]
+    trials: int
+    workers: int
+
+    def record(self) -> dict[str, Any]:
+        """Return plain numbers."""
+        return {"estimate": True, "workers": self.workers, "stages": [asdict(stage) for stage in self.stages]}
+
+    def said(self, say: Callable[[str], object]) -> dict[str, Any]:
+        """Say the plan, and return its record."""
+        say(self.text())
+        return self.record()
+
+    def text(self) -> str:
+        """Return one line per stage, and the sums."""
+        lines = [f"{'stage':<16}{'time':>12}{'memory':>12}{'disk':>12}"]
+        whole = Stage("all", *self._sums())
+        for stage in (*self.stages, whole):
+            memory, disk = (f"{size / 1e6:,.0f} MB" for size in (stage.memory, stage.disk))
+            lines.append(f"{stage.name:<16}{_clock(stage.seconds):>12}{memory:>12}{disk:>12}")
+        lines.append(f"An estimate, from a few images generated here just now; {self.workers} processes.")
+        return "\n".join(lines)
+
+    def _sums(self) -> tuple[float, int, int]:
+        return (
+            sum(s.seconds for s in self.stages),
+            max(s.memory for s in self.stages),
+            sum(s.disk for s in self.stages),
+        )
+
+    def trials_within(self, end: float, say: Callable[[str], object]) -> Callable[[int], int]:
+        """Return what says how many trials fit before `end` (of the monotonic clock), the later stages left their time.
+
+        It is asked before the first trial, with 0, and when some are done: from then on the measured rate counts.
+        """
+        names = [stage.name for stage in self.stages]
+        place = names.index("trials")
+        later = sum(stage.seconds for stage in self.stages[place + 1 :])
+        each = self.stages[place].seconds / self.trials
+        began: list[float] = []
+
+        def most(done: int) -> int:
+            now = time.monotonic()
+            began.append(now)
+            rate = (now - began[0]) / done if done else each
+            fits = done + max(int((end - later - now) / max(rate, 1e-9)), 0)
+            if fits < self.trials:
+                say(f"       time allows {fits} of {self.trials} trials; what is measured is kept, go on any time")
+            return fits
+
+        return most
+
+
+def plan_run(subject: Subject, settings: RunSettings, level: Level, *, workers: int | None, tuned: bool) -> Plan:
+    """Estimate a run stage by stage; a few images are generated and some rows of one layer quantized for it.
+
+    Raises:
+        QuantDMError: the pipeline refuses the protocol's call.
+    """
+    many = 1 if subject.location is None else (workers or cores())
+    pipe = subject.in_dtype(settings.torch_dtype)
+    exact = seconds_per_step(subject.pipe, settings.protocol)
+    fast = exact if pipe is subject.pipe else seconds_per_step(pipe, settings.protocol)
+    seconds = _seconds(subject, settings, level if tuned else replace(level, tune_images=0), exact, fast, many)
+    weights = sum(map(_bytes, subject.denoisers.values()))
+    held = weights + (0 if pipe is subject.pipe else weights * settings.torch_dtype.itemsize // 4)
+    held += bytes_per_image(pipe, settings.protocol) * auto_batch(pipe, settings.protocol)
+    disk = _disk(subject, settings)
+    return Plan(
+        tuple(
+            Stage(name, time_, held * (many if name in PARALLEL else 1), disk.get(name, 10**6))
+            for name, time_ in seconds.items()
+        ),
+        settings.trials,
+        many,
+    )
+
+
+def _seconds(subject: Subject, s: RunSettings, level: Level, exact: float, fast: float, many: int) -> dict[str, float]:
+    """Return the seconds of every stage, from those of one step of one image in float32 and in the run's dtype."""
+    layers, steps, tune = len(subject.layers), s.protocol.steps, level.tune
+    rows = (PLAIN_ROWS + ROUNDED_ROWS * ROUNDED) * 2.3 + 3  # some stop after two of three draws; three references
+    tries = 2 * (2 + ROUNDED) + 4 + ROUNDED * (4 + 2 * TRIED)
+    trained = level.tune_images * steps + tune.steps * tune.rows * 3 if level.tune_images else 0
+    calibrated = s.calibration_images * (s.calibration_steps or s.label_steps) * 2
+    return {
+        "bank": calibrated * exact + _bank_seconds(subject, s) / cores(),
+        "sensitivities": layers * len(s.options) * NOISE_CALLS * s.noise_images * exact / many,
+        "trials": s.trials * s.label_images * s.label_steps * fast / many,
+        "surrogates": 2 + s.trials * layers * 5e-4,
+        "verification": (CANDIDATES + SURVIVORS * (s.verify_draws - 1)) * s.verify_images * steps * fast / many,
+        "tuning": trained * exact,
+        "correction": level.correction_images * steps * fast * tries,
+        "final rows": rows * level.final_images * steps * fast / many,
+        "export, report": 10.0,
+    }
+
+
+def _disk(subject: Subject, settings: RunSettings) -> dict[str, int]:
+    """Return the bytes that the large stages leave."""
+    layers = subject.layers
+    bits = sum(count_bits(layer.shape, scheme, layer.split) for layer in layers for scheme in settings.bank_schemes)
+    moments = sum(4 * (layer.num_weights // layer.shape[0]) ** 2 for layer in layers)
+    kept = sum(_bytes(part) for part in subject.pipe.components.values() if isinstance(part, nn.Module))
+    quantized = sum(layer.num_weights for layer in layers)
+    size = torch.finfo(subject.dtype).bits // 8
+    return {
+        "bank": bits // 8 + moments,
+        "export, report": int(kept - size * quantized + quantized * settings.target_bits / 8),
+    }
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def seconds_per_step(pipe: DiffusionPipeline, protocol: Protocol) -> float:
+    """Measure the seconds of one image's step: one image first, then twice as many while that stays short."""
+    images = 1
+    while True:
+        start = time.monotonic()
+        generate(pipe, protocol, range(images), steps=2)
+        took = time.monotonic() - start
+        if took > PROBE_SECONDS / 2 or images >= PROBE_IMAGES:
+            return took / images / 2
+        images *= 2
+
+
+def _bank_seconds(subject: Subject, settings: RunSettings) -> float:
+    """Return the seconds of quantizing every layer on one core, from some rows of the layer of median size."""
+    ordered: list[LayerRecord] = sorted(subject.layers, key=lambda layer: layer.num_weights)
+    layer = ordered[len(ordered) // 2]
+    weight = subject.weights.get_parameter(f"{layer.name}.weight").detach()[:PROBE_ROWS].float().cpu()
+    width = weight[0].numel()
+    moments = Moments(torch.eye(width)[None], width)
+    start = time.monotonic()
+    quantize_options(
+        weight, settings.bank_schemes, split=layer.split, name=layer.name, moments=moments, sweeps=settings.sweeps
+    )
+    return (time.monotonic() - start) * sum(each.num_weights for each in ordered) / weight.numel()
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
