@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from quantdm.cli.app import (
+    Embeddings,
     ExampleInputs,
     Model,
     ProtocolFile,
@@ -15,7 +16,9 @@ from quantdm.cli.app import (
     TargetBytes,
     app,
     given_inputs,
+    table_scheme,
 )
+from quantdm.schemes import TABLE_SCHEME
 
 
 @app.command(epilog="Example: quantdm demo --model digits-sd --target-bits 3.0")
@@ -46,6 +49,7 @@ def run(
     protocol: ProtocolFile = None,
     seed: Seed = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
+    embeddings: Embeddings = TABLE_SCHEME.label,
     tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.")] = True,
     example_inputs: ExampleInputs = None,
 ) -> None:
@@ -67,6 +71,7 @@ def run(
         workers=workers,
         tuned=tune,
         example_inputs=given_inputs(example_inputs),
+        embeddings=table_scheme(embeddings),
         say=typer.echo,
     )
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from quantdm.cli.app import (
+    Embeddings,
     ExampleInputs,
     Model,
     Out,
@@ -16,7 +17,9 @@ from quantdm.cli.app import (
     Trials,
     app,
     given_inputs,
+    table_scheme,
 )
+from quantdm.schemes import TABLE_SCHEME
 
 
 @app.command(epilog="Example: quantdm bank digits-dit --run-dir runs/mine --target-bits 3.0")
@@ -29,6 +32,7 @@ def bank(
     seed: Seed = 0,
     protocol: ProtocolFile = None,
     example_inputs: ExampleInputs = None,
+    embeddings: Embeddings = TABLE_SCHEME.label,
 ) -> None:
     """Start a run and quantize every layer with every option (the first stage of `search`, alone)."""
     from quantdm.pipelines.protocol import load_protocol
@@ -44,6 +48,7 @@ def bank(
         trials=trials,
         seed=seed,
         protocol=None if protocol is None else load_protocol(protocol),
+        embeddings=table_scheme(embeddings),
     )
     describe(run, subject)
     build_bank(run, subject)
@@ -60,6 +65,7 @@ def search(
     seed: Seed = 0,
     protocol: ProtocolFile = None,
     example_inputs: ExampleInputs = None,
+    embeddings: Embeddings = TABLE_SCHEME.label,
 ) -> None:
     """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""
     from quantdm.pipelines.protocol import load_protocol
@@ -74,6 +80,7 @@ def search(
         seed=seed,
         protocol=None if protocol is None else load_protocol(protocol),
         example_inputs=given_inputs(example_inputs),
+        embeddings=table_scheme(embeddings),
     )
     typer.echo(f"recipe: {run_dir / 'recipe.yaml'}  ({recipe.avg_bits:.4f} bits per weight)")
 

@@ -12,6 +12,7 @@ from quantdm.corridor.export import export_run
 from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.table import show_table
 from quantdm.files import check_output, check_replaceable
+from quantdm.hub.inspection import inspect_target
 from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.pipelines.loading import DiffusionPipeline
@@ -32,7 +33,7 @@ from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.tune import tune_run
 from quantdm.runs.why import explain_choice
-from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 from quantdm.surrogates import SearchSpace
 
 ACTIVATION_BITS = 6
@@ -53,6 +54,7 @@ def run(
     workers: int | None = None,
     tuned: bool = True,
     example_inputs: Mapping[str, Any] | None = None,
+    embeddings: Scheme | None = TABLE_SCHEME,
     say: Say = print,
 ) -> dict[str, Any]:
     """Make a pipeline small: search, tune, correct, measure, export and report; return the summary.
@@ -67,7 +69,7 @@ def run(
         run_dir: where every stage leaves its record (None: runs/NAME-SIZE).
         effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
-        options, protocol, seed, workers, example_inputs: as in `search`.
+        options, protocol, seed, workers, example_inputs, embeddings: as in `search`.
         tuned: whether the recipe is tuned; what does not help on every draw is not kept anyway.
         say: is told what happens.
 
@@ -83,14 +85,9 @@ def run(
     started, subject = start_run(
         subject,
         folder,
-        target_bits=target_bits,
-        target_bytes=target_bytes,
-        trials=level.trials,
-        seed=seed,
-        options=options,
-        protocol=protocol,
-        effort=level.effort,
-    )
+        target_bits=target_bits, target_bytes=target_bytes, trials=level.trials, seed=seed, options=options,
+        protocol=protocol, effort=level.effort, embeddings=embeddings,
+    )  # fmt: skip
     check_places(started)
     say(f"       {_counted(subject)}; run directory {started.folder}")
     with Engine(started, subject, workers=workers) as engine:
@@ -168,7 +165,9 @@ class _Way:
         say("[9/10] measure the result on noises that the search never saw")
         draws = final.final_draws(run, images=level.final_images)
         jobs = final.final_jobs(run, space, recipe, spec, correction, None if weights is None else str(weights))
-        rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(subject.pipe))
+        rows = final.measure_rows(
+            run, engine, space, jobs, draws, ExportSize(subject.pipe, embeddings=run.settings.embeddings)
+        )
         final.save_grids(run, engine, jobs, draws[0])
         return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
 
@@ -180,5 +179,8 @@ def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say, *,
     report = write_report(run.folder)
     save_insights(run.folder)
     show_table(summary)
+    left = inspect_target(str(export))["left"]
+    if left is not None:
+        say(f"         {left}")
     say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB on disk)")
     say(f"report:  {report}")

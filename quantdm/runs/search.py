@@ -18,7 +18,7 @@ from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.why import explain_choice
-from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
 
 def search(
@@ -34,6 +34,7 @@ def search(
     effort: Effort = FULL,
     workers: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    embeddings: Scheme | None = TABLE_SCHEME,
 ) -> Recipe:
     """Find the configuration of a pipeline's denoisers that keeps the images closest at a given size.
 
@@ -52,6 +53,8 @@ def search(
         workers: processes (None: one per core).
         example_inputs: keyword arguments of one call of the denoiser, where its class and configuration do not tell
             them (see `capture_inputs`).
+        embeddings: scheme of embedding tables, which are not searched (None: they stay as they are). A run that goes on
+            keeps its own if it is not asked for another than the default.
 
     Returns:
         The recipe; it lies in `run_dir/recipe.yaml` too.
@@ -72,6 +75,7 @@ def search(
         options=options,
         protocol=protocol,
         effort=effort,
+        embeddings=embeddings,
     )
     with Engine(run, subject, workers=workers) as engine:
         return find_recipe(run, engine, subject)
@@ -88,6 +92,7 @@ def start_run(
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
     protocol: Protocol | None = None,
     effort: Effort = FULL,
+    embeddings: Scheme | None = TABLE_SCHEME,
 ) -> tuple[Run, Subject]:
     """Start (or go on with) a run of a subject; one that lies nowhere is kept in the run directory.
 
@@ -102,6 +107,7 @@ def start_run(
         options=options,
         protocol=protocol,
         effort=effort,
+        embeddings=embeddings,
     )
     run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free)
     return run, keep_snapshot(run, subject)

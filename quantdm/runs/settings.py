@@ -16,7 +16,7 @@ from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
 from quantdm.quantizers.fit import SWEEPS
 from quantdm.runs.run import RunSettings
-from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
 MIN_TRIALS = 30
 FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
@@ -59,12 +59,14 @@ def make_settings(
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
     protocol: Protocol | None = None,
     effort: Effort = FULL,
+    embeddings: Scheme | None = TABLE_SCHEME,
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     least = max(MIN_TRIALS, 2 * len(options))
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
     free = subject.dtype_is_free
+    embeddings = _table_scheme(subject, embeddings)
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
     return RunSettings(
         model=subject.name,
@@ -72,15 +74,27 @@ def make_settings(
         seen=subject.seen,
         options=tuple(scheme.label for scheme in options),
         target_bits=checked_target(
-            subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes
+            subject.layers,
+            options,
+            subject.pipe,
+            target_bits=target_bits,
+            target_bytes=target_bytes,
+            embeddings=embeddings,
         ),
         trials=trials,
         seed=seed,
         protocol=protocol or default_protocol(subject.name),
         dtype=fast_dtype() if free else str(subject.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        embeddings=None if embeddings is None else embeddings.label,
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )
+
+
+def _table_scheme(subject: Subject, embeddings: Scheme | None) -> Scheme | None:
+    if embeddings is not None and embeddings.calibration is not None:
+        raise QuantDMError(f"embeddings: got {embeddings}, expected one without calibration: tables have no inputs")
+    return embeddings if subject.tables else None
 
 
 def reachable_bits(layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> tuple[float, float]:
@@ -97,6 +111,7 @@ def checked_target(
     *,
     target_bits: float | None,
     target_bytes: int | None,
+    embeddings: Scheme | None = None,
 ) -> float:
     """Return the target as average bits per weight; `target_bytes` bounds the denoiser's files as an export has them.
 
@@ -108,7 +123,7 @@ def checked_target(
     low, high = reachable_bits(layers, options)
     if target_bits is None:
         assert target_bytes is not None
-        size = ExportSize(pipe)
+        size = ExportSize(pipe, embeddings=embeddings)
         least, most = size.extremes(options)
         if not least <= target_bytes <= most:
             raise QuantDMError(
