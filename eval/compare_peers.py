@@ -49,8 +49,8 @@ from quantdm.schemes import Scheme
 from quantdm.tuning import TuneSettings
 
 OUT = Path(__file__).parent / "results"
-IMAGES, STEPS, DRAWS = 1000, 20, (121, 122, 123)
-GROUP = 0.03
+IMAGES, STEPS, DRAWS = 500, 20, (121, 122, 123)
+GROUP = 0.1
 
 
 def main() -> None:

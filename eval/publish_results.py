@@ -30,8 +30,6 @@ ROWS = {
     "uniform": "uniform, next width",
     "one-layer sensitivity": "one-layer sensitivities (knapsack)",
     "least weight error": "least weight error (knapsack)",
-    "best of all sampled": "best of the 400 trials",
-    "lambda mode": "the paper's λ mode",
 }
 
 
@@ -59,8 +57,11 @@ def draw_samples(model: str, size: str, rows: dict[str, Any], out: Path) -> None
     plt.close(fig)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return a study as a Markdown table: one column per size."""
+def table(result: dict[str, Any], before: dict[str, Any]) -> str:
+    """Return a study as a Markdown table: one column per size.
+
+    `before` is the study of nine options without calibration, at some of the sizes.
+    """
     sizes = {size: {row["name"]: row for row in rows} for size, rows in result["sizes"].items()}
     floor = real_floor(load_protocol(result["model"]))
     fp = next(iter(sizes.values()))["fp"]
@@ -78,6 +79,10 @@ def table(result: dict[str, Any]) -> str:
             note = f" ({rows[name]['note']}, {rows[name]['avg_bits']:.2f} b)" if name == "uniform" else ""
             cells.append(f"{spread(rows[name]['fid_fp'], rows[name]['fid_fp_sd'], 4)}{note}")
         lines.append(f"| {label} | {' | '.join(cells)} |")
+    data_free = {size: {row["name"]: row for row in rows} for size, rows in before["sizes"].items()}
+    cells = [data_free[size]["recipe"] if size in data_free else None for size in sizes]
+    told = ["-" if row is None else spread(row["fid_fp"], row["fid_fp_sd"], 4) for row in cells]
+    lines.append(f"| recipe of data-free options | {' | '.join(told)} |")
     recipes = [rows["recipe"] for rows in sizes.values()]
     lines += [
         f"| recipe: PSNR to full precision | {' | '.join(f'''{row['psnr_fp']:.1f} dB''' for row in recipes)} |",
@@ -95,12 +100,12 @@ def main() -> None:
     tables = []
     for model in parser.parse_args().models:
         results = ROOT / "eval" / "results"
-        # The study of the default options where there is one, else the one of nine options without calibration.
-        studies = [results / f"{kind}_{model}.json" for kind in ("calibrated", "allocation")]
-        result = read_json(next(path for path in studies if path.is_file()), version=1)
+        result, before = (
+            read_json(results / f"{kind}_{model}.json", version=1) for kind in ("calibrated", "allocation")
+        )
         size, found = next(iter(result["sizes"].items()))  # the smallest: there differences are seen
         draw_samples(model, size, {row["name"]: row for row in found}, ROOT / "docs" / f"{model}.png")
-        tables.append(table(result))
+        tables.append(table(result, before))
     readme = (ROOT / "README.md").read_text()
     block = "<!-- results:begin -->\n" + "\n\n".join(tables) + "\n<!-- results:end -->"
     with atomic_path(ROOT / "README.md") as temporary:
