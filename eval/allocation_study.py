@@ -39,6 +39,7 @@ from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import label_of, load_trials, run_trials
 from quantdm.runs.tune import tune_run
 from quantdm.runs.verify import verify
+from quantdm.schemes import TABLE_SCHEME
 from quantdm.surrogates import SearchSpace, score_blocks
 from quantdm.surrogates.ranking import spearman
 from quantdm.tuning import TuneSettings
@@ -68,7 +69,7 @@ def main() -> None:
         scores = {"surrogates": held_out(run), "trials": len(y), "scores_measured": measured_where(run)}
         if arguments.scores_only:
             result = read_json(path, version=1) | scores
-            result["sizes"] = recounted(result["sizes"], arguments.model, ExportSize(subject.pipe))
+            result["sizes"] = recounted(result["sizes"], arguments.model, sizes_of(subject))
         else:
             result = {"version": 1, "model": arguments.model, **scores, "sizes": {}}
             measure_sizes(run, engine, subject, space, fitted, result, path)
@@ -87,7 +88,7 @@ def measure_sizes(
 ) -> None:
     """Verify and measure the recipe and its baselines at every size; `result` is written after each."""
     attributions, block_scores = explain(run, fitted), score_blocks(fitted["graph"])
-    spec, export_size = usual_activations(subject.denoiser, ACTIVATION_BITS), ExportSize(subject.pipe)
+    spec, export_size = usual_activations(subject.denoiser, ACTIVATION_BITS), sizes_of(subject)
     for size in SIZES:
         candidates = candidate_choices(run, space, attributions, block_scores, target_bits=size)
         result["sizes"][f"{size:g}"] = measure_size(run, engine, space, candidates, size, spec, export_size)
@@ -97,6 +98,11 @@ def measure_sizes(
             "protocol": "1000 images x 20 steps per draw, draws 101-103; labels 300 images x 8 steps, draw 0",
         }
         write_json(path, result)
+
+
+def sizes_of(subject: Subject) -> ExportSize:
+    """Return the sizes of exports whose embedding tables are quantized, as those of the recipes are."""
+    return ExportSize(subject.pipe, embeddings=TABLE_SCHEME)
 
 
 def measured_where(run: Run) -> dict[str, Any]:
@@ -165,6 +171,7 @@ def measure_size(
         "least weight error": (Job(draw, configs[LEAST_WEIGHT_ERROR]), "knapsack"),
         "one-layer sensitivity": (Job(draw, configs["sensitivity"]), "knapsack"),
     }
+    jobs = final.with_tables(jobs, TABLE_SCHEME.label)
     rows = final.measure_rows(run, engine, space, jobs, final.final_draws(run, images=1000), export_size)
     by_name = {row["name"]: row for row in rows}
     save_recipe(recipe, spec, size, by_name)
@@ -176,6 +183,7 @@ def make_recipe(run: Run, labels: Any, size: float, chosen: str) -> Recipe:
     return Recipe(
         model=run.settings.model,
         layers=labels,
+        embeddings=TABLE_SCHEME.label if look_at(run.settings.model).tables else None,
         calibration=calibration_of(run.settings, labels),
         provenance=Provenance(
             source=f"measured: {chosen}, the best by verification; three draws of 1000 images, 20 steps",

@@ -14,6 +14,7 @@ from quantdm.corridor.run import run
 from quantdm.denoisers.analysis import trace_graph
 from quantdm.denoisers.graph import Graph
 from quantdm.denoisers.inventory import LayerRecord, list_layers
+from quantdm.denoisers.tables import TableRecord, list_tables
 from quantdm.errors import QuantDMError
 from quantdm.hub import QuantDMConfig, apply_recipe, register
 from quantdm.hub.export import export_pipeline
@@ -53,6 +54,7 @@ __all__ = [
     "Recipe",
     "Scheme",
     "Subject",
+    "TableRecord",
     "apply_correction",
     "apply_recipe",
     "capture_inputs",
@@ -64,6 +66,7 @@ __all__ = [
     "generate",
     "get_denoiser",
     "list_layers",
+    "list_tables",
     "load_correction",
     "load_pipeline",
     "load_protocol",

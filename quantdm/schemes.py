@@ -169,6 +169,8 @@ DEFAULT_OPTIONS: tuple[Scheme, ...] = tuple(
     )
     for bits in widths
 )
+# Of embedding tables where nothing else is asked for: nearly free, and no row that is never seen can be lost by it.
+TABLE_SCHEME = Scheme(method="uniform", bits=8)
 # One scheme everywhere, without calibration: what results are compared with.
 COMPARED: tuple[Scheme, ...] = (Scheme(method="uniform", bits=4), Scheme(method="kmeans", bits=4))
 

@@ -44,7 +44,7 @@ from quantdm.report.sections import ROW_NAMES, SHORT_NAMES
 from quantdm.runs import final
 from quantdm.runs.correct import correct_recipe, correct_run
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import Job
+from quantdm.runs.evaluator import job_of
 from quantdm.runs.run import Run
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import label_draw
@@ -136,7 +136,8 @@ def measured(finished):
         watch("final")
         draws = [final.Draw(d.base_seed, 30, 3) for d in final.final_draws(run, images=30)]
         jobs = final.final_jobs(run, space, recipe, spec, str(correction))
-        rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(pipe))
+        size = ExportSize(pipe, embeddings=run.settings.embeddings)
+        rows = final.measure_rows(run, engine, space, jobs, draws, size)
         final.save_grids(run, engine, jobs, draws[0])
         summary = final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
         before = run.path("samples.safetensors").stat().st_mtime_ns
@@ -181,12 +182,12 @@ def test_every_stage_measures_on_noises_that_no_other_stage_saw(measured):
     space, verified = SearchSpace.load(run.path("space.json")), TrialStore(run.path("verified"))
     draw = label_draw(run)
     for trial in TrialStore(run.path("trials")):  # a trial's key holds the draw that it was really measured on
-        assert trial["key"] == Job(draw, trial["config"]).key
+        assert trial["key"] == job_of(run, draw, trial["config"]).key
     stages = seeds | {"labels": set(draw.seeds), "verification": set()}
     configs = json.loads(run.path("selection.json").read_text())["configs"]
     for base in range(draw.base_seed, draw.base_seed + 200):
         second = final.Draw(base, run.settings.verify_images, run.settings.protocol.steps)
-        if any(verified.get(Job(second, labels).key) for labels in configs.values()):
+        if any(verified.get(job_of(run, second, labels).key) for labels in configs.values()):
             stages["verification"] |= set(second.seeds)
     assert len(stages["verification"]) == run.settings.verify_draws * run.settings.verify_images
     assert len(stages["correction"]) == 2 * 4 + 4 * 8

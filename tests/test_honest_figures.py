@@ -265,7 +265,7 @@ def test_a_configuration_that_leaves_layers_out_is_not_measured(finished, dit):
         with pytest.raises(QuantDMError, match=r"no scheme for \d+ layers|layers that the model has not"):
             evaluator.samples(job)
         with pytest.raises(QuantDMError, match="configuration is for another model"):
-            configured(dit, evaluator.bank, job).__enter__()
+            configured(dit, evaluator.bank, job, evaluator.tables).__enter__()
     assert get_denoiser(dit).get_parameter(f"{next(iter(recipe.layers))}.weight").data_ptr() == weight
     everywhere = dict.fromkeys(recipe.layers, Scheme.parse("kmeans-channel-4").label)
     assert Job(Draw(1, 2, 2), everywhere).description.startswith("kmeans-channel-4 everywhere over")

@@ -97,7 +97,9 @@ def test_csv_and_json_are_plain_data():
     )
     rows = list(csv.DictReader(io.StringIO(run("inspect", "digits-dit", "--scheme", "log2-tensor-4", "--csv"))))
     assert [row["name"] for row in rows] == [row["name"] for row in record["layers"]]
-    assert {row["scheme"] for row in rows} == {"log2-tensor-4"}
+    assert {(row["kind"], row["scheme"]) for row in rows} == {
+        ("weight", "log2-tensor-4"), ("embedding", "uniform-channel-8")
+    }  # fmt: skip
     assert [row["name"] for row in record["layers"] if row["scheme"] is None] == ["proj_out_1", "proj_out_2"]
     assert float(rows[0]["sqnr_db"]) == record["layers"][0]["sqnr_db"] > 10
 

@@ -68,7 +68,7 @@ def test_a_tuned_job_takes_the_tuned_weights_and_puts_the_old_ones_back(tuned, f
     before = {name: p.detach().clone() for name, p in denoiser.named_parameters()}
     labels = finished[1].resolve(load_space(run).layers).to_labels()
     job = Job(Draw(0, 1, 1), labels, tuned=str(run.path(TUNED_FILE)))
-    with Engine(run, look_at(pipe), workers=1) as engine, configured(pipe, engine.local.bank, job):
+    with Engine(run, look_at(pipe), workers=1) as engine, configured(pipe, engine.local.bank, job, engine.local.tables):
         for name, weight in weights.weights.items():
             assert torch.equal(denoiser.get_parameter(f"{name}.weight"), weight.dequantize(dtype=torch.float32))
         for name, value in weights.others.items():

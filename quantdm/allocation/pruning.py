@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from quantdm.quantizers.worth import is_wasteful
 from quantdm.surrogates import SearchSpace
 
 
@@ -27,10 +28,16 @@ def prune(space: SearchSpace, choices: ArrayLike) -> NDArray[np.int64]:
 
 
 def dominated(space: SearchSpace) -> dict[str, list[str]]:
-    """Return layer name -> labels of the options that it should not take, as `select` bars them."""
-    instead = replacements(space)
-    own = np.arange(len(space.options))
+    """Return layer name -> labels of the options that it should not take, as `select` bars them.
+
+    Barred are also options that cost more bits on the layer than they save, where any other is left.
+    """
+    barred = replacements(space) != np.arange(len(space.options))
+    for layer, record in enumerate(space.layers):
+        wasteful = np.array([is_wasteful(record.shape, option, record.split) for option in space.options])
+        if not (barred[layer] | wasteful).all():
+            barred[layer] |= wasteful
     return {
-        name: [space.labels[option] for option in np.flatnonzero(instead[layer] != own)]
+        name: [space.labels[option] for option in np.flatnonzero(barred[layer])]
         for layer, name in enumerate(space.layer_names)
     }

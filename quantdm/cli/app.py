@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from quantdm.errors import QuantDMError
+from quantdm.schemes import Scheme
 
 app = typer.Typer(
     name="quantdm",
@@ -72,6 +73,16 @@ ExampleInputs = Annotated[
     Path | None,
     typer.Option(help="YAML file with the arguments of one call of the denoiser, where they cannot be inferred."),
 ]
+
+
+Embeddings = Annotated[
+    str, typer.Option(help="Scheme of embedding tables, which are not searched; `original` leaves them as they are.")
+]
+
+
+def table_scheme(label: str) -> Scheme | None:
+    """Read the scheme of `--embeddings`."""
+    return None if label == "original" else Scheme.parse(label)
 
 
 def given_inputs(path: Path | None) -> dict[str, Any] | None:

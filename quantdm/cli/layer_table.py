@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from quantdm.recipe.tables import TABLE
 from quantdm.schemes import ORIGINAL_BITS
 
 WIDTH = 79
@@ -14,7 +15,19 @@ WIDTH = 79
 
 def layers_csv(record: dict[str, Any]) -> str:
     """Return the layers of an `inspect_target` record as CSV text."""
-    columns = ("name", "op_type", "block", "shape", "num_weights", "quantizers", "scheme", "bits", "nbytes", "sqnr_db")
+    columns = (
+        "name",
+        "kind",
+        "op_type",
+        "block",
+        "shape",
+        "num_weights",
+        "quantizers",
+        "scheme",
+        "bits",
+        "nbytes",
+        "sqnr_db",
+    )
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -55,7 +68,8 @@ def _cells(row: dict[str, Any], quantized: bool) -> tuple[str, ...]:
     if not quantized:
         return shape, f"{row['num_weights']:,}"
     sqnr = row.get("sqnr_db")
-    return shape, row["scheme"] or "original", f"{row['bits']:.3f}", "-" if sqnr is None else f"{sqnr:.1f}"
+    bits = f"{row['bits']:.3f}{'!' if row['wasteful'] else ''}"
+    return shape, row["scheme"] or "original", bits, "-" if sqnr is None else f"{sqnr:.1f}"
 
 
 def _parent(row: dict[str, Any]) -> tuple[str, str]:
@@ -69,10 +83,18 @@ def _parent(row: dict[str, Any]) -> tuple[str, str]:
 def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
     rows, weights = record["layers"], record["num_weights"]
     size = f"{record['weight_bytes'] / 1e6:,.3f} MB" + (" packed" if quantized else f" at {ORIGINAL_BITS} bits")
-    text = f"{len(rows)} layers, {weights:,} weights, {record['avg_bits']:.4f} bits per weight, {size}"
+    layers = sum(row["kind"] != TABLE for row in rows)
+    text = f"{layers} layers, {weights:,} weights, {record['avg_bits']:.4f} bits per weight, {size}"
     if record["file_bytes"]:
         text += f"; its files, with biases and norms, have {record['file_bytes'] / 1e6:,.3f} MB"
     lines = textwrap.wrap(text + ".", WIDTH)
+    tables = [row for row in rows if row["kind"] == TABLE]
+    if tables:
+        size = sum(row["nbytes"] for row in tables) / 1e6
+        lines += textwrap.wrap(f"Of these bytes {size:,.3f} MB are {len(tables)} embedding tables, no weights.", WIDTH)
+    if record["left"]:
+        lines += textwrap.wrap(record["left"], WIDTH)
+    rows = [row for row in rows if row["kind"] != TABLE]
     kind = "scheme" if quantized else "op_type"
     shares, numbers = Counter[str](), Counter[str]()
     for row in rows:
@@ -85,6 +107,8 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
     ]
     if any(row["quantizers"] == 2 for row in rows):
         lines.append("(2): reads a concatenated long skip, one quantizer per half.")
+    if any(row["wasteful"] for row in record["layers"]):
+        lines.append("!: tables and scales cost more bits than the scheme saves.")
     if record["provenance"]:
         lines += textwrap.wrap(f"recipe: {record['provenance']}", WIDTH)
     return lines

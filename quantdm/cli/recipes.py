@@ -36,6 +36,9 @@ def apply(
     variant: Variant = None,
     config: Config = None,
     protocol: ProtocolFile = None,
+    insist: Annotated[
+        bool, typer.Option("--insist", help="Also take schemes that cost more bits on their layer than they save.")
+    ] = False,
 ) -> None:
     """Quantize a pipeline by a recipe and save it packed, layer by layer; run it again to go on after a kill.
 
@@ -43,8 +46,11 @@ def apply(
     """
     from quantdm.errors import QuantDMError
     from quantdm.hub.export import export_pipeline
+    from quantdm.hub.inspection import inspect_target
     from quantdm.hub.model_card import write_card
-    from quantdm.pipelines.source import is_lone
+    from quantdm.hub.replace import check_export_path
+    from quantdm.hub.worth import check_worth
+    from quantdm.pipelines.source import is_lone, open_source
     from quantdm.recipe import load_recipe
 
     chosen = load_recipe(recipe).override(overrides or [])
@@ -53,8 +59,14 @@ def apply(
     if model_card and is_lone(model):
         raise QuantDMError(f"--model-card: is for pipelines, and {model} is a lone denoiser; leave it out")
     inputs = given_inputs(example_inputs)
+    if not insist:
+        check_export_path(out, model)
+        check_worth(open_source(model, variant=variant, config=config).pipe, chosen, inputs)
     made = export_pipeline(model, chosen, out, example_inputs=inputs, variant=variant, config=config)
     typer.echo(f"pipeline: {made}")
+    left = inspect_target(str(made))["left"]
+    if left is not None:
+        typer.echo(left)
     if model_card:
         typer.echo(f"model card: {write_card(out)}")
 

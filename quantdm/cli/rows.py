@@ -23,10 +23,9 @@ from quantdm.metrics.samples import Draw
 from quantdm.metrics.table import Table, build_table
 from quantdm.metrics.to_folder import MANIFEST, generate_to_folder
 from quantdm.pipelines.loading import load_pipeline
-from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import Protocol
-from quantdm.recipe import load_recipe
-from quantdm.schemes import QuantConfig, Scheme
+from quantdm.recipe import Recipe, load_recipe
+from quantdm.schemes import TABLE_SCHEME, Scheme
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,7 @@ def open_row(text: str, reference: str, protocol: str | None) -> tuple[Any, Prot
     elif "/" not in text and _is_scheme(text):
         pipe = load_pipeline(reference, torch_dtype=dtype)
         chosen = protocol_of(reference, pipe, protocol)
-        from quantdm.denoisers.inventory import list_layers
-
-        layers = list_layers(get_denoiser(pipe))
-        apply_recipe(pipe, QuantConfig.uniform([layer.name for layer in layers], Scheme.parse(text)))
+        apply_recipe(pipe, Recipe(model=reference, default=Scheme.parse(text).label, embeddings=TABLE_SCHEME.label))
     else:
         pipe = load_pipeline(text, torch_dtype=dtype)
         chosen = protocol_of(text if protocol is None else reference, pipe, protocol)

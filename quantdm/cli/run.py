@@ -9,6 +9,7 @@ from quantdm.cli.app import (
     BatchSize,
     Device,
     Dtype,
+    Embeddings,
     ExampleInputs,
     Model,
     ProtocolFile,
@@ -19,7 +20,9 @@ from quantdm.cli.app import (
     app,
     batch_size_of,
     given_inputs,
+    table_scheme,
 )
+from quantdm.schemes import TABLE_SCHEME, Scheme
 
 Minutes = Annotated[
     float | None,
@@ -71,6 +74,7 @@ def run(
     protocol: ProtocolFile = None,
     seed: Seed = 0,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
+    embeddings: Embeddings = TABLE_SCHEME.label,
     tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.")] = True,
     example_inputs: ExampleInputs = None,
     batch_size: BatchSize = "auto",
@@ -82,7 +86,6 @@ def run(
     """Make your own pipeline small: search, tune, measure, export, report. Run it again to go on."""
     from quantdm.corridor.run import run
     from quantdm.pipelines.protocol import load_protocol
-    from quantdm.schemes import Scheme
 
     run(
         model,
@@ -97,6 +100,7 @@ def run(
         workers=workers,
         tuned=tune,
         example_inputs=given_inputs(example_inputs),
+        embeddings=table_scheme(embeddings),
         batch_size=batch_size_of(batch_size), device=device, dtype=dtype, minutes=minutes, dry_run=dry_run,
         say=typer.echo,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from quantdm.cli.app import (
     BatchSize,
     Device,
     Dtype,
+    Embeddings,
     ExampleInputs,
     Model,
     Out,
@@ -20,7 +21,9 @@ from quantdm.cli.app import (
     app,
     batch_size_of,
     given_inputs,
+    table_scheme,
 )
+from quantdm.schemes import TABLE_SCHEME
 
 
 @app.command(epilog="Example: quantdm bank digits-dit --run-dir runs/mine --target-bits 3.0")
@@ -33,6 +36,7 @@ def bank(
     seed: Seed = 0,
     protocol: ProtocolFile = None,
     example_inputs: ExampleInputs = None,
+    embeddings: Embeddings = TABLE_SCHEME.label,
 ) -> None:
     """Start a run and quantize every layer with every option (the first stage of `search`, alone)."""
     from quantdm.pipelines.protocol import load_protocol
@@ -48,6 +52,7 @@ def bank(
         trials=trials,
         seed=seed,
         protocol=None if protocol is None else load_protocol(protocol),
+        embeddings=table_scheme(embeddings),
     )
     describe(run, subject)
     build_bank(run, subject)
@@ -65,6 +70,7 @@ def search(
     protocol: ProtocolFile = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
     example_inputs: ExampleInputs = None,
+    embeddings: Embeddings = TABLE_SCHEME.label,
     batch_size: BatchSize = "auto",
     device: Device = None,
     dtype: Dtype = None,
@@ -86,6 +92,7 @@ def search(
         batch_size=batch_size_of(batch_size),
         device=device,
         dtype=dtype,
+        embeddings=table_scheme(embeddings),
     )
     typer.echo(f"recipe: {run_dir / 'recipe.yaml'}  ({recipe.avg_bits:.4f} bits per weight)")
 

@@ -101,8 +101,9 @@ def _measuring(
     """Return what measures a correction on held-out runs, as `choose_variant` asks for it."""
     with sampling(pipe, None, eta=eta):
         references = [run(pipe) for run in runs]
-    known = resume is not None and resume.is_file()
-    without: list[float] = read_json(resume, version=FIT_VERSION)["measured"].get("none", []) if known else []
+    without: list[float] = []
+    if resume is not None and resume.is_file():
+        without = read_json(resume, version=FIT_VERSION)["measured"].get("none", [])
 
     def measure(candidate: Correction | None) -> list[float]:
         with network(pipe, quantized), sampling(pipe, candidate, eta=eta):

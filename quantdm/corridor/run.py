@@ -13,6 +13,7 @@ from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.plan import plan_run
 from quantdm.corridor.table import show_table
 from quantdm.files import check_output, check_replaceable
+from quantdm.hub.inspection import inspect_target
 from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.machine import checked_device
@@ -35,7 +36,7 @@ from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.tune import tune_run
 from quantdm.runs.why import explain_choice
-from quantdm.schemes import Scheme
+from quantdm.schemes import TABLE_SCHEME, Scheme
 from quantdm.surrogates import SearchSpace
 
 ACTIVATION_BITS = 6
@@ -56,6 +57,7 @@ def run(
     workers: int | None = None,
     tuned: bool = True,
     example_inputs: Mapping[str, Any] | None = None,
+    embeddings: Scheme | None = TABLE_SCHEME,
     batch_size: int | Literal["auto"] = "auto",
     device: str | None = None,
     dtype: str | None = None,
@@ -76,7 +78,7 @@ def run(
         effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
         options: the schemes that every layer may take (None: as the effort has it).
-        protocol, seed, workers, example_inputs, batch_size, device, dtype: as in `search`.
+        protocol, seed, workers, example_inputs, embeddings, batch_size, device, dtype: as in `search`.
         minutes: trials end in time for the other stages to fit, as far as can be told before (None: all trials).
         dry_run: say what every stage would take of time, memory and disk, by estimate, and return that; nothing is
             measured but a few images, nothing is written.
@@ -90,7 +92,7 @@ def run(
     subject = _look(pipe, run_dir, example_inputs, device, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
-        "options": options or level.options, "protocol": protocol, "effort": level.effort,
+        "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
     }  # fmt: skip
     settings = make_settings(subject, **given)
     plan = plan_run(subject, settings, level, workers=workers, tuned=tuned) if dry_run or minutes else None
@@ -103,8 +105,7 @@ def run(
     most = None if plan is None or not minutes else plan.trials_within(start + 60 * minutes, say)
     with Engine(started, subject, workers=workers, batch_size=batch_size) as engine:
         summary = _Way(started, engine, level, say, most).walk(tuned=tuned)
-    _hand_over(started, subject, summary, say, tuned=tuned, start=start)
-    return summary
+    return _hand_over(started, subject, summary, say, tuned=tuned, start=start)
 
 
 def _look(
@@ -190,18 +191,25 @@ class _Way:
         say("[9/10] measure the result on noises that the search never saw")
         draws = final.final_draws(run, images=level.final_images)
         jobs = final.final_jobs(run, space, recipe, spec, correction, None if weights is None else str(weights))
-        rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(subject.pipe), against="recipe")
+        size = ExportSize(subject.pipe, embeddings=run.settings.embeddings)
+        rows = final.measure_rows(run, engine, space, jobs, draws, size, against="recipe")
         final.save_grids(run, engine, jobs, draws[0])
         return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
 
 
-def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say, *, tuned: bool, start: float) -> None:
-    """Export, report, and print the result rows."""
+def _hand_over(
+    run: Run, subject: Subject, summary: dict[str, Any], say: Say, *, tuned: bool, start: float
+) -> dict[str, Any]:
+    """Export, report, print the result rows; return the summary."""
     say("[10/10] export and report")
     export = export_run(run, run.path("export"), tuned=tuned, say=say)
     report = write_report(run.folder)
     save_insights(run.folder)
     show_table(summary)
+    left = inspect_target(str(export))["left"]
+    if left is not None:
+        say(f"         {left}")
     say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB on disk)")
     say(f"report:  {report}")
     say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
+    return summary

@@ -10,6 +10,7 @@ from torch import nn
 
 from quantdm.denoisers.graph import Block, Graph, Node
 from quantdm.denoisers.inventory import LayerRecord
+from quantdm.denoisers.tables import TableRecord
 from quantdm.recipe.joint import joint_prefix
 
 
@@ -28,6 +29,15 @@ def join_layers(layers: Mapping[str, Sequence[LayerRecord]]) -> tuple[LayerRecor
             )
             for record in records
         ]
+    return tuple(found)
+
+
+def join_tables(tables: Mapping[str, Sequence[TableRecord]]) -> tuple[TableRecord, ...]:
+    """Return the embedding tables of all parts under joint names, in order."""
+    found: list[TableRecord] = []
+    for number, (part, records) in enumerate(tables.items()):
+        prefix = joint_prefix(part, number)
+        found += [replace(table, name=prefix + table.name, op_type=prefix + table.op_type) for table in records]
     return tuple(found)
 
 

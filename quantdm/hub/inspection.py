@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,21 @@ from quantdm.errors import QuantDMError
 from quantdm.hub.checkpoint import place_of, prepare_layers_
 from quantdm.hub.config import QuantDMConfig
 from quantdm.hub.header import read_headers
-from quantdm.hub.quantize import model_layers, stored_bits
+from quantdm.hub.left import left_of, told_left
+from quantdm.hub.quantize import check_fits, model_layers, stored_bits
 from quantdm.metrics import relative_error
 from quantdm.modules import packed_layers
 from quantdm.modules.blob import blob_size
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.skeleton import open_skeleton
 from quantdm.pipelines.source import Source, StoredPart, local_path, open_source
-from quantdm.pipelines.stored import read_object, weight_files
+from quantdm.pipelines.stored import SUFFIX, read_object, weight_files
+from quantdm.pipelines.tensor_files import tensors_in
 from quantdm.quantizers import quantize_weight
-from quantdm.recipe import Recipe, load_recipe
-from quantdm.schemes import QuantConfig, Scheme
+from quantdm.quantizers.worth import is_wasteful
+from quantdm.recipe import Recipe, is_table, load_recipe
+from quantdm.recipe.tables import TABLE
+from quantdm.schemes import TABLE_SCHEME, QuantConfig, Scheme
 
 
 def inspect_target(
@@ -53,8 +58,10 @@ def inspect_target(
         config: of the denoiser in a single file, see `open_source`.
 
     Returns:
-        A JSON record. Layers of further parts of the pipeline are named `PART:layer`. SQNR is there where the original
-        weights are: not for an export, and not for a hub id, of which only the configuration is fetched.
+        A JSON record. `layers` also has embedding tables, which bits per weight do not count and bytes do; `left` says
+        what stays unquantized and weighs more than 1 %. Layers of further parts of the pipeline are named `PART:layer`.
+        SQNR is there where the original weights are: not for an export, and not for a hub id, of which only the
+        configuration is fetched.
 
     Raises:
         QuantDMError: nothing there, a recipe that does not fit, or a scheme for what is quantized already.
@@ -64,7 +71,7 @@ def inspect_target(
         raise QuantDMError("inspect: give one of a recipe file, --scheme and --recipe")
     rules = load_recipe(target) if is_recipe else None if recipe is None else load_recipe(recipe)
     if scheme is not None:
-        rules = Recipe(model=target, default=Scheme.parse(scheme).label)
+        rules = Recipe(model=target, default=Scheme.parse(scheme).label, embeddings=TABLE_SCHEME.label)
     if overrides and rules is None:
         raise QuantDMError("inspect: --set changes a scheme or recipe; give --scheme, --recipe or a recipe file too")
     rules = None if rules is None else rules.override(overrides)
@@ -75,18 +82,26 @@ def inspect_target(
     if example_inputs is not None:
         analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
     rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
-    weights = sum(row["num_weights"] for row in rows)
-    bits = sum(row["num_bits"] for row in rows)
     return {
         "model": where,
         "denoiser": type(parts[""]).__name__,
         "layers": rows,
+        **_totals(rows),
+        "file_bytes": _file_bytes(parts, source),
+        "left": _left(parts, rows, source) if any(row["scheme"] for row in rows) else None,
+        "provenance": rules.provenance.source if is_recipe and rules is not None else None,
+    }
+
+
+def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the bytes of all rows; bits per weight are those of Linear and Conv layers."""
+    counted = [row for row in rows if row["kind"] != TABLE]
+    weights, bits = (sum(row[key] for row in counted) for key in ("num_weights", "num_bits"))
+    return {
         "num_weights": weights,
         "avg_bits": bits / weights,
         "num_bits": bits,
         "weight_bytes": sum(row["nbytes"] for row in rows),
-        "file_bytes": _file_bytes(parts, source),
-        "provenance": rules.provenance.source if is_recipe and rules is not None else None,
     }
 
 
@@ -135,9 +150,10 @@ def _rows(
     if rules is not None:
         own = rules if not part_name else rules.component(part_name) if part_name in rules.components else None
         if own is None or (not own.has_rules and own.components):
-            config = QuantConfig.uniform([layer.name for layer in layers], None)
+            config = QuantConfig.uniform([layer.name for layer in layers if not is_table(layer)], None)
         else:
             config = own.resolve(layers)
+        check_fits(config, layers, what=f"recipe for {rules.model}")
     read = _reader(part, source)
     rows = []
     # disable=None: no bar where nobody watches
@@ -146,14 +162,16 @@ def _rows(
         row: dict[str, Any] = {
             "name": f"{part_name}:{layer.name}" if part_name else layer.name,
             "op_type": layer.op_type,
+            "kind": TABLE if is_table(layer) else "weight",
             "block": getattr(layer, "block", ""),
             "shape": list(layer.shape),
             "num_weights": layer.num_weights,
             "quantizers": 1 if layer.split is None else 2,
         }
-        scheme = packed[layer.name].scheme if layer.name in packed else config[layer.name] if config else None
+        scheme = packed[layer.name].scheme if layer.name in packed else config.get(layer.name) if config else None
         row["scheme"] = None if scheme is None else scheme.label
         bits = stored_bits(layer, scheme)
+        row["wasteful"] = scheme is not None and is_wasteful(layer.shape, scheme, layer.split)
         row["num_bits"], row["bits"] = bits, round(bits / layer.num_weights, 4)
         row["nbytes"] = bits // 8 if scheme is None else blob_size(tuple(layer.shape), scheme, layer.split)
         if config is not None:
@@ -177,6 +195,32 @@ def _sqnr_db(layer: Any, scheme: Scheme, read: Callable[[str], torch.Tensor]) ->
     quantized = quantize_weight(weight, scheme, split=layer.split, name=layer.name)
     error = relative_error(quantized.dequantize(dtype=torch.float32), weight)
     return None if error == 0 else round(-10 * math.log10(error), 2)
+
+
+def _left(parts: Mapping[str, nn.Module], rows: Sequence[Mapping[str, Any]], source: Source | None) -> str | None:
+    """Return one line on what stays unquantized, of all that the pipeline's files hold."""
+    packed = {row["name"]: row["nbytes"] for row in rows if row["scheme"] is not None}
+    shown, left, total = {id(part) for part in parts.values()}, Counter[str](), sum(packed.values())
+    for part_name, part in parts.items():
+        prefix = f"{part_name}:" if part_name else ""
+        sizes = _sizes(part, source)
+        rest = {k: n for k, n in sizes.items() if f"{prefix}{k.removesuffix('.weight')}" not in packed}
+        left += left_of(part, rest)
+    for name, part in {} if source is None else source.parts.items():
+        if source is not None and id(source.models[name]) not in shown:
+            left[f"the whole {name}"] += sum(file.stat().st_size for file in part.files)
+    return told_left(left, total + sum(left.values()))
+
+
+def _sizes(part: nn.Module, source: Source | None) -> dict[str, int]:
+    """Return the bytes of every tensor of a network as it is stored, packed ones left out."""
+    stored = (
+        None if source is None else next((source.parts.get(n) for n, m in source.models.items() if m is part), None)
+    )
+    if stored is None:
+        return {k: t.nbytes for k, t in part.state_dict().items() if not k.endswith(SUFFIX)}
+    tensors = stored.tensors or tensors_in(stored.files)
+    return {key: tensor.meta.nbytes for key, tensor in tensors.items() if not key.endswith(SUFFIX)}
 
 
 def _file_bytes(parts: Mapping[str, nn.Module], source: Source | None) -> int | None:

@@ -9,6 +9,7 @@ from quantdm.errors import QuantDMError
 from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, read_json, write_text
 from quantdm.hub.export import configuration_digest
 from quantdm.hub.header import read_headers
+from quantdm.hub.inspection import inspect_target
 from quantdm.hub.replace import CARD, CORRECTION_FILE, INDEX, RECIPE_FILE
 from quantdm.metrics.statistics import spread
 from quantdm.pipelines.parts import DENOISER_NAMES
@@ -93,12 +94,14 @@ def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None) -> s
     sizes = {path.name: _bytes(path) for path in sorted(folder.iterdir()) if path.is_dir() and _bytes(path)}
     parts = ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in sizes.items())
     title = f"{Path(recipe.model).name}" + (f", {bits:.2f} bits per weight" if bits is not None else ", quantized")
+    left = inspect_target(str(folder))["left"]
     other = f" Also quantized: {', '.join(recipe.components)}." if recipe.components else ""
     sections = [
         f"---\n{yaml.safe_dump(_head(recipe, index), sort_keys=False)}---",
         f"# {title}",
         f"A {index.get('_class_name')} whose denoiser ({config.get('_class_name')}) is quantized layer by layer with "
-        f"quantdm, from `{recipe.model}`.{other} Weight files: {parts}.",
+        f"quantdm, from `{recipe.model}`.{other} Weight files: {parts}."
+        + ("" if left is None else f" {left[0].upper()}{left[1:]}."),
         f"## Load it\n\n```python\n{snippet(folder, index, config)}\n```",
         "## Results\n\n" + (_results(summary) if summary is not None else _unmeasured(recipe)),
         "## Recipe\n\n" + _recipe(recipe),

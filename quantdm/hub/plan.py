@@ -14,10 +14,10 @@ from quantdm.denoisers.given_inputs import describe_inputs
 from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.hub.config import QuantDMConfig
-from quantdm.hub.quantize import Bank, average_bits, model_layers
+from quantdm.hub.quantize import Bank, average_bits, check_fits, model_layers
 from quantdm.hub.targets import targets
 from quantdm.pipelines.parts import inputs_by_part
-from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, check_layers, load_recipe
+from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
 
 
@@ -58,7 +58,7 @@ def plan_recipe(
         _check_activations(model, config.activations)
         layers = model_layers(model)
         schemes = config.schemes_for(layers)
-        check_layers(schemes, {layer.name: None for layer in layers}, what=config.what)
+        check_fits(schemes, layers, what=config.what)
         config.avg_bits = round(average_bits(layers, schemes), 6)
         plans.append(Plan(model, config, schemes, stored))
     return plans

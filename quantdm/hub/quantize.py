@@ -12,12 +12,14 @@ from transformers import PreTrainedModel
 
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.denoisers.names import op_type_of, weights_below
+from quantdm.denoisers.tables import TableRecord, list_tables
+from quantdm.denoisers.weights import weight_specs
 from quantdm.errors import QuantDMError
 from quantdm.hub.ties import untie_packed_
 from quantdm.modules.packed import PackedLayer, packed_layers
-from quantdm.modules.swap import PACKED_CLASSES, check_replaceable, dequantize_module_, quantize_module_
+from quantdm.modules.swap import check_replaceable, dequantize_module_, quantize_module_
 from quantdm.quantizers import QuantizedWeight, count_bits, quantize_weight
-from quantdm.recipe import check_layers
+from quantdm.recipe import check_layers, is_table
 from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
 
 
@@ -48,27 +50,52 @@ class PlainLayer:
         return math.prod(self.shape)
 
 
-def model_layers(model: nn.Module) -> Sequence[LayerRecord | PlainLayer]:
-    """Return the quantizable layers of a denoiser, VAE or text encoder.
+AnyLayer = LayerRecord | PlainLayer | TableRecord
+
+
+def model_layers(model: nn.Module) -> Sequence[AnyLayer]:
+    """Return the quantizable layers of a denoiser, VAE or text encoder: Linear and Conv layers, then embedding tables.
 
     Text encoders have no long skips and are not traced: there, every Linear and Conv layer is one.
     """
     if not isinstance(model, PreTrainedModel):
-        return list_layers(model)
-    found = {n: m for n, m in model.named_modules() if isinstance(m, tuple(PACKED_CLASSES))}
-    below = weights_below(found)
-    return [PlainLayer(n, op_type_of(n, below), tuple(m.weight.shape)) for n, m in found.items()]  # type: ignore[union-attr,arg-type]
+        return [*list_layers(model), *list_tables(model)]
+    specs = weight_specs(model)
+    below = weights_below(spec.name for spec in specs)
+    plain = [PlainLayer(spec.name, op_type_of(spec.name, below), spec.shape) for spec in specs]
+    return [*plain, *list_tables(model)]
 
 
-def stored_bits(layer: LayerRecord | PlainLayer, scheme: Scheme | None) -> int:
+def check_fits(config: QuantConfig, layers: Sequence[AnyLayer], *, what: str) -> None:
+    """Check that a config covers the Linear and Conv layers of a model, and that its tables can take their schemes.
+
+    Raises:
+        QuantDMError: names the first layers that differ, or a table with a calibrated scheme.
+    """
+    tables = [layer.name for layer in layers if is_table(layer)]
+    check_layers(config, [layer.name for layer in layers if not is_table(layer)], tables=tables, what=what)
+    for name in tables:
+        scheme = config.get(name)
+        if scheme is not None and scheme.calibration is not None:
+            raise QuantDMError(
+                f"{name}: {scheme} is calibrated on the inputs of a layer, and an embedding table has none; "
+                "choose a scheme without calibration"
+            )
+
+
+def stored_bits(layer: AnyLayer, scheme: Scheme | None) -> int:
     """Return the exact bits of a layer's weight; an unquantized one counts ORIGINAL_BITS a weight."""
     if scheme is None:
         return layer.num_weights * ORIGINAL_BITS
     return count_bits(layer.shape, scheme, layer.split)
 
 
-def average_bits(layers: Sequence[LayerRecord | PlainLayer], config: QuantConfig) -> float:
-    """Return the bits per weight of a config, overhead included; unquantized layers count ORIGINAL_BITS."""
+def average_bits(layers: Sequence[AnyLayer], config: QuantConfig) -> float:
+    """Return the bits per Linear and Conv weight of a config, overhead included; unquantized ones have ORIGINAL_BITS.
+
+    Embedding tables are not counted, as nobody counts them; their bytes are.
+    """
+    layers = [layer for layer in layers if not is_table(layer)]
     bits = sum(stored_bits(layer, config[layer.name]) for layer in layers)
     return bits / sum(layer.num_weights for layer in layers)
 
@@ -91,14 +118,16 @@ def pack_layers(
     Raises:
         QuantDMError: as `quantize_layers_`.
     """
-    splits = {layer.name: layer.split for layer in model_layers(model)}
-    check_layers(config, splits, what=what)
+    layers = model_layers(model)
+    splits = {layer.name: layer.split for layer in layers}
+    check_fits(config, layers, what=what)
     done = packed_layers(model)
     if done:
         raise QuantDMError(
             f"{type(model).__name__} is already quantized ({len(done)} layers); dequantize() it or load the original"
         )
-    names = [name for name in splits if config[name] is not None]
+    names = [name for name in splits if config.get(name) is not None]
+    tables = {layer.name for layer in layers if is_table(layer)}  # which no bank has: they need no inputs
     for name in names:
         layer = model.get_submodule(name)
         check_replaceable(layer, name)
@@ -108,7 +137,7 @@ def pack_layers(
     for name in tqdm(names, desc="quantize", unit="layer", delay=2, leave=False):
         scheme = config[name]
         assert scheme is not None
-        if bank is not None:
+        if bank is not None and name not in tables:
             found = bank.get(name, scheme)
             # "of the weight before": that of this model, whatever the bank was built from
             quantized[name] = replace(found, dtype=model.get_submodule(name).weight.dtype)  # type: ignore[union-attr]

@@ -1,5 +1,6 @@
 """The size of the weight files that an export writes for its denoiser, to the byte, without writing them."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,14 +12,16 @@ from torch import nn
 from quantdm.errors import QuantDMError
 from quantdm.hub.export import lossless_dtype
 from quantdm.hub.header import LayerEntry, header_text
-from quantdm.hub.quantize import model_layers, stored_bits
+from quantdm.hub.left import left_of
+from quantdm.hub.quantize import check_fits, model_layers, stored_bits
 from quantdm.hub.shards import lay_out
 from quantdm.hub.streaming import DIFFUSERS, kept_in_float32
 from quantdm.modules.blob import blob_size
 from quantdm.modules.packed import packed_layers
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.stored import HEADER_KEY, SUFFIX
-from quantdm.recipe import check_layers, split_name
+from quantdm.recipe import is_table, split_name
+from quantdm.recipe.joint import joint_prefix
 from quantdm.schemes import QuantConfig, Scheme
 
 Config = Mapping[str, Scheme | None]
@@ -34,14 +37,18 @@ class ExportSize:
 
     Args:
         pipe: the full-precision pipeline; layers of further denoisers are called `PART:layer`.
+        embeddings: scheme, or label, of embedding tables that a config does not name (None: they stay as they are).
 
     Raises:
         QuantDMError: it is quantized already.
     """
 
-    def __init__(self, pipe: DiffusionPipeline) -> None:
+    def __init__(self, pipe: DiffusionPipeline, *, embeddings: Scheme | str | None = None) -> None:
+        scheme = Scheme.parse(embeddings) if isinstance(embeddings, str) else embeddings
         denoisers = find_denoisers(pipe).items()
-        self.parts = {name: PartSize(denoiser, lossless_dtype(denoiser)) for name, denoiser in denoisers}
+        self.parts = {
+            name: PartSize(denoiser, lossless_dtype(denoiser), embeddings=scheme) for name, denoiser in denoisers
+        }
 
     def of(self, config: Config | Mapping[str, str | None] | None) -> int:
         """Return the bytes of the safetensors files for a config (None: the denoisers as they are).
@@ -53,11 +60,31 @@ class ExportSize:
         """
         if config is None:
             return sum(part.of(None) for part in self.parts.values())
+        found = self._by_part(config)
+        return sum(part.of(found[name]) for name, part in self.parts.items())
+
+    def with_tables(self, config: Config | Mapping[str, str | None]) -> dict[str, str | None]:
+        """Return layer name -> label of a config, with the embedding tables that take the scheme of this size."""
+        found = self._by_part(config)
+        return {
+            joint_prefix(name, number) + layer: label
+            for number, (name, part) in enumerate(self.parts.items())
+            for layer, label in part.with_tables(found[name]).items()
+        }
+
+    def left(self, config: Config | Mapping[str, str | None]) -> Counter[str]:
+        """Return kind -> bytes of what a config leaves in its original precision."""
+        found, left = self._by_part(config), Counter[str]()
+        for name, part in self.parts.items():
+            left += part.left(found[name])
+        return left
+
+    def _by_part(self, config: Config | Mapping[str, str | None]) -> dict[str, dict[str, str | None]]:
         found: dict[str, dict[str, str | None]] = {part: {} for part in self.parts}
         for name, scheme in config.items():
             part, own = split_name(name, tuple(self.parts))
             found[part][own] = None if scheme is None else str(scheme)
-        return sum(part.of(found[name]) for name, part in self.parts.items())
+        return found
 
     def extremes(self, options: Sequence[Scheme]) -> tuple[int, int]:
         """Return the bytes of the smallest and of the largest files that these options allow."""
@@ -73,48 +100,75 @@ class ExportSize:
 class PartSize:
     """What an export stores of one denoiser; see `ExportSize`."""
 
-    def __init__(self, denoiser: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, denoiser: nn.Module, dtype: torch.dtype, *, embeddings: Scheme | None = None) -> None:
         if packed_layers(denoiser):
             raise QuantDMError(f"{type(denoiser).__name__} is quantized already; give the full-precision pipeline")
         found = {layer.name: layer for layer in model_layers(denoiser)}
         names = dict.fromkeys(name for name, _ in denoiser.named_modules() if name in found)  # the order in the header
         self.layers = {name: found[name] for name in names}
-        self.num_weights = sum(layer.num_weights for layer in found.values())
+        self._denoiser, self._embeddings = denoiser, embeddings
+        self._tables = {name for name, layer in found.items() if is_table(layer)}
+        self.num_weights = sum(layer.num_weights for layer in found.values() if not is_table(layer))
         self._tensors = stored_tensors_of(denoiser, dtype)
 
     def of(self, config: Mapping[str, str | None] | None) -> int:
         """Return the bytes of the safetensors files for a config of labels (None: the denoiser as it is)."""
         if config is None:
             return _files_bytes(self._tensors, {"format": "pt"})
-        schemes = QuantConfig.from_labels(config)
-        check_layers(schemes, self.layers, what="config")
-        tensors, table = self._packed({name: schemes[name] for name in self.layers})
+        tensors, table = self._of(config)
         text = header_text(table, [0] * len(table), [0] * (len(tensors) - len(table)))
         return _files_bytes(tensors, {"format": "pt", HEADER_KEY: text})
+
+    def with_tables(self, config: Mapping[str, str | None]) -> dict[str, str | None]:
+        """Return a config with the tables that it does not name, where these are quantized."""
+        own = {} if self._embeddings is None else dict.fromkeys(sorted(self._tables), self._embeddings.label)
+        return {**own, **config}
+
+    def left(self, config: Mapping[str, str | None]) -> Counter[str]:
+        """Return kind -> bytes of what a config leaves in its original precision."""
+        return left_of(self._denoiser, {name: tensor.nbytes for name, tensor in self._of(config)[0].items()})
+
+    def _of(self, config: Mapping[str, str | None]) -> tuple[dict[str, torch.Tensor], dict[str, LayerEntry]]:
+        schemes = QuantConfig.from_labels(self.with_tables(config))
+        check_fits(schemes, [*self.layers.values()], what="config")
+        return self._packed({name: schemes.get(name) for name in self.layers})
 
     def extremes(self, options: Sequence[Scheme]) -> tuple[int, int]:
         """Return the bytes of the smallest and of the largest files that these options allow."""
         least, most = (
-            self.of({name: pick(options, key=lambda s: self._order(name, s)).label for name in self.layers})
+            self.of({name: pick(options, key=lambda s: self._order(name, s)).label for name in self._searched})
             for pick in (min, max)
         )
         return least, most
+
+    @property
+    def _searched(self) -> list[str]:
+        return [name for name in self.layers if name not in self._tables]
 
     def most_overhead(self, options: Sequence[Scheme]) -> int:
         """Return the most bits that any choice of these options stores besides the bits of its weights.
 
         The longest header and the widest padding of every layer: some bytes per layer more than a given choice needs.
         """
-        widest = {name: max(options, key=lambda s: self._order(name, s)) for name in self.layers}
+        widest: dict[str, Scheme | None] = dict.fromkeys(self.layers, self._embeddings)  # tables have no options
+        widest |= {name: max(options, key=lambda s: self._order(name, s)) for name in self._searched}
         tensors, table = self._packed(widest)
-        text = header_text(table, [0] * len(table), [0] * (len(tensors) - len(table)), longest_of=options)
-        blobs = sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith(SUFFIX))
+        text = header_text(
+            table, [0] * len(table), [0] * (len(tensors) - len(table)), longest_of=self._possible(options)
+        )
+        searched = {f"{name}{SUFFIX}" for name in self._searched}
+        blobs = sum(tensor.nbytes for name, tensor in tensors.items() if name in searched)
         rest = _files_bytes(tensors, {"format": "pt", HEADER_KEY: text}) - blobs
         padding = sum(
             max(8 * blob_size(layer.shape, scheme, layer.split) - stored_bits(layer, scheme) for scheme in options)
-            for layer in self.layers.values()
+            for layer in (self.layers[name] for name in self._searched)
         )
         return 8 * rest + padding
+
+    def _possible(self, options: Sequence[Scheme]) -> list[Scheme]:
+        """Return the schemes that a header can list."""
+        own = [self._embeddings] if self._embeddings is not None and self._tables else []
+        return list(dict.fromkeys([*own, *options]))
 
     def _order(self, name: str, scheme: Scheme) -> tuple[int, int]:
         layer = self.layers[name]

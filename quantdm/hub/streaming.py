@@ -73,7 +73,7 @@ def prepare(plan: Plan, stored: StoredPart) -> Work:
     model, dtypes = plan.model, stored_dtypes(plan.model, stored)
     table = {}
     for layer in model_layers(model):
-        scheme = plan.schemes[layer.name]
+        scheme = plan.schemes.get(layer.name)
         if scheme is None:
             continue
         dtype = dtypes[f"{layer.name}.weight"]
@@ -231,7 +231,8 @@ def _write_layers(
 def _write_layer(work: Work, name: str, shards: Shards, place: str, part: str, workplace: Workplace) -> int:
     """Quantize and write one layer, unless it is finished and its weight is what it was; return its checksum."""
     entry, key = work.table[name], f"{name}{SUFFIX}"
-    if work.plan.bank is not None:
+    is_table = isinstance(work.plan.model.get_submodule(name), nn.Embedding)  # no bank has tables
+    if work.plan.bank is not None and not is_table:
         quantized = replace(work.plan.bank.get(name, entry.scheme), dtype=entry.dtype)
         if (quantized.scheme, quantized.split, tuple(quantized.shape)) != (entry.scheme, entry.split, entry.shape):
             raise QuantDMError(

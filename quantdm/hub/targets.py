@@ -9,8 +9,9 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from quantdm.denoisers.analysis import analyse
-from quantdm.denoisers.ensemble import join_layers
+from quantdm.denoisers.ensemble import join_layers, join_tables
 from quantdm.denoisers.inventory import list_layers
+from quantdm.denoisers.tables import list_tables
 from quantdm.errors import QuantDMError
 from quantdm.hub.quantize import Bank
 from quantdm.pipelines.parts import find_denoisers, inputs_by_part
@@ -49,11 +50,14 @@ def targets(pipe: Any, recipe: Recipe | QuantConfig, bank: Bank | None) -> list[
 def joint_labels(
     pipe: DiffusionPipeline, recipe: Recipe, example_inputs: Mapping[str, Any] | None = None
 ) -> dict[str, str | None]:
-    """Return layer name -> label of all denoisers of a pipeline under a recipe (see `joint_config`)."""
+    """Return layer name -> label of all denoisers of a pipeline under a recipe (see `joint_config`), without tables."""
     for module, given in inputs_by_part(pipe, example_inputs):
         analyse(module, example_inputs=given)  # from here on they are known
     layers = {name: list_layers(module) for name, module in find_denoisers(pipe).items()}
-    return joint_config(recipe, join_layers(layers), tuple(layers)).to_labels()
+    weights = join_layers(layers)
+    tables = join_tables({name: list_tables(module) for name, module in find_denoisers(pipe).items()})
+    found = joint_config(recipe, [*weights, *tables], tuple(layers)).to_labels()
+    return {layer.name: found[layer.name] for layer in weights}
 
 
 def _split(config: QuantConfig, parts: tuple[str, ...]) -> dict[str, Rules]:

@@ -12,6 +12,7 @@ from quantdm.modules.packed import (
 )
 from quantdm.modules.residency import dense_weights, set_residency
 from quantdm.modules.swap import dequantize_module_, quantize_module_
+from quantdm.modules.table import QuantEmbedding
 
 __all__ = [
     "RESIDENCIES",
@@ -19,6 +20,7 @@ __all__ = [
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
+    "QuantEmbedding",
     "QuantLinear",
     "Residency",
     "dense_weights",

@@ -8,6 +8,7 @@ from torch import nn
 from quantdm.errors import QuantDMError
 from quantdm.modules.lookup import answer_for_weights_
 from quantdm.modules.packed import PackedLayer, QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear, torch_class
+from quantdm.modules.table import QuantEmbedding
 from quantdm.quantizers import QuantizedWeight
 
 PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
@@ -15,6 +16,7 @@ PACKED_CLASSES: dict[type[nn.Module], type[PackedLayer]] = {
     nn.Conv1d: QuantConv1d,
     nn.Conv2d: QuantConv2d,
     nn.Conv3d: QuantConv3d,
+    nn.Embedding: QuantEmbedding,
 }
 
 
@@ -23,7 +25,7 @@ def packed_class(base: type[nn.Module]) -> type[PackedLayer]:
     if base in PACKED_CLASSES:
         return PACKED_CLASSES[base]
     if not issubclass(base, tuple(PACKED_CLASSES)):
-        raise QuantDMError(f"layer: got {base.__name__}, expected nn.Linear or nn.Conv1d/2d/3d")
+        raise QuantDMError(f"layer: got {base.__name__}, expected nn.Linear, nn.Conv1d/2d/3d or nn.Embedding")
     # A subclass with its own forward keeps it; there `self.weight` decodes itself inside any torch function.
     return type(f"Quant{base.__name__}", (PackedLayer, base), {})
 
@@ -49,7 +51,8 @@ def new_packed_layer(layer: nn.Module) -> PackedLayer:
     packed.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in own})
     packed.keep_("packed")
     packed.training = layer.training
-    packed._parameters["bias"] = layer._parameters.get("bias")
+    if "bias" in layer._parameters:
+        packed._parameters["bias"] = layer._parameters["bias"]
     return packed
 
 
@@ -92,6 +95,7 @@ def dequantize_module_(parent: nn.Module, name: str) -> nn.Module:
     described = layer.__dict__.keys() | PackedLayer.__annotations__.keys()
     layer.__dict__.update({key: value for key, value in packed.__dict__.items() if key not in described})
     layer.training = packed.training
-    layer._parameters.update(weight=nn.Parameter(packed.dequantize()), bias=packed._parameters["bias"])
+    layer._parameters.update({"weight": nn.Parameter(packed.dequantize()), **packed._parameters})
+    del layer._parameters["packed"]
     set_layer_(parent, name, layer)
     return layer

@@ -13,10 +13,11 @@ from torch import nn
 
 from quantdm.denoisers.analysis import analyse
 from quantdm.denoisers.calls import Recording, record_calls
-from quantdm.denoisers.ensemble import join_graphs, join_layers, join_weights
+from quantdm.denoisers.ensemble import join_graphs, join_layers, join_tables, join_weights
 from quantdm.denoisers.given_inputs import describe_inputs
 from quantdm.denoisers.graph import Graph
 from quantdm.denoisers.inventory import LayerRecord, layers_of
+from quantdm.denoisers.tables import TableRecord, list_tables
 from quantdm.errors import QuantDMError
 from quantdm.machine import best_device
 from quantdm.pipelines.casting import in_dtype
@@ -67,6 +68,11 @@ class Subject:
     def layers(self) -> tuple[LayerRecord, ...]:
         """The layers of all denoisers; those of further ones are called `PART:layer`."""
         return join_layers(self.part_layers)
+
+    @cached_property
+    def tables(self) -> tuple[TableRecord, ...]:
+        """The embedding tables of all denoisers, under joint names."""
+        return join_tables({name: list_tables(module) for name, module in self.denoisers.items()})
 
     @cached_property
     def graph(self) -> Graph:

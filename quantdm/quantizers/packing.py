@@ -76,6 +76,28 @@ def unpack_codes(packed: Tensor, bits: int, count: int, out: Tensor | None = Non
     return out
 
 
+def unpack_at(packed: Tensor, bits: int, count: int, places: Tensor) -> Tensor:
+    """Unpack the codes at some `places` (int64, each below `count`) alone; uint8 in the shape of `places`.
+
+    Raises:
+        QuantDMError: as `unpack_codes`.
+    """
+    _check(packed, bits, "packed codes")
+    if packed.numel() != packed_size(count, bits):
+        expected = packed_size(count, bits)
+        raise QuantDMError(f"packed codes: got {packed.numel()} bytes, expected {expected} for {count} x {bits} bits")
+    codes = torch.zeros(places.shape, dtype=torch.uint8, device=packed.device)
+    eighth, first, offset = packed.numel() // bits, 0, 0
+    for width in PLANE_WIDTHS[bits]:
+        size = width * eighth
+        low = places.div(size, rounding_mode="floor").mul_(width).to(torch.uint8)
+        field = packed[first + places % size].bitwise_right_shift_(low) & (2**width - 1)
+        codes |= field << offset
+        first += size
+        offset += width
+    return codes
+
+
 def _move_field(source: Tensor, low: int, width: int, offset: int, out: Tensor) -> None:
     """Write the `width` bits of each byte that start at bit `low` to `out`, where they start at bit `offset`."""
     if low >= offset:

@@ -8,7 +8,7 @@ exact.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from quantdm.errors import QuantDMError
 from quantdm.quantizers import log2, shared, uniform
 from quantdm.quantizers.hadamard import rotate
-from quantdm.quantizers.packing import packed_size, unpack_codes
+from quantdm.quantizers.packing import packed_size, unpack_at, unpack_codes
 from quantdm.quantizers.rows import pieces, row_blocks, row_layout
 from quantdm.quantizers.tables import gather_
 from quantdm.schemes import Scheme
@@ -89,6 +89,30 @@ class QuantizedWeight:
         if self.scheme.hadamard:  # it was rotated before it was quantized; a rotation is its own inverse
             return out.copy_(rotate(target, 1, seam=self.split).clamp_(-limit, limit))
         return out if target is out else out.copy_(target)
+
+    def rows(self, index: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+        """Decode some rows alone, [len(index), *shape[1:]]: bit by bit those of `dequantize`.
+
+        Args:
+            index: int64 [R], each below the number of rows.
+            dtype: as in `dequantize`.
+
+        Raises:
+            QuantDMError: a weight that is split.
+        """
+        if self.split is not None:
+            raise QuantDMError(f"rows: the weight is split at input channel {self.split}; decode it as a whole")
+        dtype = dtype or self.dtype
+        columns = math.prod(self.shape[1:])
+        places = index[:, None] * columns + torch.arange(columns, device=index.device)
+        codes = unpack_at(self.tensors["codes"], self.scheme.bits, self.shape[0] * columns, places)
+        target = torch.float32 if self.scheme.hadamard else dtype
+        out = torch.empty((len(index), *self.shape[1:]), dtype=target, device=codes.device)
+        limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
+        if len(index):
+            tensors = _parameters_at(self.scheme, self.tensors, index)
+            _decode_codes_(out.view(len(index), -1), codes, self.scheme, tensors, limit)
+        return rotate(out, 1).clamp_(-limit, limit).to(dtype) if self.scheme.hadamard else out
 
 
 def stored_tensors(
@@ -189,13 +213,28 @@ def tables_of(scheme: Scheme, parameters: dict[str, Tensor]) -> Tensor:
 
 def _decode_half_(columns: Tensor, scheme: Scheme, tensors: dict[str, Tensor], limit: float) -> None:
     """Decode into `columns` [C, n], a view of the whole weight's matrix."""
-    lines = columns.shape[0]
     codes = unpack_codes(tensors["codes"], scheme.bits, columns.numel()).view(columns.shape)
+    _decode_codes_(columns, codes, scheme, tensors, limit)
+
+
+def _parameters_at(scheme: Scheme, tensors: Mapping[str, Tensor], index: Tensor) -> dict[str, Tensor]:
+    """Return what decodes some rows of a weight; the scales of shared codebooks without their steps."""
+    found = {name: tensors[name] for name in parameters_of(scheme) if name not in ("codes", "scale_step")}
+    if scheme.granularity == "tensor":
+        return found
+    if scheme.granularity == "shared":
+        return found | {"scale": shared.scales_of(tensors["scale"], tensors.get("scale_step"))[index]}
+    return {name: value if name == "factor" else value[index] for name, value in found.items()}
+
+
+def _decode_codes_(columns: Tensor, codes: Tensor, scheme: Scheme, tensors: Mapping[str, Tensor], limit: float) -> None:
+    """Decode codes [C, n] with the parameters of their rows into `columns`."""
+    lines = columns.shape[0]
     zero_point = tensors.get("zero_point")
     if scheme.symmetric:
         zero_point = torch.full_like(tensors["scale"], 2 ** (scheme.bits - 1))
     # Equal steps are multiplied, which is quicker than looking them up.
-    values = tables_of(scheme, tensors) if zero_point is None else tensors["scale"].float()[:, :, None]
+    values = tables_of(scheme, dict(tensors)) if zero_point is None else tensors["scale"].float()[:, :, None]
     values = values * tensors["factor"]
     if scheme.granularity == "tensor" and columns.is_contiguous():
         codes, columns = codes.view(1, -1), columns.view(1, -1)

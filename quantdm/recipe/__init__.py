@@ -1,6 +1,6 @@
 """The recipe: the chosen config with activations, correction and where it comes from."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from quantdm.recipe.activations import ActivationScheme, ActivationSpec
 from quantdm.recipe.calibration import CalibrationSpec
@@ -18,16 +18,19 @@ from quantdm.recipe.schema import (
     recipe_schema,
     weights_digest,
 )
+from quantdm.recipe.tables import is_table
 from quantdm.schemes import QuantConfig
 
 
-def check_layers(config: QuantConfig, layer_names: Iterable[str], *, what: str = "recipe") -> None:
-    """Check that a config covers exactly the layers of a denoiser.
+def check_layers(
+    config: QuantConfig, layer_names: Iterable[str], *, tables: Collection[str] = (), what: str = "recipe"
+) -> None:
+    """Check that a config covers exactly the layers of a denoiser, and perhaps some of its embedding tables.
 
     Raises:
         QuantDMError: names the first layers that differ.
     """
-    check_names(config, list(layer_names), what=what)
+    check_names([name for name in config if name not in tables], list(layer_names), what=what)
 
 
 __all__ = [
@@ -43,6 +46,7 @@ __all__ = [
     "Rules",
     "check_layers",
     "check_recipe_path",
+    "is_table",
     "joint_config",
     "joint_rules",
     "load_recipe",

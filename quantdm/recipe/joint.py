@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from quantdm.recipe.rules import Layer
 from quantdm.recipe.schema import Recipe, Rules
+from quantdm.recipe.tables import is_table
 from quantdm.schemes import QuantConfig, Scheme
 
 SEPARATOR = ":"
@@ -18,6 +19,7 @@ class _Own(NamedTuple):
 
     name: str
     op_type: str
+    kind: str
 
 
 def joint_prefix(part: str, number: int) -> str:
@@ -34,6 +36,8 @@ def split_name(name: str, parts: Sequence[str]) -> tuple[str, str]:
 def joint_config(recipe: Recipe, layers: Iterable[Layer], parts: Sequence[str]) -> QuantConfig:
     """Return the scheme of every layer of every denoiser; a denoiser without rules stays in its original precision.
 
+    Embedding tables are among them if `layers` has their records and they do not stay as they are.
+
     Args:
         recipe: patterns and types are resolved.
         layers: those of all denoisers, under joint names and operation types.
@@ -46,20 +50,34 @@ def joint_config(recipe: Recipe, layers: Iterable[Layer], parts: Sequence[str]) 
     schemes: dict[str, Scheme | None] = {}
     for part in parts:
         own = {layer.name: layer for layer in layers if split_name(layer.name, parts)[0] == part}
-        records = [_Own(*(split_name(text, parts)[1] for text in (la.name, la.op_type))) for la in own.values()]
+        records = [
+            _Own(split_name(la.name, parts)[1], split_name(la.op_type, parts)[1], getattr(la, "kind", ""))
+            for la in own.values()
+        ]
         rules: Recipe | None = recipe
         if part != parts[0]:
             rules = recipe.component(part) if part in recipe.components else None
         found = {} if rules is None else rules.resolve(records, what=f"recipe for {rules.model}")
-        schemes |= {name: found[record.name] if found else None for name, record in zip(own, records, strict=True)}
-    return QuantConfig({layer.name: schemes[layer.name] for layer in layers})
+        for name, record in zip(own, records, strict=True):
+            if record.name in found or not is_table(record):
+                schemes[name] = found[record.name] if found else None
+    return QuantConfig({layer.name: schemes[layer.name] for layer in layers if layer.name in schemes})
 
 
-def joint_rules(labels: Mapping[str, str | None], parts: Sequence[str]) -> dict[str, Any]:
-    """Return the `layers` and `components` of the recipe that a joint config means (the inverse of `joint_config`)."""
+def joint_rules(
+    labels: Mapping[str, str | None], parts: Sequence[str], *, embeddings: str | None = None
+) -> dict[str, Any]:
+    """Return the rules of the recipe that a joint config means (the inverse of `joint_config`).
+
+    Args:
+        labels: layer name -> label.
+        parts: the denoisers, the main one first.
+        embeddings: label of their embedding tables (None: they stay as they are).
+    """
     found: dict[str, dict[str, str | None]] = {part: {} for part in parts}
     for name, label in labels.items():
         part, own = split_name(name, parts)
         found[part][own] = label
     main, *others = parts
-    return {"layers": found[main], "components": {part: Rules(layers=found[part]) for part in others}}
+    components = {part: Rules(layers=found[part], embeddings=embeddings) for part in others}
+    return {"layers": found[main], "components": components, "embeddings": embeddings}

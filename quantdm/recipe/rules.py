@@ -1,7 +1,7 @@
 """How rules meet the layers of a model: globs, regular expressions, precedence, and names that match nothing."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
@@ -99,7 +99,7 @@ def resolve_rules(
     return labels
 
 
-def check_names(exact: Mapping[str, Any], layer_names: Sequence[str], *, what: str) -> None:
+def check_names(exact: Collection[str], layer_names: Sequence[str], *, what: str) -> None:
     """Check that exact names cover exactly the layers of a model.
 
     Raises:

@@ -12,6 +12,7 @@ from quantdm.files import YAML_COMMENT, check_output, check_replaceable, digest,
 from quantdm.recipe.activations import ActivationSpec
 from quantdm.recipe.calibration import CalibrationSpec
 from quantdm.recipe.rules import Layer, check_pattern, pattern_matcher, resolve_rules
+from quantdm.recipe.tables import is_table, split_rules
 from quantdm.schemes import QuantConfig, Scheme
 
 RECIPE_VERSION = 1
@@ -54,12 +55,16 @@ class Rules(BaseModel):
     """Which scheme each layer of one model takes: exact name > first matching pattern > operation type > default.
 
     A scheme is a label such as `kmeans-channel-4`; `original` (or null) leaves a layer in its original precision.
+    Embedding tables are reached by rules that reach nothing else; every other one takes `embeddings`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     default: Annotated[str | None, AfterValidator(_check_default)] = Field(
         default=None, description="scheme of every layer that no other rule reaches; absent: there must be none"
+    )
+    embeddings: Annotated[str | None, AfterValidator(_check_default)] = Field(
+        default=None, description="scheme of every embedding table that no other rule reaches; absent: stays original"
     )
     types: Labels = Field(default_factory=dict, description="operation type, as `quantdm inspect` shows it -> scheme")
     patterns: Labels = Field(
@@ -77,26 +82,28 @@ class Rules(BaseModel):
     @property
     def has_rules(self) -> bool:
         """Whether there is any rule at all."""
-        return bool(self.layers or self.patterns or self.types) or self.default is not None
+        return bool(self.layers or self.patterns or self.types or self.embeddings) or self.default is not None
 
     @property
     def is_exact(self) -> bool:
-        """Whether every scheme is given to an exact layer name."""
+        """Whether the scheme of every Linear and Conv layer is given to its exact name."""
         return not (self.patterns or self.types) and self.default is None
 
     def resolve(self, layers: Iterable[Layer], *, what: str = "recipe") -> QuantConfig:
         """Return the scheme of every layer of a model.
 
         Args:
-            layers: records with `name` and `op_type`, e.g. those of `quantdm.list_layers(denoiser)`.
+            layers: records with `name` and `op_type`, e.g. those of `quantdm.list_layers(denoiser)`; with those of
+                `quantdm.list_tables(denoiser)` the result also has every table that does not stay as it is.
             what: names the rules in errors.
 
         Raises:
             QuantDMError: a layer without a scheme, or a name, pattern or type that matches nothing; with the nearest.
         """
         default = _Missing if self.default is None else _check_label(self.default)
-        labels = resolve_rules(self.layers, self.patterns, self.types, default, list(layers), what, _Missing)
-        return QuantConfig.from_labels(labels)
+        own = split_rules(self.layers, self.patterns, self.types, list(layers))
+        labels = resolve_rules(own.exact, own.patterns, own.types, default, own.weights, what, _Missing)
+        return QuantConfig.from_labels({**labels, **own.table_labels(_check_label(self.embeddings))})
 
 
 _Missing: Any = object()
@@ -123,7 +130,7 @@ class Recipe(RecipeBase):
 
     @property
     def config(self) -> QuantConfig:
-        """The weights of an exact recipe: layer name -> Scheme or None.
+        """The weights of an exact recipe: layer name -> Scheme or None; what `embeddings` says is not in it.
 
         Raises:
             QuantDMError: the recipe has patterns, types or a default, which only a model can resolve.
@@ -137,8 +144,12 @@ class Recipe(RecipeBase):
 
     def exact(self, layers: Iterable[Layer]) -> "Recipe":
         """Return the same recipe with an exact scheme for every layer of a model (see `resolve`)."""
+        layers = list(layers)
         labels = self.resolve(layers, what=f"recipe for {self.model}").to_labels()
-        return self.model_copy(update={"layers": labels, "patterns": {}, "types": {}, "default": None})
+        update: dict[str, Any] = {"patterns": {}, "types": {}, "default": None}
+        if any(map(is_table, layers)):
+            update["embeddings"] = None
+        return self.model_copy(update={**update, "layers": labels})
 
     def component(self, name: str) -> "Recipe":
         """Return the recipe of one further part of the pipeline, such as `text_encoder`.
@@ -187,7 +198,7 @@ class Recipe(RecipeBase):
     def to_yaml(self) -> str:
         """Return the recipe as YAML text that `load_recipe` reads."""
         record = self.model_dump(mode="json")
-        order = ("version", "model", "default", "types", "patterns", "layers", "components")
+        order = ("version", "model", "default", "embeddings", "types", "patterns", "layers", "components")
         record = {key: record[key] for key in (*order, *(key for key in record if key not in order))}
         record["components"] = {name: _without_empty(rules) for name, rules in record["components"].items()}
         for key in ("provenance", "activations"):
@@ -252,6 +263,7 @@ def layered(base: Rules, top: Rules) -> Rules:
     below = {pattern: label for pattern, label in base.patterns.items() if pattern not in top.patterns}
     return Rules(
         default=base.default if top.default is None else top.default,
+        embeddings=base.embeddings if top.embeddings is None else top.embeddings,
         types={**base.types, **top.types},
         patterns={**top.patterns, **below},
         layers={**layers, **top.layers},

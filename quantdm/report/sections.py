@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from quantdm.hub.left import told_left
 from quantdm.report import charts, insights
 from quantdm.report.figures import describe
 from quantdm.report.markup import esc, figure, missing, paragraph, strip_png, table
@@ -97,7 +98,9 @@ def results(records: Records) -> str:
     if records.space is not None and "recipe" in records.rows:
         recipe = records.rows["recipe"]
         rest = recipe["denoiser_bytes"] - round(recipe["avg_bits"] * int(records.space.num_weights.sum()) / 8)
-        text += f" Of the recipe's file {megabytes(rest)} are no quantized weights: biases, norms, embeddings, header."
+        text += f" Of the recipe's file {megabytes(rest)} are no Linear or Conv weights: biases, norms, tables, header."
+        left = told_left(recipe.get("left", {}), recipe["denoiser_bytes"])
+        text += "" if left is None else f" {left[0].upper()}{left[1:]}."
     return html + paragraph(text, "caption")
 
 

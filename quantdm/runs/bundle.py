@@ -5,14 +5,14 @@ from typing import Any
 
 from quantdm.errors import QuantDMError
 from quantdm.files import check_output, read_json, write_json
-from quantdm.runs.evaluator import Job
+from quantdm.runs.evaluator import job_of
 from quantdm.runs.run import Run
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import label_draw
 
 BUNDLE_VERSION = 1
 _LABELS = ("seen", "protocol", "dtype", "label_images", "label_steps", "seed", "options")  # what determines a label
-_CALIBRATION = ("calibration_images", "calibration_steps", "sweeps")  # and the weights that are measured
+_CALIBRATION = ("calibration_images", "calibration_steps", "sweeps", "embeddings")  # and the weights measured
 
 
 def export_trials(run: Run, path: str | Path) -> int:
@@ -48,7 +48,7 @@ def import_trials(run: Run, path: str | Path) -> int:
         )
     store, draw, added = _store(run), label_draw(run), 0
     for trial in record["trials"]:
-        key = Job(draw, _config(trial, path)).key
+        key = job_of(run, draw, _config(trial, path)).key
         if store.get(key) is None:
             store.put(key, trial)
             added += 1

@@ -92,7 +92,7 @@ def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
     learned = [name for name in selection["configs"] if not name.startswith(BASELINE)]
     return Recipe(
         model=settings.model,
-        **joint_rules(selection["configs"][best], settings.seen.denoisers),
+        **joint_rules(selection["configs"][best], settings.seen.denoisers, embeddings=settings.embeddings),
         calibration=calibration_of(settings, selection["configs"][best]),
         avg_bits=round(figures["avg_bits"], 6),
         provenance=Provenance(
@@ -114,7 +114,7 @@ def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
 def _as_it_is(run: Run, recipe: Recipe, space: SearchSpace, chosen: dict[str, str | None]) -> Recipe:
     """Return a run's recipe; one that was changed by hand loses the figures that were measured of the chosen one."""
     labels = labels_of(recipe, space.layers, run.settings.seen.denoisers)
-    if labels == chosen:
+    if labels == chosen and recipe.embeddings == run.settings.embeddings:
         return recipe
     provenance = recipe.provenance.model_copy(
         update={"source": f"{recipe.provenance.source}; then changed by hand, not measured", "measured": {}}

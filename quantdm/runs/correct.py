@@ -80,7 +80,8 @@ def correct_run(
     whole = path.is_file() and record.is_file()
     if not anew and whole and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
-    job = Job(Draw(0, 0, 0), labels, spec, tuned=None if tuned is None else str(tuned))
+    tables, file = run.settings.embeddings, None if tuned is None else str(tuned)
+    job = Job(Draw(0, 0, 0), labels, spec, tuned=file, embeddings=tables)
     joint = Recipe(model=recipe.model, layers=labels, activations=activations)
     with told(f"correction of {job.description}"):
         correction = _fit(run, engine.local, job, joint, images, unfinished)
@@ -97,13 +98,15 @@ def _fit(run: Run, evaluator: Evaluator, job: Job, recipe: Recipe, images: int, 
     pipe, weights_only = evaluator.pipe, replace(job, activations=None)
     return fit_correction(
         pipe,
-        lambda: configured(pipe, evaluator.bank, job),
+        lambda: configured(pipe, evaluator.bank, job, evaluator.tables),
         fit_runs=_runs_of(run, 50, FIT_DRAWS, images // FIT_DRAWS),
         test_runs=_runs_of(run, 60, TEST_DRAWS, images),
         distance=partial(_distance, evaluator.extractor),
         # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
         # noise is explained (docs/method.md, When not to correct).
-        explained_from=None if job.activations is None else lambda: configured(pipe, evaluator.bank, weights_only),
+        explained_from=None
+        if job.activations is None
+        else lambda: configured(pipe, evaluator.bank, weights_only, evaluator.tables),
         variants=TRIED,
         model=run.settings.model,
         recipe=recipe,

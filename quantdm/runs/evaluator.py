@@ -20,8 +20,9 @@ from quantdm.pipelines.generate import count_calls, generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
+from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers
-from quantdm.runs.bank import WeightBank
+from quantdm.runs.bank import WeightBank, pointed
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TunedWeights
 from quantdm.schemes import QuantConfig, Scheme
@@ -31,18 +32,23 @@ NOISE_CALLS = 4  # timesteps of the one-layer noise error: from the middle, the 
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement: a configuration (None: full precision), activations and correction, on one draw."""
+    """One measurement: a configuration (None: full precision), activations and correction, on one draw.
+
+    `embeddings` is the scheme of the embedding tables (None: they stay as they are).
+    """
 
     draw: Draw
     labels: dict[str, str | None] | None = None
     activations: dict[str, Any] | None = None
     correction: str | None = None
     tuned: str | None = None
+    embeddings: str | None = None
 
     @property
     def key(self) -> str:
         """Everything that determines the figures, except the run's own settings."""
-        return digest({key: value for key, value in asdict(self).items() if key != "tuned" or value is not None})
+        late = ("tuned", "embeddings")  # which older records do not have
+        return digest({key: value for key, value in asdict(self).items() if key not in late or value is not None})
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Job":
@@ -61,6 +67,7 @@ class Job:
         spec = None if self.activations is None else ActivationSpec.model_validate(self.activations)
         activations = "" if spec is None else f", {spec.description}"
         tuned = "" if self.tuned is None else ", tuned"
+        tuned += "" if self.embeddings is None else f", embedding tables {self.embeddings}"
         return weights + tuned + activations + ("" if self.correction is None else ", corrected sampler")
 
 
@@ -70,6 +77,11 @@ class Probe:
 
     layer: str
     options: tuple[str, ...]
+
+
+def job_of(run: Run, draw: Draw, labels: dict[str, str | None]) -> Job:
+    """Return the measurement of a configuration of a run; its embedding tables are those of the run's results."""
+    return Job(draw, labels, embeddings=run.settings.embeddings)
 
 
 class Evaluator:
@@ -89,6 +101,11 @@ class Evaluator:
     def pipe(self) -> DiffusionPipeline:
         """The pipeline in the dtype in which images are generated."""
         return self.subject.in_dtype(self.run.settings.torch_dtype)
+
+    @cached_property
+    def tables(self) -> "Tables":
+        """The embedding tables of the pipeline."""
+        return Tables(self.subject)
 
     # ------------------------------------------------------------------------------------------------------ images
 
@@ -125,7 +142,7 @@ class Evaluator:
 
     def samples(self, job: Job) -> Samples:
         """Generate the samples of one job."""
-        with configured(self.pipe, self.bank, job):
+        with configured(self.pipe, self.bank, job, self.tables):
             return draw_samples(
                 self.pipe,
                 self.protocol,
@@ -186,8 +203,26 @@ def _middle(count: int) -> list[int]:
     return sorted({min(round((i + 1) * count / (NOISE_CALLS + 1)), count - 1) for i in range(NOISE_CALLS)} - {-1})
 
 
+class Tables:
+    """The embedding tables of a subject, quantized when they are asked for: that needs no calibration and no bank."""
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._found: dict[str, dict[str, QuantizedWeight]] = {}
+
+    def of(self, label: str) -> dict[str, QuantizedWeight]:
+        """Return joint name -> table under a scheme."""
+        if label not in self._found:
+            weights, scheme = self._subject.weights, Scheme.parse(label)
+            self._found[label] = {
+                table.name: quantize_weight(weights.get_parameter(f"{table.name}.weight"), scheme, name=table.name)
+                for table in self._subject.tables
+            }
+        return self._found[label]
+
+
 @contextmanager
-def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job) -> Iterator[None]:
+def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job, tables: Tables) -> Iterator[None]:
     """Give a full-precision pipeline a job's weights, activations and correction while the context is open.
 
     Raises:
@@ -204,6 +239,10 @@ def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job) -> Iterator[
                 tuned = TunedWeights.load(job.tuned)
                 tuned.check(job.labels)
                 stack.enter_context(tuned.applied(join_weights(denoisers)))
+        if job.labels is not None and job.embeddings is not None:
+            point = stack.enter_context(pointed(join_weights(denoisers)))
+            for name, table in tables.of(job.embeddings).items():
+                point(f"{name}.weight", lambda dtype, device, t=table: t.dequantize(dtype=dtype).to(device))
         if job.activations is not None:
             for denoiser in denoisers.values():
                 set_activation_bits_(denoiser, ActivationSpec.model_validate(job.activations))

@@ -72,7 +72,7 @@ def final_jobs(
     note += "" if tuned is None else ", tuned"
     corrected = Job(draw, chosen, spec, correction, tuned), "6-bit activations, corrected sampler"
     untuned = {} if tuned is None else {"recipe-untuned": (Job(draw, chosen), "before tuning")}
-    return {
+    jobs = {
         "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
         "uniform-w4": (Job(draw, space_config(space, uniform_4)), f"{uniform_4} everywhere"),
         "kmeans-w4": (Job(draw, space_config(space, kmeans_4)), f"{kmeans_4} everywhere"),
@@ -83,6 +83,15 @@ def final_jobs(
         "recipe": (Job(draw, chosen, tuned=tuned), note),
         "recipe+a6": (Job(draw, chosen, spec, tuned=tuned), "6-bit activations"),
         **({} if correction is None else {"recipe+a6+correction": corrected}),
+    }
+    return with_tables(jobs, run.settings.embeddings)
+
+
+def with_tables(jobs: dict[str, tuple[Job, str]], embeddings: str | None) -> dict[str, tuple[Job, str]]:
+    """Return jobs whose quantized configurations also have their embedding tables under a scheme."""
+    return {
+        name: (job if job.labels is None else replace(job, embeddings=embeddings), note)
+        for name, (job, note) in jobs.items()
     }
 
 
@@ -145,9 +154,10 @@ def _row(
     return {
         "name": name,
         "note": note,
-        "configuration": _configuration(job),
+        "configuration": _configuration(job, size),
         "avg_bits": bits / int(space.num_weights.sum()),
         "denoiser_bytes": size.of(job.labels),
+        "left": {} if job.labels is None else dict(size.left(job.labels)),
         **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
         **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
         **totals(measured),
@@ -156,12 +166,12 @@ def _row(
     }
 
 
-def _configuration(job: Job) -> str | None:
+def _configuration(job: Job, size: ExportSize) -> str | None:
     """Return what a row measured as one hash, so that an export finds its own figures; None: full precision."""
     if job.labels is None:
         return None
     tuning = None if job.tuned is None else tensors_digest(job.tuned)
-    return configuration_digest(job.labels, job.activations, job.correction, tuning)
+    return configuration_digest(size.with_tables(job.labels), job.activations, job.correction, tuning)
 
 
 def run_key(run: Run, job: Job) -> str:

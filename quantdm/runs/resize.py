@@ -20,7 +20,7 @@ def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
     labels = space.config(choice).to_labels()
     return Recipe(
         model=run.settings.model,
-        **joint_rules(labels, run.settings.seen.denoisers),
+        **joint_rules(labels, run.settings.seen.denoisers, embeddings=run.settings.embeddings),
         calibration=calibration_of(run.settings, labels),
         avg_bits=round(float(space.avg_bits(choice)[0]), 6),
         provenance=Provenance(

@@ -17,7 +17,7 @@ from quantdm.pipelines.seen import Seen, differences
 from quantdm.pipelines.subject import Subject, reopen
 from quantdm.recipe import CalibrationSpec
 from quantdm.runs.claims import CLAIMS, Claims
-from quantdm.schemes import COMPARED, Scheme
+from quantdm.schemes import COMPARED, TABLE_SCHEME, Scheme
 
 RUN_VERSION = 2
 CALIBRATION_SEED = 900  # base seed of the trajectories that calibrate: outside those of every draw
@@ -56,6 +56,7 @@ class RunSettings(BaseModel):
     sweeps: int = 0
     calibration_steps: int | None = None  # None: those of the trials, as runs before 0.3 had
     dtype: Literal["bfloat16", "float16", "float32"]
+    embeddings: str | None = None  # scheme of embedding tables in all that is measured; None: they stay as they are
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -128,6 +129,8 @@ class Run:
             run = cls.open(folder)
             if keep_dtype:
                 settings = settings.model_copy(update={"dtype": run.settings.dtype})
+            if settings.embeddings == TABLE_SCHEME.label:  # the default, which runs before 0.4 had not
+                settings = settings.model_copy(update={"embeddings": run.settings.embeddings})
             differing = _differences(run.settings, settings)
             if differing:
                 raise QuantDMError(

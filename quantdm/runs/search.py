@@ -19,7 +19,7 @@ from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.why import explain_choice
-from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
 
 def search(
@@ -38,6 +38,7 @@ def search(
     batch_size: int | Literal["auto"] = "auto",
     device: str | None = None,
     dtype: str | None = None,
+    embeddings: Scheme | None = TABLE_SCHEME,
 ) -> Recipe:
     """Find the configuration of a pipeline's denoisers that keeps the images closest at a given size.
 
@@ -60,6 +61,8 @@ def search(
         device: where a pipeline that is named is put (None: CUDA if there is any).
         dtype: in which images are generated: bfloat16, float16 or float32 (None: what is fast here, a live pipeline's
             own).
+        embeddings: scheme of embedding tables, which are not searched (None: they stay as they are). A run that goes on
+            keeps its own if it is not asked for another than the default.
 
     Returns:
         The recipe; it lies in `run_dir/recipe.yaml` too.
@@ -81,6 +84,7 @@ def search(
         protocol=protocol,
         effort=effort,
         dtype=dtype,
+        embeddings=embeddings,
     )
     with Engine(run, subject, workers=workers, batch_size=batch_size) as engine:
         return find_recipe(run, engine, subject)
@@ -98,6 +102,7 @@ def start_run(
     protocol: Protocol | None = None,
     effort: Effort = FULL,
     dtype: str | None = None,
+    embeddings: Scheme | None = TABLE_SCHEME,
 ) -> tuple[Run, Subject]:
     """Start (or go on with) a run of a subject; one that lies nowhere is kept in the run directory.
 
@@ -113,6 +118,7 @@ def start_run(
         protocol=protocol,
         effort=effort,
         dtype=dtype,
+        embeddings=embeddings,
     )
     run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free and dtype is None)
     return run, keep_snapshot(run, subject)

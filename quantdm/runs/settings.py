@@ -16,7 +16,7 @@ from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
 from quantdm.quantizers.fit import SWEEPS
 from quantdm.runs.run import MIN_TRIALS, RunSettings
-from quantdm.schemes import DEFAULT_OPTIONS, Scheme
+from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
 FULL_TRIALS, QUICK_TRIALS = 64, MIN_TRIALS
@@ -61,14 +61,12 @@ def make_settings(
     protocol: Protocol | None = None,
     effort: Effort = FULL,
     dtype: str | None = None,
+    embeddings: Scheme | None = TABLE_SCHEME,
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
-    least = max(MIN_TRIALS, 2 * len(options))
-    if trials < least:
-        raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
-    if dtype not in (None, *DTYPES):
-        raise QuantDMError(f"dtype: got {dtype!r}; {nearest(str(dtype), DTYPES)}")
+    _check_given(trials, options, dtype)
     own = fast_dtype() if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
+    embeddings = _table_scheme(subject, embeddings)
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
     return RunSettings(
         model=subject.name,
@@ -76,15 +74,35 @@ def make_settings(
         seen=subject.seen,
         options=tuple(scheme.label for scheme in options),
         target_bits=checked_target(
-            subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes
+            subject.layers,
+            options,
+            subject.pipe,
+            target_bits=target_bits,
+            target_bytes=target_bytes,
+            embeddings=embeddings,
         ),
         trials=trials,
         seed=seed,
         protocol=protocol or default_protocol(subject.name),
         dtype=dtype or own,  # type: ignore[arg-type]
+        embeddings=None if embeddings is None else embeddings.label,
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )
+
+
+def _check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> None:
+    least = max(MIN_TRIALS, 2 * len(options))
+    if trials < least:
+        raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
+    if dtype not in (None, *DTYPES):
+        raise QuantDMError(f"dtype: got {dtype!r}; {nearest(str(dtype), DTYPES)}")
+
+
+def _table_scheme(subject: Subject, embeddings: Scheme | None) -> Scheme | None:
+    if embeddings is not None and embeddings.calibration is not None:
+        raise QuantDMError(f"embeddings: got {embeddings}, expected one without calibration: tables have no inputs")
+    return embeddings if subject.tables else None
 
 
 def reachable_bits(layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> tuple[float, float]:
@@ -101,6 +119,7 @@ def checked_target(
     *,
     target_bits: float | None,
     target_bytes: int | None,
+    embeddings: Scheme | None = None,
 ) -> float:
     """Return the target as average bits per weight; `target_bytes` bounds the denoiser's files as an export has them.
 
@@ -112,7 +131,7 @@ def checked_target(
     low, high = reachable_bits(layers, options)
     if target_bits is None:
         assert target_bytes is not None
-        size = ExportSize(pipe)
+        size = ExportSize(pipe, embeddings=embeddings)
         least, most = size.extremes(options)
         if not least <= target_bytes <= most:
             raise QuantDMError(

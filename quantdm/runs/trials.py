@@ -12,7 +12,7 @@ from quantdm.files import digest, read_json, write_json
 from quantdm.metrics.samples import Draw
 from quantdm.progress import bar
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import Job
+from quantdm.runs.evaluator import job_of
 from quantdm.runs.explain import SURROGATES, is_current
 from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.proposals import propose
@@ -85,7 +85,7 @@ def run_trials(
             fresh = propose(space, learned, count, targets=targets, tried=choices, seed=seed + 1 + 1000 * batch)
             y = np.concatenate([y, label_trials(run, engine, space, fresh, progress)])
             choices = np.concatenate([choices, fresh])
-    keys = [Job(label_draw(run), space.config(choice).to_labels()).key for choice in choices]
+    keys = [job_of(run, label_draw(run), space.config(choice).to_labels()).key for choice in choices]
     write_json(record, {"version": RECORD_VERSION, "inputs": inputs if total == wanted else CUT_SHORT, "keys": keys})
     return choices, y
 
@@ -165,7 +165,7 @@ def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
         for trial in TrialStore(run.path("trials"))
         if trial["config"].keys() == names
         and labels.issuperset(trial["config"].values())
-        and trial["key"] == Job(draw, trial["config"]).key
+        and trial["key"] == job_of(run, draw, trial["config"]).key
     ]
 
 
@@ -185,7 +185,7 @@ def label_trials(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarr
     store = TrialStore(run.path("trials"))
     draw = label_draw(run)
     labels = [space.config(choice).to_labels() for choice in choices]
-    jobs = [Job(draw, config) for config in labels]
+    jobs = [job_of(run, draw, config) for config in labels]
     avg_bits = {job.key: float(bits) for job, bits in zip(jobs, space.avg_bits(choices), strict=True)}
 
     def record_of(key: str, figures: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from quantdm.recipe import Recipe, load_recipe, weights_digest
 from quantdm.recipe.joint import joint_prefix, split_name
 from quantdm.runs.choose import verification_draws
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import Job
+from quantdm.runs.evaluator import job_of
 from quantdm.runs.labels import labels_of
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TUNED_FILE, TunedWeights
@@ -169,7 +170,9 @@ def _compare(run: Run, engine: Engine, labels: dict[str, str | None], path: Path
     untuned = verify(run, engine, {"untuned": labels}, draws, "tune: compare, untuned")
     rows: list[dict[str, Any]] = [{}] * len(draws)
     with bar(len(draws), "tune: compare, tuned") as progress:
-        for index, result in engine.map("measure", [Job(draw, labels, tuned=str(path)) for draw in draws]):
+        for index, result in engine.map(
+            "measure", [replace(job_of(run, draw, labels), tuned=str(path)) for draw in draws]
+        ):
             rows[index] = result
             progress.update()
     return untuned | {"tuned": rows}

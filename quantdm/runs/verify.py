@@ -7,7 +7,7 @@ from quantdm.metrics.intervals import Interval, paired_interval
 from quantdm.metrics.samples import Draw
 from quantdm.progress import bar
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import Job
+from quantdm.runs.evaluator import Job, job_of
 from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.run import Run
 from quantdm.runs.store import TrialStore
@@ -44,23 +44,23 @@ def race(
     store = TrialStore(run.path("verified"))
     records: dict[str, Figures] = {name: [] for name in configs}
     racing = list(configs)
-    with bar(len(_distinct(configs.items(), draws)), description) as progress:
+    with bar(len(_distinct(run, configs.items(), draws)), description) as progress:
         # Without groups nobody is left out, and the draws need not wait for each other.
         heats = [[draw] for draw in draws] if groups else [list(draws)]
         for heat in heats:
-            jobs = _distinct(((name, configs[name]) for name in racing), heat)
+            jobs = _distinct(run, ((name, configs[name]) for name in racing), heat)
             found = measure_jobs(engine, store, jobs, progress=progress, method="measure_paired")
             for name in racing:
-                records[name] += [found[Job(draw, configs[name]).key] for draw in heat]
+                records[name] += [found[job_of(run, draw, configs[name]).key] for draw in heat]
             beaten = {name for group in groups for name in _beaten({n: records[n] for n in group if n in racing})}
             racing = [name for name in racing if name not in beaten]
         progress.total = progress.n  # measurements that were not needed are none that are missing
     return {name: [plain(record) for record in rows] for name, rows in records.items()}
 
 
-def _distinct(configs: Any, draws: Sequence[Draw]) -> dict[str, Job]:
+def _distinct(run: Run, configs: Any, draws: Sequence[Draw]) -> dict[str, Job]:
     """Return the jobs by key: two candidates may be the same configuration."""
-    jobs = [Job(draw, labels) for _, labels in configs for draw in draws]
+    jobs = [job_of(run, draw, labels) for _, labels in configs for draw in draws]
     return {job.key: job for job in jobs}
 
 

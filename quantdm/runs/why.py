@@ -10,7 +10,7 @@ from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, read_json, write_json
 from quantdm.recipe import joint_config, load_recipe
 from quantdm.runs.choose import verification_draws
-from quantdm.runs.evaluator import Job
+from quantdm.runs.evaluator import job_of
 from quantdm.runs.explain import is_current
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
@@ -48,7 +48,7 @@ def measured_difference(run: Run, space: SearchSpace, choice: np.ndarray, refere
     pair = [space.config(row).to_labels() for row in (choice, reference)]
     for draw in (label_draw(run), *verification_draws(run)):
         records = [
-            next((r for store in stores if (r := store.get(Job(draw, labels).key)) is not None), None)
+            next((r for store in stores if (r := store.get(job_of(run, draw, labels).key)) is not None), None)
             for labels in pair
         ]
         own, other = records

@@ -54,7 +54,7 @@ class Engine:
     ) -> None:
         self.run = run
         self.subject = subject
-        self.batch_size = batch_size
+        self.batch_size: int | Literal["auto"] = batch_size
         self.devices = tuple(devices or same_devices(subject.device))
         on_cpu = subject.device.type == "cpu"
         self.workers = 1 if subject.location is None else (workers or cores()) if on_cpu else len(self.devices)
