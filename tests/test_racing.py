@@ -32,7 +32,7 @@ class Planted:
             name = next(n for n, labels in CONFIGS.items() if labels == job.labels)
             self.measured.append((name, job.draw))
             noise = np.random.default_rng(job.draw.base_seed).normal(0, 2.0, IMAGES)
-            own = np.random.default_rng([job.draw.base_seed, len(name)]).normal(0, 0.3, IMAGES)
+            own = np.random.default_rng([job.draw.base_seed, [*TRUTH].index(name)]).normal(0, 0.3, IMAGES)
             each = noise + own
             yield index, {"fid_fp": TRUTH[name] + each.mean(), "influence": (each - each.mean()).tolist()}
 

@@ -51,7 +51,10 @@ class Claims:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "Claims":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from error
         self._over.clear()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self._thread.start()
@@ -76,21 +79,27 @@ class Claims:
         if holder is not None and not self.is_stale(holder):
             return False
         generation = 0 if holder is None else holder.generation + 1
+        own = {"host": socket.gethostname(), "space": _space(), "pid": os.getpid()}
+        own["started"] = _started(os.getpid())
+        path = self._path(key, generation)
         try:
-            handle = os.open(self._path(key, generation), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
         except OSError as error:
-            raise QuantDMError(
-                f"{self.folder}: cannot be written ({error.strerror}); make room and give permission"
-            ) from error
-        own = {"host": socket.gethostname(), "space": _space(), "pid": os.getpid()}
-        own["started"] = _started(os.getpid())
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(own, file)
+            raise self._unwritable(error) from error
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(own, file)
+        except OSError as error:  # a full disk: an empty claim would keep others away for a lease
+            path.unlink(missing_ok=True)
+            raise self._unwritable(error) from error
         with self._lock:
             self._held[key] = generation
         return True
+
+    def _unwritable(self, error: OSError) -> QuantDMError:
+        return QuantDMError(f"{self.folder}: cannot be written ({error.strerror}); make room and give permission")
 
     def release(self, key: str) -> None:
         """Give a claim back."""

@@ -19,7 +19,7 @@ from quantdm.runs.run import MIN_TRIALS, RunSettings
 from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
-FULL_TRIALS, QUICK_TRIALS = 64, MIN_TRIALS
+FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Effort:
     label_images: int = 300
     label_steps: int = 8
     verify_images: int = 300
-    noise_images: int = 8
-    calibration_images: int = 32
+    noise_images: int = 16
+    calibration_images: int = 64
     sweeps: int = SWEEPS
     verify_draws: int = 3
 
