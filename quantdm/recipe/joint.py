@@ -51,7 +51,7 @@ def joint_config(recipe: Recipe, layers: Iterable[Layer], parts: Sequence[str]) 
     for part in parts:
         own = {layer.name: layer for layer in layers if split_name(layer.name, parts)[0] == part}
         records = [
-            _Own(*(split_name(text, parts)[1] for text in (la.name, la.op_type)), getattr(la, "kind", ""))
+            _Own(split_name(la.name, parts)[1], split_name(la.op_type, parts)[1], getattr(la, "kind", ""))
             for la in own.values()
         ]
         rules: Recipe | None = recipe
