@@ -38,9 +38,13 @@ def test_inspect_prints_tables_of_79_columns_and_plain_json():
     assert "(2)" in table
     assert all(len(line) <= 79 for line in table.splitlines())
     record = json.loads(run("inspect", "digits-dit", "--scheme", "uniform-channel-4", "--json"))
-    assert record["num_weights"] == sum(row["num_weights"] for row in record["layers"])
+    weights = [row for row in record["layers"] if row["kind"] == "weight"]
+    assert record["num_weights"] == sum(row["num_weights"] for row in weights)
     assert 4 < record["avg_bits"] < 4.5
-    assert all(10 < row["sqnr_db"] < 40 for row in record["layers"])
+    assert all(10 < row["sqnr_db"] < 40 for row in weights)
+    tables = [row for row in record["layers"] if row["kind"] == "embedding"]
+    assert len(tables) == 6
+    assert all(row["sqnr_db"] > 40 for row in tables)
 
 
 def test_generate_writes_a_grid(tmp_path):

@@ -22,6 +22,7 @@ from quantdm import (
     list_tables,
     load_pipeline,
     load_recipe,
+    look_at,
     quantize_weight,
     set_residency,
 )
@@ -29,9 +30,13 @@ from quantdm.hub.inspection import inspect_target
 from quantdm.hub.left import told_left
 from quantdm.hub.quantize import average_bits, model_layers
 from quantdm.hub.size import ExportSize, denoiser_bytes
+from quantdm.metrics.samples import Draw
 from quantdm.modules import QuantEmbedding, dequantize_module_, packed_layers, quantize_module_
 from quantdm.quantizers import count_bits
 from quantdm.recipe.joint import joint_config, joint_rules
+from quantdm.runs.evaluator import Job, job_of
+from quantdm.runs.run import Run
+from quantdm.runs.settings import make_settings
 from tests.hub_models import load, make_dit, run
 
 RULES = {"default": "kmeans-channel-3", "embeddings": "uniform-channel-8"}
@@ -191,6 +196,23 @@ def test_an_export_has_the_counted_bytes_and_says_what_it_leaves(tmp_path):
     assert bits == [1001 * 160 * 8 + 1001 * 32 + 32] * 6
     saved = sum(2 * table.num_weights for table in tables) - sum(-(-b // 64) * 8 for b in bits)
     assert sizes[None] - sizes["uniform-channel-8"] == pytest.approx(saved, abs=1500)  # the header lists them otherwise
+
+
+def test_a_run_from_before_keeps_its_records_and_goes_on_with_its_tables_as_they_are(tmp_path):
+    asked = {"target_bits": 3.2, "target_bytes": None, "trials": 40, "seed": 0}
+    subject = look_at("digits-dit")
+    before = make_settings(subject, **asked, embeddings=None)
+    assert "embeddings" not in before.model_dump(mode="json")
+    run = Run.create(tmp_path / "run", before)
+    new = make_settings(subject, **asked)
+    assert new.embeddings == "uniform-channel-8"
+    assert Run.create(tmp_path / "run", new).settings == run.settings == before
+    other = new.model_copy(update={"embeddings": "kmeans-channel-4"})
+    with pytest.raises(QuantDMError, match='embeddings is null, asked for "kmeans-channel-4"'):
+        Run.create(tmp_path / "run", other)
+    assert job_of(run, Draw(0, 2, 1), {}).key == Job(Draw(0, 2, 1), {}).key
+    with pytest.raises(QuantDMError, match="tables have no inputs"):
+        make_settings(subject, **asked, embeddings=Scheme.parse("uniform-channel-4-feedback"))
 
 
 def test_what_weighs_less_than_a_hundredth_is_not_told():

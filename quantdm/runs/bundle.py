@@ -67,4 +67,4 @@ def _store(run: Run) -> TrialStore:
 
 def _of(run: Run) -> dict[str, Any]:
     settings = run.settings.model_dump(mode="json")
-    return {key: settings[key] for key in (*_LABELS, *_CALIBRATION)}
+    return {key: settings.get(key) for key in (*_LABELS, *_CALIBRATION)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
@@ -57,6 +57,11 @@ class RunSettings(BaseModel):
     calibration_steps: int | None = None  # None: those of the trials, as runs before 0.3 had
     dtype: Literal["bfloat16", "float16", "float32"]
     embeddings: str | None = None  # scheme of embedding tables in all that is measured; None: they stay as they are
+
+    @model_serializer(mode="wrap")
+    def _as_older_runs(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what runs before 0.4 did not have, so that what they have recorded stays theirs."""
+        return {key: value for key, value in dump(self).items() if key != "embeddings" or value is not None}
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:
@@ -186,7 +191,12 @@ def _differences(first: RunSettings, second: RunSettings) -> list[str]:
     other = differences(first.seen, second.seen)
     apart = {"seen", "location", "protocol", *GROWS, *([] if other else ["model"])}
     old, new = (settings.model_dump(mode="json", exclude=apart) for settings in (first, second))
-    found = [f"{key} is {_short(old[key])}, asked for {_short(new[key])}" for key in old if old[key] != new[key]]
+    keys = dict.fromkeys([*old, *new])
+    found = [
+        f"{key} is {_short(old.get(key))}, asked for {_short(new.get(key))}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
     before, after = (_placeless(settings.protocol.model_dump(mode="json")) for settings in (first, second))
     found += [
         f"protocol.{key} is {_short(before[key])}, asked for {_short(after[key])}"
