@@ -10,6 +10,7 @@ from typing import Any
 from quantdm.schemes import ORIGINAL_BITS
 
 WIDTH = 79
+COSTLY = "!"
 
 
 def layers_csv(record: dict[str, Any]) -> str:
@@ -55,7 +56,12 @@ def _cells(row: dict[str, Any], quantized: bool) -> tuple[str, ...]:
     if not quantized:
         return shape, f"{row['num_weights']:,}"
     sqnr = row.get("sqnr_db")
-    return shape, row["scheme"] or "original", f"{row['bits']:.3f}", "-" if sqnr is None else f"{sqnr:.1f}"
+    return (
+        shape,
+        row["scheme"] or "original",
+        f"{row['bits']:.3f}" + COSTLY * row["costly"],
+        "-" if sqnr is None else f"{sqnr:.1f}",
+    )
 
 
 def _parent(row: dict[str, Any]) -> tuple[str, str]:
@@ -85,6 +91,23 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
     ]
     if any(row["quantizers"] == 2 for row in rows):
         lines.append("(2): reads a concatenated long skip, one quantizer per half.")
+    if any(row["costly"] for row in rows):
+        told = f"{COSTLY}: tables and scales take more than one bit per weight beyond its scheme's own."
+        lines += textwrap.wrap(told, WIDTH, subsequent_indent="   ")
+    if len(record["parts"]) > 1:
+        lines += ["All parts of the pipeline:", *_parts(record["parts"])]
     if record["provenance"]:
         lines += textwrap.wrap(f"recipe: {record['provenance']}", WIDTH)
+    return lines
+
+
+def _parts(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """Return one line per part: name, class, weights, megabytes."""
+    wide = min(20, max(len(part["name"]) for part in parts))
+    lines = []
+    for part in parts:
+        weights = "" if part["num_weights"] is None else f"{part['num_weights']:,}"
+        size = "" if part["nbytes"] is None else f"{part['nbytes'] / 1e6:,.2f} MB"
+        kind = part["class"] if len(part["class"]) <= 27 else part["class"][:24] + "..."
+        lines.append(f"  {part['name']:<{wide}} {kind:<27} {weights:>14} {size:>12}".rstrip())
     return lines

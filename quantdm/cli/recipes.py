@@ -36,6 +36,9 @@ def apply(
     variant: Variant = None,
     config: Config = None,
     protocol: ProtocolFile = None,
+    same_architecture: Annotated[
+        bool, typer.Option("--same-architecture", help="Take a recipe that was found on other weights.")
+    ] = False,
 ) -> None:
     """Quantize a pipeline by a recipe and save it packed, layer by layer; run it again to go on after a kill.
 
@@ -53,10 +56,12 @@ def apply(
     if model_card and is_lone(model):
         raise QuantDMError(f"--model-card: is for pipelines, and {model} is a lone denoiser; leave it out")
     inputs = given_inputs(example_inputs)
-    made = export_pipeline(model, chosen, out, example_inputs=inputs, variant=variant, config=config)
+    made = export_pipeline(
+        model, chosen, out, example_inputs=inputs, variant=variant, config=config, same_architecture=same_architecture
+    )
     typer.echo(f"pipeline: {made}")
     if model_card:
-        typer.echo(f"model card: {write_card(out)}")
+        typer.echo(f"model card: {write_card(out, source=model)}")
 
 
 def _told(spec: CalibrationSpec | None, protocol: str) -> CalibrationSpec:
@@ -85,7 +90,8 @@ def export(
     typer.echo(f"export: {export_run(run, out, corrected=corrected, say=typer.echo)}")
     if model_card:
         summary = run.path("summary.json")
-        typer.echo(f"model card: {write_card(out, summary=summary if summary.is_file() else None)}")
+        card = write_card(out, summary=summary if summary.is_file() else None, source=run.location)
+        typer.echo(f"model card: {card}")
 
 
 @app.command("import", epilog="Example: quantdm import dit.pkl --model facebook/DiT-XL-2-256 -o recipe.yaml")

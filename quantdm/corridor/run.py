@@ -15,6 +15,7 @@ from quantdm.files import check_output, check_replaceable
 from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.planning import example_call
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import Recipe
@@ -170,7 +171,8 @@ class _Way:
         jobs = final.final_jobs(run, space, recipe, spec, correction, None if weights is None else str(weights))
         rows = final.measure_rows(run, engine, space, jobs, draws, ExportSize(subject.pipe))
         final.save_grids(run, engine, jobs, draws[0])
-        return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
+        example = example_call(subject.pipe, run.settings.protocol)
+        return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws), example)
 
 
 def _hand_over(run: Run, subject: Subject, summary: dict[str, Any], say: Say, *, tuned: bool) -> None:

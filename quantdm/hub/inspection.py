@@ -15,6 +15,7 @@ from quantdm.errors import QuantDMError
 from quantdm.hub.checkpoint import place_of, prepare_layers_
 from quantdm.hub.config import QuantDMConfig
 from quantdm.hub.header import read_headers
+from quantdm.hub.inspected_parts import parts_of
 from quantdm.hub.quantize import model_layers, stored_bits
 from quantdm.metrics import relative_error
 from quantdm.modules import packed_layers
@@ -26,6 +27,8 @@ from quantdm.pipelines.stored import read_object, weight_files
 from quantdm.quantizers import quantize_weight
 from quantdm.recipe import Recipe, load_recipe
 from quantdm.schemes import QuantConfig, Scheme
+
+COSTLY = 1  # bits per weight beyond its scheme's that a layer may take without being marked
 
 
 def inspect_target(
@@ -53,8 +56,9 @@ def inspect_target(
         config: of the denoiser in a single file, see `open_source`.
 
     Returns:
-        A JSON record. Layers of further parts of the pipeline are named `PART:layer`. SQNR is there where the original
-        weights are: not for an export, and not for a hub id, of which only the configuration is fetched.
+        A JSON record. `parts` are all of the pipeline; a layer is `costly` where tables and scales take more than one
+        bit per weight beyond its scheme's own. Layers of further parts are named `PART:layer`. SQNR is there where the
+        original weights are: not for an export, and not for a hub id, of which only the configuration is fetched.
 
     Raises:
         QuantDMError: nothing there, a recipe that does not fit, or a scheme for what is quantized already.
@@ -75,11 +79,11 @@ def inspect_target(
     if example_inputs is not None:
         analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
     rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
-    weights = sum(row["num_weights"] for row in rows)
-    bits = sum(row["num_bits"] for row in rows)
+    weights, bits = (sum(row[key] for row in rows) for key in ("num_weights", "num_bits"))
     return {
         "model": where,
         "denoiser": type(parts[""]).__name__,
+        "parts": parts_of(parts[""], source),
         "layers": rows,
         "num_weights": weights,
         "avg_bits": bits / weights,
@@ -154,6 +158,7 @@ def _rows(
         scheme = packed[layer.name].scheme if layer.name in packed else config[layer.name] if config else None
         row["scheme"] = None if scheme is None else scheme.label
         bits = stored_bits(layer, scheme)
+        row["costly"] = scheme is not None and bits > (scheme.bits + COSTLY) * layer.num_weights
         row["num_bits"], row["bits"] = bits, round(bits / layer.num_weights, 4)
         row["nbytes"] = bits // 8 if scheme is None else blob_size(tuple(layer.shape), scheme, layer.split)
         if config is not None:

@@ -130,7 +130,7 @@ def _call(pipe: DiffusionPipeline, settings: dict[str, Any], batch: list[int]) -
             return pipe(**settings)  # pyright: ignore[reportCallIssue]
         except QuantDMError:
             raise
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # the last: sizes that do not fit each other
             reason = " ".join(str(error).split())
             given = ", ".join(name for name in settings if name not in ("generator", "output_type"))
             raise QuantDMError(f"{type(pipe).__name__}: refused its call with {given}: {reason:.300}") from error
