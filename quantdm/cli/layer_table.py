@@ -11,6 +11,7 @@ from quantdm.recipe.tables import TABLE
 from quantdm.schemes import ORIGINAL_BITS
 
 WIDTH = 79
+COSTLY, WASTEFUL = "!", "!!"
 
 
 def layers_csv(record: dict[str, Any]) -> str:
@@ -68,8 +69,8 @@ def _cells(row: dict[str, Any], quantized: bool) -> tuple[str, ...]:
     if not quantized:
         return shape, f"{row['num_weights']:,}"
     sqnr = row.get("sqnr_db")
-    bits = f"{row['bits']:.3f}{'!' if row['wasteful'] else ''}"
-    return shape, row["scheme"] or "original", bits, "-" if sqnr is None else f"{sqnr:.1f}"
+    mark = WASTEFUL if row["wasteful"] else COSTLY * row["costly"]
+    return shape, row["scheme"] or "original", f"{row['bits']:.3f}{mark}", "-" if sqnr is None else f"{sqnr:.1f}"
 
 
 def _parent(row: dict[str, Any]) -> tuple[str, str]:
@@ -107,8 +108,25 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
     ]
     if any(row["quantizers"] == 2 for row in rows):
         lines.append("(2): reads a concatenated long skip, one quantizer per half.")
-    if any(row["wasteful"] for row in record["layers"]):
-        lines.append("!: tables and scales cost more bits than the scheme saves.")
+    if any(row["costly"] and not row["wasteful"] for row in rows):
+        told = f"{COSTLY}: tables and scales take more than one bit per weight beyond its scheme's own."
+        lines += textwrap.wrap(told, WIDTH, subsequent_indent="   ")
+    if any(row["wasteful"] for row in rows):
+        lines.append(f"{WASTEFUL}: tables and scales cost more bits than the scheme saves.")
+    if len(record["parts"]) > 1:
+        lines += ["All parts of the pipeline:", *_parts(record["parts"])]
     if record["provenance"]:
         lines += textwrap.wrap(f"recipe: {record['provenance']}", WIDTH)
+    return lines
+
+
+def _parts(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """Return one line per part: name, class, weights, megabytes."""
+    wide = min(20, max(len(part["name"]) for part in parts))
+    lines = []
+    for part in parts:
+        weights = "" if part["num_weights"] is None else f"{part['num_weights']:,}"
+        size = "" if part["nbytes"] is None else f"{part['nbytes'] / 1e6:,.2f} MB"
+        kind = part["class"] if len(part["class"]) <= 27 else part["class"][:24] + "..."
+        lines.append(f"  {part['name']:<{wide}} {kind:<27} {weights:>14} {size:>12}".rstrip())
     return lines

@@ -39,6 +39,9 @@ def apply(
     insist: Annotated[
         bool, typer.Option("--insist", help="Also take schemes that cost more bits on their layer than they save.")
     ] = False,
+    same_architecture: Annotated[
+        bool, typer.Option("--same-architecture", help="Take a recipe that was found on other weights.")
+    ] = False,
 ) -> None:
     """Quantize a pipeline by a recipe and save it packed, layer by layer; run it again to go on after a kill.
 
@@ -62,13 +65,15 @@ def apply(
     if not insist:
         check_export_path(out, model)
         check_worth(open_source(model, variant=variant, config=config).pipe, chosen, inputs)
-    made = export_pipeline(model, chosen, out, example_inputs=inputs, variant=variant, config=config)
+    made = export_pipeline(
+        model, chosen, out, example_inputs=inputs, variant=variant, config=config, same_architecture=same_architecture
+    )
     typer.echo(f"pipeline: {made}")
     left = inspect_target(str(made))["left"]
     if left is not None:
         typer.echo(left)
     if model_card:
-        typer.echo(f"model card: {write_card(out)}")
+        typer.echo(f"model card: {write_card(out, source=model)}")
 
 
 def _told(spec: CalibrationSpec | None, protocol: str) -> CalibrationSpec:
@@ -97,7 +102,8 @@ def export(
     typer.echo(f"export: {export_run(run, out, corrected=corrected, say=typer.echo)}")
     if model_card:
         summary = run.path("summary.json")
-        typer.echo(f"model card: {write_card(out, summary=summary if summary.is_file() else None)}")
+        card = write_card(out, summary=summary if summary.is_file() else None, source=run.location)
+        typer.echo(f"model card: {card}")
 
 
 @app.command(epilog="Example: quantdm gguf flux-4bit -o flux-4bit.gguf")

@@ -18,6 +18,7 @@ from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.machine import checked_device
 from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.planning import example_call
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import Recipe
@@ -194,7 +195,8 @@ class _Way:
         size = ExportSize(subject.pipe, embeddings=run.settings.embeddings)
         rows = final.measure_rows(run, engine, space, jobs, draws, size, against="recipe")
         final.save_grids(run, engine, jobs, draws[0])
-        return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
+        example = example_call(subject.pipe, run.settings.protocol)
+        return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws), example)
 
 
 def _hand_over(

@@ -15,7 +15,7 @@ from quantdm.hub.calibrated import with_calibration
 from quantdm.hub.config import QuantDMConfig, QuantizationMethod
 from quantdm.hub.diffusers_plugin import QuantDMQuantizer
 from quantdm.hub.header import layer_table
-from quantdm.hub.plan import calibration_of, plan_recipe
+from quantdm.hub.plan import calibration_of, check_weights, plan_recipe
 from quantdm.hub.quantize import Bank, pack_layers, set_packed_
 from quantdm.hub.transformers_plugin import QuantDMHfQuantizer
 from quantdm.recipe import CalibrationSpec, Recipe
@@ -40,6 +40,7 @@ def apply_recipe(
     bank: Bank | None = None,
     calibration: CalibrationSpec | None = None,
     example_inputs: Mapping[str, Any] | None = None,
+    same_architecture: bool = False,
 ) -> Model:
     """Quantize a live pipeline's denoiser (or a model) in place: its weights stay packed from now on.
 
@@ -54,17 +55,20 @@ def apply_recipe(
             images in full precision, which takes as long as it takes.
         example_inputs: keyword arguments of one call of the denoiser, where its class and configuration do not tell
             them (see `capture_inputs`); of several denoisers: component name -> keyword arguments.
+        same_architecture: take a recipe that was found on other weights of the same architecture.
 
     Returns:
         The same object.
 
     Raises:
-        QuantDMError: recipe for another model (names the first layers that differ), a component that the pipeline has
-            not, already quantized, calibrated schemes and no word on what to calibrate them on, weights with NaN,
-            hooks on layers, a glob of the activations that matches nothing. Nothing is changed then.
+        QuantDMError: recipe for another model (names the first layers that differ) or for other weights, a component
+            that the pipeline has not, already quantized, calibrated schemes and no word on what to calibrate them on,
+            weights with NaN, hooks on layers, a glob of the activations that matches nothing. Nothing is changed then.
     """
     register()
     plans = plan_recipe(pipe_or_denoiser, recipe_or_config, bank=bank, example_inputs=example_inputs)
+    if not same_architecture:
+        check_weights(pipe_or_denoiser, recipe_or_config)
     calibration = calibration or calibration_of(recipe_or_config)
     before = [(plan.model, activation_spec(plan.model)) for plan in plans]
     try:

@@ -14,7 +14,7 @@ from quantdm.files import YAML_COMMENT, digest, read_json, replace_folder, tenso
 from quantdm.hub.apply import mark_quantized_, register
 from quantdm.hub.calibrated import calibrated_layers, check_calibration, packed_bank
 from quantdm.hub.journal import Workplace
-from quantdm.hub.plan import Plan, plan_recipe
+from quantdm.hub.plan import Plan, check_weights, plan_recipe
 from quantdm.hub.quantize import Bank, pack_layers, set_packed_
 from quantdm.hub.replace import CORRECTION_FILE, RECIPE_FILE, check_export_path
 from quantdm.hub.streaming import Work, narrowest, prepare, write_part
@@ -37,6 +37,7 @@ def export_pipeline(
     example_inputs: Mapping[str, Any] | None = None,
     variant: str | None = None,
     config: str | Path | None = None,
+    same_architecture: bool = False,
 ) -> Path:
     """Quantize a pipeline by a recipe and save it, layer by layer: its weights are never in memory all at once.
 
@@ -54,6 +55,7 @@ def export_pipeline(
         example_inputs: as for `apply_recipe`.
         variant: of the weights, e.g. "fp16" (see `load_pipeline`).
         config: of the denoiser in a single file, see `open_source`.
+        same_architecture: as for `apply_recipe`.
 
     Raises:
         QuantDMError: the recipe is for another model, the correction for another recipe, or the folder cannot be
@@ -62,6 +64,8 @@ def export_pipeline(
     register()
     place = check_export_path(folder, model)
     source = open_source(model, variant=variant, config=config)
+    if not same_architecture:
+        check_weights(source.pipe, recipe, {name: part.tensors for name, part in source.parts.items()})
     fitted = None
     if correction is not None:
         fitted = load_correction(correction)

@@ -16,6 +16,7 @@ from quantdm.errors import QuantDMError
 from quantdm.hub.checkpoint import place_of, prepare_layers_
 from quantdm.hub.config import QuantDMConfig
 from quantdm.hub.header import read_headers
+from quantdm.hub.inspected_parts import parts_of
 from quantdm.hub.left import left_of, told_left
 from quantdm.hub.quantize import check_fits, model_layers, stored_bits
 from quantdm.metrics import relative_error
@@ -31,6 +32,8 @@ from quantdm.quantizers.worth import is_wasteful
 from quantdm.recipe import Recipe, is_table, load_recipe
 from quantdm.recipe.tables import TABLE
 from quantdm.schemes import TABLE_SCHEME, QuantConfig, Scheme
+
+COSTLY = 1  # bits per weight beyond its scheme's that a layer may take without being marked
 
 
 def inspect_target(
@@ -58,10 +61,11 @@ def inspect_target(
         config: of the denoiser in a single file, see `open_source`.
 
     Returns:
-        A JSON record. `layers` also has embedding tables, which bits per weight do not count and bytes do; `left` says
-        what stays unquantized and weighs more than 1 %. Layers of further parts of the pipeline are named `PART:layer`.
-        SQNR is there where the original weights are: not for an export, and not for a hub id, of which only the
-        configuration is fetched.
+        A JSON record. `layers` also has embedding tables, which bits per weight do not count and bytes do; `parts` are
+        all of the pipeline; `left` says what stays unquantized and weighs more than 1 %. A layer is `costly` where
+        tables and scales take more than one bit per weight beyond its scheme's own, `wasteful` where more than it
+        saves. Layers of further parts are named `PART:layer`. SQNR is there where the original weights are: not for an
+        export, and not for a hub id, of which only the configuration is fetched.
 
     Raises:
         QuantDMError: nothing there, a recipe that does not fit, or a scheme for what is quantized already.
@@ -85,6 +89,7 @@ def inspect_target(
     return {
         "model": where,
         "denoiser": type(parts[""]).__name__,
+        "parts": parts_of(parts[""], source),
         "layers": rows,
         **_totals(rows),
         "file_bytes": _file_bytes(parts, source),
@@ -171,6 +176,7 @@ def _rows(
         scheme = packed[layer.name].scheme if layer.name in packed else config.get(layer.name) if config else None
         row["scheme"] = None if scheme is None else scheme.label
         bits = stored_bits(layer, scheme)
+        row["costly"] = scheme is not None and bits > (scheme.bits + COSTLY) * layer.num_weights
         row["wasteful"] = scheme is not None and is_wasteful(layer.shape, scheme, layer.split)
         row["num_bits"], row["bits"] = bits, round(bits / layer.num_weights, 4)
         row["nbytes"] = bits // 8 if scheme is None else blob_size(tuple(layer.shape), scheme, layer.split)

@@ -7,6 +7,8 @@ import yaml
 
 from quantdm.errors import QuantDMError
 from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, read_json, write_text
+from quantdm.hub.card_snippet import signature_of, snippet, task_of
+from quantdm.hub.card_source import head_of_source
 from quantdm.hub.export import configuration_digest
 from quantdm.hub.header import read_headers
 from quantdm.hub.inspection import inspect_target
@@ -26,12 +28,13 @@ LIMITS = """\
 - The licence and the terms of use of the original model hold for this one too, and so do its own limits and biases."""
 
 
-def write_card(folder: str | Path, *, summary: str | Path | None = None) -> Path:
+def write_card(folder: str | Path, *, summary: str | Path | None = None, source: str | Path | None = None) -> Path:
     """Write the model card of an export: with it the directory is ready for the Hub.
 
     Args:
         folder: a directory that `export_pipeline` wrote.
         summary: summary.json of the run that measured the recipe; without it the card says that nothing was measured.
+        source: where the quantized model lies, for its licence and base model (None: what the recipe calls it).
 
     Returns:
         The card's path, README.md in the directory.
@@ -55,7 +58,8 @@ def write_card(folder: str | Path, *, summary: str | Path | None = None) -> Path
         )
     if measured is not None:
         _check_measured(folder, recipe, str(summary), measured)
-    write_text(folder / CARD, card_text(folder, recipe, measured), MARKUP_COMMENT)
+    text = card_text(folder, recipe, measured, recipe.model if source is None else source)
+    write_text(folder / CARD, text, MARKUP_COMMENT)
     return folder / CARD
 
 
@@ -85,24 +89,26 @@ def _denoiser_of(folder: Path) -> str:
     return next((name for name in DENOISER_NAMES if (folder / name / "config.json").is_file()), "")
 
 
-def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None) -> str:
+def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None, source: str | Path) -> str:
     """Return the card of an export as Markdown with a YAML head."""
     index = read_json(folder / "model_index.json")
     part = _denoiser_of(folder)
     config = read_json(folder / part / "config.json") if part else {}
     bits = config.get("quantization_config", {}).get("avg_bits", recipe.avg_bits)
-    sizes = {path.name: _bytes(path) for path in sorted(folder.iterdir()) if path.is_dir() and _bytes(path)}
-    parts = ", ".join(f"{name} {size / 1e6:,.2f} MB" for name, size in sizes.items())
+    head = _head(index, source)
+    origin = head.get("base_model", Path(recipe.model).name)  # a place on somebody's disk tells nobody anything
     title = f"{Path(recipe.model).name}" + (f", {bits:.2f} bits per weight" if bits is not None else ", quantized")
     left = inspect_target(str(folder))["left"]
     other = f" Also quantized: {', '.join(recipe.components)}." if recipe.components else ""
+    corrected = (folder / CORRECTION_FILE).is_file()
+    loading = snippet(folder, index, None if summary is None else summary.get("example"), corrected=corrected)
     sections = [
-        f"---\n{yaml.safe_dump(_head(recipe, index), sort_keys=False)}---",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title}",
         f"A {index.get('_class_name')} whose denoiser ({config.get('_class_name')}) is quantized layer by layer with "
-        f"quantdm, from `{recipe.model}`.{other} Weight files: {parts}."
-        + ("" if left is None else f" {left[0].upper()}{left[1:]}."),
-        f"## Load it\n\n```python\n{snippet(folder, index, config)}\n```",
+        f"quantdm, from `{origin}`.{other}" + ("" if left is None else f" {left[0].upper()}{left[1:]}."),
+        _parts(folder, index),
+        f"## Load it\n\n```python\n{loading}\n```",
         "## Results\n\n" + (_results(summary) if summary is not None else _unmeasured(recipe)),
         "## Recipe\n\n" + _recipe(recipe),
         "## Limits\n\n" + LIMITS,
@@ -110,31 +116,24 @@ def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None) -> s
     return "\n\n".join(sections) + "\n"
 
 
-def snippet(folder: Path, index: dict[str, Any], config: dict[str, Any]) -> str:
-    """Return Python that loads an export and generates one image; it runs where the directory lies."""
-    has_classes = config.get("num_embeds_ada_norm") is not None or config.get("num_class_embeds") is not None
-    ask = '"a photo of a lighthouse"' if index.get("tokenizer") else "class_labels=[1]" if has_classes else ""
-    lines = [
-        "from diffusers import DiffusionPipeline",
-        "",
-        "import quantdm  # makes itself known to diffusers and transformers",
-        "",
-        f'pipe = DiffusionPipeline.from_pretrained("{folder.name}")  # or its name on the Hub',
-    ]
-    if (folder / "correction.safetensors").is_file():
-        lines += [
-            f'correction = quantdm.load_correction("{folder.name}/correction.safetensors")',
-            "quantdm.apply_correction(pipe, correction)  # undoes quantization noise in the sampler",
-        ]
-    return "\n".join([*lines, f"image = pipe({ask}).images[0]"])
+def _head(index: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    head = {"library_name": "diffusers", "pipeline_tag": task_of(signature_of(index), index)}
+    return head | head_of_source(source) | {"tags": ["quantdm", "quantized", "mixed-precision"]}
 
 
-def _head(recipe: Recipe, index: dict[str, Any]) -> dict[str, Any]:
-    task = "text-to-image" if index.get("tokenizer") else "unconditional-image-generation"
-    head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": task}
-    if recipe.model.count("/") == 1 and not Path(recipe.model).is_absolute():
-        head |= {"base_model": recipe.model, "base_model_relation": "quantized"}
-    return head | {"tags": ["quantdm", "quantized", "mixed-precision"]}
+def _parts(folder: Path, index: dict[str, Any]) -> str:
+    """Return the table of everything in the directory that has weights."""
+    lines = ["| part | class | weight files | weights |", "|---|---|---|---|"]
+    for name in sorted(entry for entry, value in index.items() if isinstance(value, list)):
+        size = _bytes(folder / name)
+        if size:
+            config = folder / name / "config.json"
+            settings = (read_json(config) if config.is_file() else {}).get("quantization_config") or {}
+            bits = settings.get("avg_bits")
+            kept = "as they were" if not settings else "quantized" if bits is None else f"{bits:.2f} bits per weight"
+            lines.append(f"| {name} | {index[name][1]} | {size / 1e6:,.2f} MB | {kept} |")
+    total = sum(_bytes(folder / name) for name in index if (folder / name).is_dir())
+    return "\n".join([*lines, f"| all | | {total / 1e6:,.2f} MB | |"])
 
 
 def _results(summary: dict[str, Any]) -> str:

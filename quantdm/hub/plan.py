@@ -16,7 +16,9 @@ from quantdm.errors import QuantDMError
 from quantdm.hub.config import QuantDMConfig
 from quantdm.hub.quantize import Bank, average_bits, check_fits, model_layers
 from quantdm.hub.targets import targets
-from quantdm.pipelines.parts import inputs_by_part
+from quantdm.pipelines.parts import find_denoisers, inputs_by_part
+from quantdm.pipelines.sketch import check_same_weights, sketch, sketch_of
+from quantdm.pipelines.tensor_files import LazyTensor
 from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
 
@@ -72,6 +74,35 @@ def _check_activations(model: nn.Module, spec: ActivationSpec | None) -> None:
             f"activations: are quantized in denoisers only, got a {type(model).__name__}; leave them out"
         )
     spec.resolve(list_layers(model))  # a rule that matches nothing raises before anything is changed
+
+
+def check_weights(
+    pipe_or_denoiser: Any,
+    recipe_or_config: Recipe | QuantConfig | str | Path,
+    stored: Mapping[str, Mapping[str, LazyTensor]] | None = None,
+) -> None:
+    """Check that the denoisers have the weights that a recipe was found on, where it says so.
+
+    Args:
+        stored: component name -> tensors of networks that are not in memory.
+
+    Raises:
+        QuantDMError: other weights.
+    """
+    recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
+    known = recipe.provenance.weights if isinstance(recipe, Recipe) else {}
+    if not known:
+        return
+    lone = isinstance(pipe_or_denoiser, nn.Module)
+    models = {next(iter(known)): pipe_or_denoiser} if lone else find_denoisers(pipe_or_denoiser)
+    if lone and (len(known) > 1 or isinstance(pipe_or_denoiser, PreTrainedModel)):
+        return  # which of several it is, or that it is none, its recipe does not tell
+    now = {}
+    for name, model in models.items():
+        tensors = (stored or {}).get("" if lone else name)
+        names = sorted(name for name, _ in model.named_parameters())
+        now[name] = sketch_of(model) if not tensors else sketch((key, tensors[key].read()) for key in names)
+    check_same_weights(known, now)
 
 
 def calibration_of(recipe_or_config: Recipe | QuantConfig | str | Path) -> CalibrationSpec | None:

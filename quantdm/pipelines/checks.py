@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from quantdm.errors import QuantDMError
-from quantdm.pipelines.inputs import Drawn, Picture, open_picture
+from quantdm.pipelines.inputs import Clip, Drawn, Picture, open_picture
 from quantdm.pipelines.planning import PlannedCall, arguments_of, plan, stands_alone
 from quantdm.pipelines.protocol import FIRST_ARGUMENTS, Protocol, check_files
 from quantdm.pipelines.signature import (
@@ -118,7 +118,8 @@ def _check_settings(signature: CallSignature, protocol: Protocol) -> None:
     if signature.steps_argument(protocol) is None and protocol.steps != 1:
         raise QuantDMError(f"{kind}: takes no number of steps, the protocol says {protocol.steps}; write `steps: 1`")
     sides = [side for side in ("height", "width") if side in signature]
-    pictures = any(isinstance(v, Picture) for name in protocol.arguments for v in protocol.values_of(name))
+    scaled = (Picture, Clip, Drawn)
+    pictures = any(isinstance(v, scaled) for name in protocol.arguments for v in protocol.values_of(name))
     if protocol.version > 1 and protocol.resolution is not None and not sides and not pictures:
         raise QuantDMError(f"{kind}: takes no height and width, but the protocol has a resolution; leave it out")
 

@@ -140,11 +140,9 @@ def _call(pipe: DiffusionPipeline, settings: dict[str, Any], batch: list[int]) -
             return pipe(**settings)  # pyright: ignore[reportCallIssue]
         except QuantDMError:
             raise
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return None
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, MemoryError, RuntimeError) as error:  # the last: sizes that do not fit
+            if is_out_of_memory(error):
+                return None
             reason = " ".join(str(error).split())
             given = ", ".join(name for name in settings if name not in ("generator", "output_type"))
             raise QuantDMError(f"{type(pipe).__name__}: refused its call with {given}: {reason:.300}") from error

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
 from quantdm.pipelines.inputs import Clip, Constant, Drawn, Picture, TensorFile
 from quantdm.pipelines.protocol import FIRST_ARGUMENTS, Protocol
-from quantdm.pipelines.signature import CallSignature, Output
+from quantdm.pipelines.signature import CallSignature, Output, output_of
 from quantdm.pipelines.sizes import image_size
 
 _FILES = (Picture, Clip, TensorFile, Drawn)
@@ -99,3 +100,30 @@ def arguments_of(
     if "output_type" in signature:
         found["output_type"] = "latent" if output == "latent" else "np"
     return found
+
+
+def example_call(pipe: DiffusionPipeline, protocol: Protocol) -> dict[str, Any]:
+    """Return the arguments of the first image as JSON values; a picture as {"picture": [width, height]}.
+
+    The frames of a video are counted beside it; tensors have no place in JSON and are left out.
+    """
+    signature = CallSignature.of(pipe)
+    output = output_of(signature, protocol)
+    alone = stands_alone(signature, protocol, output)
+    call = next(plan(signature, protocol, 1, first=0, most=1))
+    given = arguments_of(
+        pipe, signature, protocol, call, generators=[torch.Generator()], steps=protocol.steps, output=output,
+        alone=alone,
+    )  # fmt: skip
+    own = ("generator", "batch_size", "output_type")
+    plain = {name: _plain(value) for name, value in given.items() if name not in own}
+    return {name: value for name, value in plain.items() if not isinstance(value, torch.Tensor)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a picture, or the frames of a video, as its size; all else as it is."""
+    if isinstance(value, Image.Image):
+        return {"picture": list(value.size)}
+    if isinstance(value, list) and value and isinstance(value[0], Image.Image):
+        return {"picture": list(value[0].size), "frames": len(value)}
+    return value

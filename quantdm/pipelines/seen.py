@@ -10,10 +10,11 @@ from torch import nn
 
 from quantdm.pipelines.fingerprint import dtype_of, fingerprint_part, settings_of
 from quantdm.pipelines.parts import find_denoisers
+from quantdm.pipelines.sketch import sketch_of
 
 
 class Part(BaseModel):
-    """One component: its class, the hash of its weights or settings, the dtype of a network, a scheduler's settings."""
+    """One component: its class, the hash of its weights or settings, a network's dtype, a scheduler's settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,6 +22,7 @@ class Part(BaseModel):
     fingerprint: str
     dtype: str | None = None
     settings: dict[str, Any] | None = None
+    sketch: tuple[str, ...] = ()  # of a denoiser's weights, in every dtype; () in runs that are older
 
 
 class Seen(BaseModel):
@@ -35,6 +37,11 @@ class Seen(BaseModel):
     example_inputs: dict[str, dict[str, Any]] = {}
 
     @property
+    def weights(self) -> dict[str, tuple[str, ...]]:
+        """The sketch of every denoiser's weights, as a recipe keeps them (see sketch.py)."""
+        return {name: self.parts[name].sketch for name in self.denoisers if self.parts[name].sketch}
+
+    @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype of every network, as `from_pretrained` takes it."""
         found = {name: getattr(torch, part.dtype) for name, part in self.parts.items() if part.dtype is not None}
@@ -43,7 +50,7 @@ class Seen(BaseModel):
 
 def see(pipe: DiffusionPipeline, example_inputs: Mapping[str, dict[str, Any]]) -> Seen:
     """Return the record of a pipeline: every component that is there."""
-    parts = {}
+    parts, denoisers = {}, find_denoisers(pipe)
     for name, part in pipe.components.items():
         if part is None:
             continue
@@ -53,10 +60,11 @@ def see(pipe: DiffusionPipeline, example_inputs: Mapping[str, dict[str, Any]]) -
             fingerprint=fingerprint_part(part),
             dtype=dtype_of(part) if is_network else None,
             settings=settings_of(part) if "scheduler" in name else None,
+            sketch=sketch_of(part) if name in denoisers else (),
         )
     return Seen(
         pipeline=type(pipe).__name__,
-        denoisers=tuple(find_denoisers(pipe)),
+        denoisers=tuple(denoisers),
         parts=parts,
         device=torch.device(pipe.device).type,
         example_inputs=dict(example_inputs),

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -42,12 +42,17 @@ class CallSignature:
     @classmethod
     def of(cls, pipe: DiffusionPipeline) -> "CallSignature":
         """Read the signature of a pipeline; the parts are looked at only for what they are called."""
-        parts = vars(pipe).get("_internal_dict") or {}
-        decoders = any(re.search(r"vae|vq|movq|decoder|image_encoder", name) for name in parts)
         if not callable(pipe):
             raise QuantDMError(f"{type(pipe).__name__}: cannot be called, expected a pipeline that makes something")
-        parameters = inspect.signature(pipe.__call__).parameters
-        return cls(type(pipe).__name__, parameters, frozenset(_fields_of_outputs(type(pipe))), decoders)
+        return cls.of_class(type(pipe), list(vars(pipe).get("_internal_dict") or {}))
+
+    @classmethod
+    def of_class(cls, kind: type, parts: Sequence[str]) -> "CallSignature":
+        """Read the signature of a class of pipelines with parts of these names."""
+        decoders = any(re.search(r"vae|vq|movq|decoder|image_encoder", name) for name in parts)
+        found = dict(inspect.signature(kind.__call__).parameters)
+        found.pop("self", None)
+        return cls(kind.__name__, found, frozenset(_fields_of_outputs(kind)), decoders)
 
     @property
     def names(self) -> list[str]:
@@ -151,7 +156,8 @@ class CallSignature:
             right = allowed[type(value).__name__] and (self.per_image(name, value) or self._plain_is_right(name, value))
         if right:
             return None
-        return "text" if words & _PLAIN == {"str"} else re.sub(r"typing\.|numpy\.|torch\.|PIL\.Image\.", "", text)
+        only_text = words & _PLAIN == {"str"} and self.takes_one(name)
+        return "text" if only_text else re.sub(r"typing\.|numpy\.|torch\.|PIL\.Image\.", "", text)
 
     def _plain_is_right(self, name: str, value: Any) -> bool:
         return value is None or self.takes_one(name) or (isinstance(value, str) and self.takes_lists(name))

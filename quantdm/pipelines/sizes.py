@@ -1,6 +1,7 @@
 """How large the images of a pipeline are, and how many of them its memory can make at once."""
 
 import gc
+import inspect
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -25,10 +26,13 @@ _LEAST_BUDGET = 2**30
 def image_size(pipe: DiffusionPipeline, protocol: Protocol) -> tuple[int, int]:
     """Return (width, height) in pixels: what the protocol says, else what the pipeline makes of its own."""
     own = _own_size(pipe)
+    parameters = inspect.signature(pipe.__call__).parameters if callable(pipe) else {}
     found = []
     for name, side in (("width", own[0]), ("height", own[1])):
         given = [v for v in protocol.values_of(name) if isinstance(v, int)] if name in protocol.arguments else []
-        found.append(max(given, default=protocol.resolution or side))
+        default = parameters[name].default if name in parameters else None  # Sana and LTX say it in their call
+        usual = default if isinstance(default, int) else side
+        found.append(max(given, default=protocol.resolution or usual))
     return found[0], found[1]
 
 

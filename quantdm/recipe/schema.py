@@ -47,6 +47,9 @@ class Provenance(BaseModel):
     trials: int | None = None
     target: str | None = None
     tuning: str | None = Field(default=None, description="hash of the tuned weights that an export holds")
+    weights: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="hashes of the weights that it was found on, by denoiser"
+    )
     notes: tuple[str, ...] = ()
     measured: dict[str, float] = Field(default_factory=dict)
 
@@ -284,7 +287,8 @@ def extended(base: RecipeFile, top: RecipeFile) -> RecipeFile:
     kept: Mapping[str, Any] = {key: getattr(base, key) for key in RecipeFile.model_fields}
     if changed:
         source = f"extends a recipe ({base.provenance.source}), not measured"
-        kept = {**kept, "avg_bits": None, "correction": None, "provenance": Provenance(source=source)}
+        origin = Provenance(source=source, weights=base.provenance.weights)
+        kept = {**kept, "avg_bits": None, "correction": None, "provenance": origin}
     merged = {key: getattr(rules, key) for key in Rules.model_fields} | {"components": components}
     return RecipeFile(**{**kept, **given, **merged, "extends": None})
 

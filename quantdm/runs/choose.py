@@ -101,6 +101,7 @@ def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
             seed=settings.seed,
             trials=settings.trials,
             target=f"{settings.target_bits:g} bits per weight",
+            weights=settings.seen.weights,
             notes=dense_note(settings.seen),
             measured={
                 key: round(figures[key], 6)

@@ -222,9 +222,13 @@ def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw:
 
 
 def write_summary(
-    run: Run, rows: list[dict[str, Any]], draws: Sequence[Draw], noise: dict[str, float | None]
+    run: Run,
+    rows: list[dict[str, Any]],
+    draws: Sequence[Draw],
+    noise: dict[str, float | None],
+    example: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write summary.json and return it."""
+    """Write summary.json and return it; `example` are the arguments of one image, for the model card's snippet."""
     protocol = run.settings.protocol
     summary = {
         "version": RECORD_VERSION,
@@ -243,6 +247,7 @@ def write_summary(
         "fid_floor": real_floor(protocol) if protocol.real else None,
         "fp_noise": noise,
         "tuning": tuning_of(run),
+        "example": example,
         "rows": rows,
     }
     write_json(run.path("summary.json"), summary)

@@ -29,5 +29,6 @@ def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
             seed=run.settings.seed,
             trials=run.settings.trials,
             target=f"{target_bits:g} bits per weight",
+            weights=run.settings.seen.weights,
         ),
     )

@@ -1,0 +1,125 @@
+"""What stopped people with pipelines of their own: sizes, lists, errors of a call, cards that do not fit, costs."""
+
+import pytest
+import torch
+import yaml
+from diffusers import DDPMScheduler
+from typer.testing import CliRunner
+
+from quantdm import Protocol, QuantDMError, generate
+from quantdm.cli.main import app
+from quantdm.hub.card_snippet import signature_of, snippet, task_of
+from quantdm.hub.card_source import head_of_source
+from quantdm.hub.inspection import inspect_target
+from quantdm.pipelines.checks import check_generates
+from quantdm.pipelines.planning import example_call
+from quantdm.pipelines.sizes import image_size
+from tests.pipeline_kinds import BarePipeline, make, unet
+
+
+class Wordy(BarePipeline):
+    """Says its size in its call, takes a list of words, and cannot add what it is given."""
+
+    def __call__(self, words: list[str] = ["a"], strength: float = 1.0, height: int = 48, width: int = 64):  # noqa: B006
+        """Fail as a network does whose inputs do not fit each other."""
+        return torch.zeros(2) + torch.zeros(3)
+
+
+@pytest.fixture(scope="module")
+def wordy():
+    return Wordy(unet(), DDPMScheduler())
+
+
+def asked(**said) -> Protocol:
+    return Protocol(**{"version": 2, "steps": 1, "features": "pyramid", **said})
+
+
+def test_a_resolution_scales_drawn_pictures_where_the_call_takes_no_size():
+    pipe, protocol = make("image-to-image")
+    small = Protocol(**protocol.model_copy(update={"resolution": 16}).model_dump())
+    check_generates(pipe, small)
+    assert generate(pipe, small, [1]).shape[-2:] == (16, 16)
+
+
+def test_the_size_is_that_of_the_call_where_the_protocol_says_none(wordy):
+    assert image_size(wordy, asked()) == (64, 48)
+    assert image_size(wordy, asked(call={"height": 16})) == (64, 16)
+    assert image_size(wordy, asked(resolution=32)) == (32, 32)
+
+
+def test_what_only_takes_a_list_says_how_a_list_is_written(wordy):
+    with pytest.raises(QuantDMError, match=r"expects list\[str\]; a list as it is: \{value: \[...\]\}"):
+        check_generates(wordy, asked(call={"words": None}))
+    check_generates(wordy, asked(call={"words": {"value": []}}))
+
+
+def test_sizes_that_do_not_fit_are_one_clear_error(wordy):
+    with pytest.raises(QuantDMError, match=r"Wordy: refused its call with .*: The size of tensor a \(2\) must match"):
+        generate(wordy, asked(), [1])
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("FluxPipeline", "text-to-image"),
+        ("StableDiffusionXLImg2ImgPipeline", "image-to-image"),
+        ("StableDiffusionInpaintPipeline", "image-to-image"),
+        ("WanPipeline", "text-to-video"),
+        ("WanImageToVideoPipeline", "image-to-video"),
+        ("AnimateDiffVideoToVideoPipeline", "video-to-video"),
+        ("DDPMPipeline", "unconditional-image-generation"),
+        ("DiTPipeline", "unconditional-image-generation"),
+    ],
+)
+def test_a_card_knows_its_task_from_the_class(name, task, tmp_path):
+    index = {"_class_name": name, "scheduler": ["diffusers", "X"], "vae": ["diffusers", "X"]}
+    assert task_of(signature_of(index), index) == task
+    code = snippet(tmp_path / "small", index)
+    compile(code, "snippet", "exec")
+    assert ("Image.new" in code) == (task.startswith(("image-to", "video-to")))
+    assert (".frames[0]" in code) == task.endswith("video")
+
+
+def test_a_snippet_asks_for_what_was_measured(tmp_path):
+    pipe, protocol = make("inpainting")
+    given = example_call(pipe, protocol)
+    assert given["image"] == given["mask_image"] == {"picture": [32, 32]}
+    code = snippet(tmp_path / "small", {"_class_name": type(pipe).__name__}, given)
+    compile(code, "snippet", "exec")
+    assert "num_inference_steps=2" in code
+    assert "guidance_scale=2.0" in code
+    assert "mask_image=mask_image" in code
+    assert "generator" not in code
+
+
+def test_the_head_of_a_card_follows_the_source_and_names_no_place(tmp_path):
+    own = tmp_path / "mine"
+    own.mkdir()
+    assert head_of_source(own) == {}
+    front = {"license": "other", "license_name": "its-own", "base_model": "some/base", "pipeline_tag": "x"}
+    (own / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\n# Mine\n")
+    told = {"license": "other", "license_name": "its-own", "base_model": "some/base"}
+    assert head_of_source(own) == told | {"base_model_relation": "quantized"}
+    (own / "README.md").write_text("---\nbase_model: /home/me/base\nlicense: mit\n---\n")
+    assert head_of_source(own) == {"license": "mit"}
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    assert head_of_source(snapshot)["base_model"] == "some/model"
+    assert head_of_source("some/where-else")["base_model"] == "some/where-else"
+
+
+def test_inspect_shows_every_part_and_marks_what_costs_more_than_it_seems():
+    record = inspect_target("digits-sd", scheme="kmeans-channel-4")
+    parts = {part["name"]: part for part in record["parts"]}
+    assert set(parts) == {"unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert all(parts[name]["nbytes"] > parts[name]["num_weights"] for name in ("unet", "vae", "text_encoder"))
+    assert parts["scheduler"]["num_weights"] is None
+    costly = {row["name"] for row in record["layers"] if row["costly"]}
+    assert costly == {row["name"] for row in record["layers"] if row["bits"] > 5}
+    assert 0 < len(costly) < len(record["layers"])
+    text = (
+        CliRunner().invoke(app, ["inspect", "digits-sd", "--scheme", "kmeans-channel-4"], catch_exceptions=False).stdout
+    )
+    assert all(len(line) <= 79 for line in text.splitlines())
+    assert text.count("!") == len(costly) + 1  # and what it means
+    assert "  vae " in text
