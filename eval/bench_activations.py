@@ -19,7 +19,7 @@ import torch
 
 import quantdm
 from quantdm.activations import set_activation_bits_, usual_activations
-from quantdm.activations.observe import choose_activations
+from quantdm.activations.choose import choose_activations
 from quantdm.files import digest, write_json
 from quantdm.machine import versions
 from quantdm.metrics import load_extractor

@@ -86,11 +86,13 @@ def packed(layer: nn.Module, label: str, split: int | None = None, shift: float 
     return quantize_module_(model, "0", quantize_weight(weight, Scheme.parse(label), split=split, name="0"))
 
 
-def simulated(layer: PackedLayer, x: Tensor, record: LayerRecord, scheme: ActivationScheme, given=None) -> Tensor:
+def simulated(
+    layer: PackedLayer, x: Tensor, record: LayerRecord, scheme: ActivationScheme, given=None, exponents=None
+) -> Tensor:
     """Return what rounded floats give, in float64."""
     exact = copy.deepcopy(layer).double()
     exact.keep_("packed")
-    rounded = quantize_input(x.float(), record, scheme, given)
+    rounded = quantize_input(x.float(), record, scheme, given, exponents)
     return exact.forward(rounded.double())
 
 

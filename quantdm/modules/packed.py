@@ -92,6 +92,11 @@ class PackedLayer(nn.Module):
         tensors = split_blob(self.packed.data, self.weight_shape, self.scheme, self.split)
         return QuantizedWeight(self.scheme, self.weight_shape, self.split, self.original_dtype, tensors)
 
+    @property
+    def exponents(self) -> torch.Tensor | None:
+        """Those of the powers of two that its inputs are divided by, int8 [C_in / groups], if it is equalised."""
+        return None if self.scheme.equalised is None else self.quantized.tensors["exponents"]
+
     def dequantize(self, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decode the weight into a new tensor of `dtype` (default: `weight_dtype`)."""
         return self.quantized.dequantize(dtype=dtype or self.weight_dtype)
@@ -141,8 +146,8 @@ class PackedLayer(nn.Module):
         if residency in ("integer", "auto"):
             form = self._integers()
             self.obstacle = obstacle_of(self, form, self.split, self.packed.device)
-            # A rotated weight is not what its integers decode to.
-            self._kept = None if self.scheme.hadamard else form
+            # A turned weight is not what its integers decode to.
+            self._kept = form if self.scheme == self.scheme.in_place else None
         if residency == "int8" or (residency == "integer" and self.obstacle):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = int8_form(self.quantized)
@@ -151,10 +156,8 @@ class PackedLayer(nn.Module):
             self._keep_dense()
 
     def _integers(self) -> Int8Weight | None:
-        """Return the int8 form in which the weight is multiplied: that of a rotated weight is rotated."""
-        quantized = self.quantized
-        if self.scheme.hadamard:
-            quantized = replace(quantized, scheme=self.scheme.model_copy(update={"hadamard": False}))
+        """Return the int8 form in which the weight is multiplied: that of a turned weight, as its codes have it."""
+        quantized = replace(self.quantized, scheme=self.scheme.in_place)
         with torch.inference_mode(False), torch.no_grad():
             return int8_form(quantized)
 
