@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from quantdm.recipe.activations import ActivationScheme, ActivationSpec
 from quantdm.recipe.calibration import CalibrationSpec
 from quantdm.recipe.joint import joint_config, joint_rules, split_name
+from quantdm.recipe.matching import match_weights
 from quantdm.recipe.reading import load_recipe
 from quantdm.recipe.rules import Layer, check_names, pattern_matcher
 from quantdm.recipe.schema import (
@@ -46,6 +47,7 @@ __all__ = [
     "joint_config",
     "joint_rules",
     "load_recipe",
+    "match_weights",
     "pattern_matcher",
     "recipe_schema",
     "split_name",
