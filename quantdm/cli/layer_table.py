@@ -15,6 +15,7 @@ WIDTH = 79
 def layers_csv(record: dict[str, Any]) -> str:
     """Return the layers of an `inspect_target` record as CSV text."""
     columns = ("name", "op_type", "block", "shape", "num_weights", "quantizers", "scheme", "bits", "nbytes", "sqnr_db")
+    columns += ("activation", "macs")
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -72,7 +73,8 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
     text = f"{len(rows)} layers, {weights:,} weights, {record['avg_bits']:.4f} bits per weight, {size}"
     if record["file_bytes"]:
         text += f"; its files, with biases and norms, have {record['file_bytes'] / 1e6:,.3f} MB"
-    lines = textwrap.wrap(text + ".", WIDTH)
+    cost = f"{record['macs'] / 1e9:,.3f} GMAC, {record['bops'] / 1e9:,.2f} GBOP (MACs x weight bits x activation bits)"
+    lines = textwrap.wrap(f"{text}. One call of the denoiser with one sample: {cost}.", WIDTH)
     kind = "scheme" if quantized else "op_type"
     shares, numbers = Counter[str](), Counter[str]()
     for row in rows:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from quantdm.activations import activation_spec, set_activation_bits_
 from quantdm.denoisers.analysis import analyse
+from quantdm.denoisers.macs import layer_macs
 from quantdm.errors import QuantDMError
 from quantdm.hub.checkpoint import place_of, prepare_layers_
 from quantdm.hub.config import QuantDMConfig
@@ -24,7 +26,7 @@ from quantdm.pipelines.skeleton import open_skeleton
 from quantdm.pipelines.source import Source, StoredPart, local_path, open_source
 from quantdm.pipelines.stored import read_object, weight_files
 from quantdm.quantizers import quantize_weight
-from quantdm.recipe import Recipe, load_recipe
+from quantdm.recipe import Recipe, bit_operations, load_recipe
 from quantdm.schemes import QuantConfig, Scheme
 
 
@@ -75,6 +77,7 @@ def inspect_target(
     if example_inputs is not None:
         analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
     rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
+    operations = _add_operations(rows, parts[""], rules)
     weights = sum(row["num_weights"] for row in rows)
     bits = sum(row["num_bits"] for row in rows)
     return {
@@ -86,6 +89,7 @@ def inspect_target(
         "num_bits": bits,
         "weight_bytes": sum(row["nbytes"] for row in rows),
         "file_bytes": _file_bytes(parts, source),
+        **operations,
         "provenance": rules.provenance.source if is_recipe and rules is not None else None,
     }
 
@@ -117,12 +121,25 @@ def _open(
     return {"" if name == main else name: part for name, part in found.items()}, source
 
 
+def _add_operations(rows: Sequence[dict[str, Any]], denoiser: nn.Module, rules: Recipe | None) -> dict[str, int]:
+    """Say in the rows of the denoiser what its inputs take and how much it multiplies; return the sums of one call."""
+    macs, spec = layer_macs(denoiser), activation_spec(denoiser) if rules is None else rules.activations
+    inputs = {} if spec is None else spec.resolve(model_layers(denoiser))
+    weights = {row["name"]: None if row["scheme"] is None else Scheme.parse(row["scheme"]) for row in rows}
+    for row in rows:
+        scheme = inputs.get(row["name"])
+        row |= {"activation": None if scheme is None else scheme.label, "macs": macs.get(row["name"])}
+    return {"macs": sum(macs.values()), "bops": bit_operations(macs, weights, inputs)}
+
+
 def _pack_skeleton(model: Any, part: StoredPart) -> None:
     """Put packed layers without bytes into a skeleton, as the header of its files tells."""
     assert part.folder is not None
     header, _ = read_headers(part.files)
     prepare_layers_(model, header.table, place_of(part.files))
-    QuantDMConfig(**read_object(part.folder / "config.json")["quantization_config"]).tell_inputs(model)
+    config = QuantDMConfig(**read_object(part.folder / "config.json")["quantization_config"])
+    config.tell_inputs(model)
+    set_activation_bits_(model, config.activations)
 
 
 def _rows(

@@ -16,7 +16,7 @@ from quantdm.errors import QuantDMError
 from quantdm.modules.blob import join_tensors, sparing_bytes, split_blob
 from quantdm.modules.coded import CodedInput
 from quantdm.modules.decoding import decode_bytes, decode_layer, new_handle
-from quantdm.modules.execution import Product, new_product, obstacle_of
+from quantdm.modules.execution import Product, new_product, obstacle_of, say_once
 from quantdm.modules.int8 import Int8Weight, int8_form, moved
 from quantdm.modules.scratch import scratch_out
 from quantdm.modules.view import WeightView
@@ -47,6 +47,7 @@ class PackedLayer(nn.Module):
     takes_codes: ClassVar[bool] = False  # whether `forward` knows what to do with a `CodedInput`
     _kept: torch.Tensor | Int8Weight | None  # what is held beside the bytes to decode from
     _product: Product | None  # what multiplies coded inputs, made when the first one comes
+    _place: torch.device  # where that was decided
     obstacle: str | None  # why it cannot multiply them
     pays: dict[Any, bool]  # in auto residency: whether integers are faster, by what its input is
 
@@ -144,6 +145,7 @@ class PackedLayer(nn.Module):
         self.residency, self._kept, self._product, self.obstacle = residency, None, None, f"{residency} residency"
         self.pays = {}
         if residency in ("integer", "auto"):
+            self._place = self.packed.device
             form = self._integers()
             self.obstacle = obstacle_of(self, form, self.split, self.packed.device)
             # A turned weight is not what its integers decode to.
@@ -168,8 +170,14 @@ class PackedLayer(nn.Module):
     def multiply(self, coded: CodedInput) -> torch.Tensor:
         """Return the output for an input in integers: that for its values, up to rounding.
 
-        Only without an `obstacle`. An input whose integers could overflow is turned into its values.
+        Only without an `obstacle`. An input whose integers could overflow is turned into its values, and so is one on a
+        device to which the bytes alone were offloaded.
         """
+        place = coded.parts[0].codes.device
+        if place != self._place:
+            say_once(f"{self.residency} residency was chosen on {self._place}, offloading brings weights to {place}")
+            self._kept = self._product = None
+            return self.forward(coded.values())  # type: ignore[return-value]
         if self._product is None:
             form = self._kept if isinstance(self._kept, Int8Weight) else self._integers()
             assert form is not None
@@ -211,7 +219,7 @@ class PackedLayer(nn.Module):
         if self.residency in ("integer", "auto") and len({place, self.packed.device.type, "meta"}) == 3:
             self.keep_(self.residency)  # another kind of device has other operators
         before, self.weight_dtype = self.weight_dtype, fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        self._product = None  # it is in the order of an operator of its device
+        self._product, self._place = None, self.packed.device  # it is in the order of an operator of its device
         if isinstance(self._kept, torch.Tensor) and self.weight_dtype != before:
             self._keep_dense()
         elif isinstance(self._kept, torch.Tensor):
