@@ -1,21 +1,27 @@
 """Equalisation between channels: exact in full precision, stored with the weight, and a remedy against outliers."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import quantdm
 from quantdm.activations import set_activation_bits_
 from quantdm.activations.handover import input_for, quantize_input
 from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
+from quantdm.hub.model_card import write_card
 from quantdm.modules import execution, quantize_module_
 from quantdm.modules.coded import CodedInput
 from quantdm.quantizers import Moments, quantize_weight
 from quantdm.quantizers.equaliser import MOST, equalise_moments, exponents_of, from_letters, shifted, to_letters
 from quantdm.quantizers.weight import count_bits
-from quantdm.recipe import ActivationScheme, ActivationSpec
-from quantdm.schemes import Scheme
+from quantdm.recipe import ActivationScheme, ActivationSpec, CalibrationSpec, Recipe, match_weights
+from quantdm.schemes import QuantConfig, Scheme
 from quantdm.tuning.weights import TunableWeight
 from tests.test_activations import make_transformer, run
 from tests.test_execution import error, record_of, simulated
@@ -177,3 +183,53 @@ def test_an_equalised_weight_with_plain_inputs_stays_simulated_and_says_so(caplo
         assert isinstance(input_for(packed, x, record, ActivationScheme(bits=8), None), Tensor)
     assert [r.message for r in caplog.records if "equalised weights need equalised inputs" in r.message] != []
     assert len(caplog.records) == 1
+
+
+def test_weights_are_matched_to_the_coordinates_of_their_inputs() -> None:
+    labels = {"a": "uniform-channel-4-feedback", "b": "kmeans-channel-3", "c": None, "d": "kmeans-tensor-2-hadamard"}
+    inputs = {"a": "token-4-equalised", "b": "token-6-hadamard", "c": "token-4-hadamard", "d": "token-8"}
+    schemes = {name: ActivationScheme.parse(label) for name, label in inputs.items()}
+    found = match_weights(QuantConfig.from_labels(labels), schemes).to_labels()
+    expected = {"a": "uniform-channel-4-equalised50-feedback", "b": "kmeans-channel-3-hadamard", "c": None}
+    assert found == expected | {"d": "kmeans-tensor-2"}
+    plain = match_weights(QuantConfig.from_labels({"b": "kmeans-channel-3"}), {"b": schemes["a"]})
+    assert plain.to_labels() == {"b": "kmeans-channel-3"}  # without moments it cannot be equalised
+
+
+OPEN = """
+import sys, torch, quantdm
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+generator = torch.Generator().manual_seed(5)
+images = pipe([3], num_inference_steps=2, generator=generator, output_type="np").images
+torch.save(torch.from_numpy(images), sys.argv[2])
+"""
+
+
+def test_an_equalised_export_opens_elsewhere_with_its_activations_on_and_its_card_says_so(tmp_path) -> None:
+    block = "transformer_blocks.0.attn1"
+    spec = ActivationSpec(
+        default="token-6",
+        layers={f"{block}.to_q": "token-6-equalised", f"{block}.to_k": "token-6-equalised"},
+        equalisers={f"{block}.to_k": "mnl" + "m" * 157},
+    )
+    layers = {f"{block}.to_q": "uniform-channel-4-equalised50-feedback", f"{block}.to_k": "original"}
+    calibration = CalibrationSpec(protocol="digits-dit", images=2, steps=2)
+    default = {"default": "uniform-channel-3", "calibration": calibration, "activations": spec}
+    recipe = Recipe.model_validate({"model": "digits-dit", "layers": layers, **default})
+    pipe = quantdm.load_pipeline("digits-dit")
+    quantdm.apply_recipe(pipe, recipe)
+    assert pipe.transformer.get_submodule(f"{block}.to_q").exponents is not None
+
+    def images() -> Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return torch.from_numpy(pipe([3], num_inference_steps=2, generator=generator, output_type="np").images)
+
+    expected = images()
+    set_activation_bits_(pipe.transformer, None)
+    assert not torch.equal(images(), expected)
+    folder = quantdm.export_pipeline("digits-dit", recipe, tmp_path / "small")
+    command = [sys.executable, "-c", OPEN, str(folder), str(tmp_path / "found.pt")]
+    subprocess.run(command, check=True, cwd=Path(__file__).resolve().parents[1])
+    assert torch.equal(torch.load(tmp_path / "found.pt"), expected)
+    assert "its inputs are rounded, as it is opened: token-6 activations" in write_card(folder).read_text()

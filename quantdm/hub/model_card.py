@@ -98,13 +98,19 @@ def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None) -> s
         f"---\n{yaml.safe_dump(_head(recipe, index), sort_keys=False)}---",
         f"# {title}",
         f"A {index.get('_class_name')} whose denoiser ({config.get('_class_name')}) is quantized layer by layer with "
-        f"quantdm, from `{recipe.model}`.{other} Weight files: {parts}.",
+        f"quantdm, from `{recipe.model}`.{other}{_inputs(recipe)} Weight files: {parts}.",
         f"## Load it\n\n```python\n{snippet(folder, index, config)}\n```",
         "## Results\n\n" + (_results(summary) if summary is not None else _unmeasured(recipe)),
         "## Recipe\n\n" + _recipe(recipe),
         "## Limits\n\n" + LIMITS,
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _inputs(recipe: Recipe) -> str:
+    """Say that activations are quantized when the export is opened, or nothing."""
+    spec = recipe.activations
+    return "" if spec is None else f" While it runs its inputs are rounded, as it is opened: {spec.description}."
 
 
 def snippet(folder: Path, index: dict[str, Any], config: dict[str, Any]) -> str:
