@@ -1,17 +1,19 @@
 """What do activations of few bits cost, and what repairs them? Plain pipelines and ones with planted outlier channels.
 
     PYTHONPATH=. python eval/bench_activations.py digits-dit     # writes eval/results/activations_digits-dit.json
-    PYTHONPATH=. python eval/bench_activations.py digits-dit --bits 4 6 --images 200
+    PYTHONPATH=. python eval/bench_activations.py digits-dit --bits 4 6 --weights W16 --draws 1 --images 200
 
 Planting multiplies a few channels by 30 where the next weight divides them again (tests/planted_outliers.py): the
-function stays, and rounding per tensor collapses. Every row is compared with the same weights without activation
-quantization on equal noises: fid_fp and PSNR, mean and sd over draws. Finished rows are kept in a folder beside the
-result; run it again to go on.
+function stays, and rounding per tensor collapses. Every row is compared with full precision on equal noises: fid_fp and
+PSNR, mean and sd over draws. Weights lie in the coordinates of their inputs, rotated or equalised (`match_weights`), so
+that integers could multiply them; halves of long skips always have scales of their own. "A16" is the weights alone.
+Every draw of a row is kept in a folder beside the result; run it again to go on, or with more of anything to widen it.
 """
 
 import argparse
 import datetime
 import platform
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 
 import quantdm
 from quantdm.activations import set_activation_bits_, usual_activations
-from quantdm.activations.observe import choose_activations
+from quantdm.activations.choose import VARIANTS, choose_activations
 from quantdm.files import digest, write_json
 from quantdm.machine import versions
 from quantdm.metrics import load_extractor
@@ -27,100 +29,149 @@ from quantdm.metrics.samples import Draw, Samples, compare, draw_samples
 from quantdm.metrics.statistics import mean_and_sd
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import default_protocol
-from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe
+from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, match_weights
 from quantdm.runs.store import TrialStore
+from quantdm.schemes import QuantConfig
 from tests.planted_outliers import FACTOR, SHARE, plant_outliers_
 
 OUT = Path(__file__).parent / "results"
-BEDS, WEIGHTS = ("plain", "planted"), {"W16": None, "W4": "kmeans-channel-4-feedback"}
-VARIANTS = {
+BEDS = ("plain", "planted")
+WEIGHTS = {"W16": None, "W4": "kmeans-channel-4-feedback", "3.0 bits": "recipes/{model}-3.0bit-a16.yaml"}
+LABELS = {
     "per tensor": "tensor-{b}",
     "per token": "token-{b}",
     "clipped": "token-{b}-mse",
     "rotated": "token-{b}-hadamard",
     "outlier channels apart": "token-{b}-outliers8",
 }
-CHOICE = CalibrationSpec(protocol="", images=16, steps=5)
+ROWS = (*LABELS, "equalised", "sensitive at 8", "chosen per layer")
+ALONE = (16, "not quantized")
+CALIBRATION = {"images": 16, "steps": 5}
+
+
+class Study:
+    """One pipeline's rows: what is asked for, and what is known already."""
+
+    def __init__(self, given: argparse.Namespace) -> None:
+        self.given, self.model = given, given.model
+        self.path = OUT / f"activations_{given.model}.json"
+        self.store = TrialStore(self.path.with_suffix(".part"))
+        self.draws = [Draw(7000 + i, given.images, given.steps) for i in range(given.draws)]
+        self.reference = cache(self._reference)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Measure what is missing and return every row; of what is not measured there is none."""
+        found = []
+        for draw in range(1, len(self.draws) + 1):  # the first draw of everything before the second of anything
+            found = [
+                self.row(bed, weights, pair[0], pair[1], self.draws[:draw])
+                for weights in self.given.weights
+                for bits in self.given.bits
+                for bed in BEDS
+                for pair in [
+                    *([ALONE] if weights != "W16" and bits == self.given.bits[0] else []),
+                    *((bits, name) for name in ROWS),
+                ]
+            ]
+        return [row for row in found if row is not None]
+
+    def row(self, bed: str, weights: str, bits: int, name: str, draws: list[Draw]) -> dict[str, Any] | None:
+        """Return one row over some draws; each is measured if it is not known, or left out with --known."""
+        keys = {draw: digest(bed, weights, bits, name, draw.images, draw.steps, draw.base_seed) for draw in draws}
+        missing = [draw for draw, key in keys.items() if self.store.get(key) is None]
+        if self.given.known:
+            keys = {draw: key for draw, key in keys.items() if draw not in missing}
+            if not keys:
+                return None
+        elif missing:
+            spec = self.spec(bed, bits, name)
+            pipe = self.pipe(bed, weights, spec)
+            for draw in missing:
+                figures = compare(self.samples(pipe, draw), self.reference(bed, draw))
+                own = {key: figures[key] for key in ("fid_fp", "psnr_fp")}
+                self.store.put(keys[draw], own | {"schemes": _counted(pipe, spec)})
+                print(f"{bed} {weights} A{bits} {name}: fid_fp {own['fid_fp']:.5f}", flush=True)
+        kept = [self.store.get(key) or {} for key in keys.values()]
+        figures = mean_and_sd([{key: row[key] for key in ("fid_fp", "psnr_fp")} for row in kept])
+        row = {"bed": bed, "weights": weights, "bits": bits, "variant": name, "draws": len(keys)}
+        row |= figures["mean"] | {f"{key}_sd": value for key, value in figures["sd"].items()}
+        return row | {"schemes": kept[0]["schemes"]}
+
+    def spec(self, bed: str, bits: int, name: str) -> ActivationSpec | None:
+        """Return the activations of a row; what is chosen by measuring is chosen in full precision, and kept."""
+        if bits == 16:
+            return None
+        if name in LABELS:
+            label = LABELS[name].format(b=bits)
+            return ActivationSpec(default=label, attention=label.removesuffix("-outliers8"))
+        pipe = self.full(bed)
+        usual = usual_activations(get_denoiser(pipe), bits)
+        if name == "sensitive at 8":
+            return usual
+        key = digest("spec", bed, bits, name)
+        if (found := self.store.get(key)) is None:
+            spec = ActivationSpec(default=f"token-{bits}") if name == "equalised" else usual
+            variants = ("-equalised",) if name == "equalised" else VARIANTS
+            calibration = CalibrationSpec(protocol=self.model, **CALIBRATION)
+            spec, _ = choose_activations(pipe, spec, calibration, variants=variants)
+            spec = spec.model_copy(update={"attention": f"token-{bits}{'' if name == 'equalised' else '-hadamard'}"})
+            self.store.put(key, {"spec": spec.model_dump(mode="json")})
+            return spec
+        return ActivationSpec.model_validate(found["spec"])
+
+    def full(self, bed: str) -> Any:
+        """Open the pipeline in full precision, with planted outliers if the bed has them."""
+        pipe = quantdm.load_pipeline(self.model)
+        if bed == "planted":
+            plant_outliers_(get_denoiser(pipe))
+        return pipe
+
+    def pipe(self, bed: str, weights: str, spec: ActivationSpec | None) -> Any:
+        """Open the pipeline with the weights and activations of a row."""
+        pipe, source = self.full(bed), WEIGHTS[weights]
+        layers = quantdm.list_layers(get_denoiser(pipe))
+        if source is not None:
+            given = quantdm.load_recipe(source.format(model=self.model)) if "/" in source else None
+            config = (given or Recipe(model=self.model, default=source)).resolve(layers)
+            config = match_weights(config, {} if spec is None else spec.resolve(layers))
+            calibration = (given and given.calibration) or CalibrationSpec(protocol=self.model, images=16)
+            quantdm.apply_recipe(pipe, QuantConfig(config), calibration=calibration)
+            quantdm.set_residency(get_denoiser(pipe), "dense")
+        set_activation_bits_(get_denoiser(pipe), spec)
+        return pipe
+
+    def _reference(self, bed: str, draw: Draw) -> Samples:
+        return self.samples(self.full(bed), draw)
+
+    def samples(self, pipe: Any, draw: Draw) -> Samples:
+        """Make the images of a draw."""
+        protocol = default_protocol(self.model)
+        return draw_samples(pipe, protocol, load_extractor(protocol.features), draw, may_be_constant=True)
+
+
+def _counted(pipe: Any, spec: ActivationSpec | None) -> dict[str, int]:
+    """Return how many layers take which scheme."""
+    if spec is None:
+        return {}
+    labels = [str(scheme) for scheme in spec.resolve(quantdm.list_layers(get_denoiser(pipe))).values()]
+    return {label: labels.count(label) for label in dict.fromkeys(labels)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["digits-dit", "digits-sd"])
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4])
-    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--bits", type=int, nargs="+", default=[6, 4, 8, 5])
+    parser.add_argument("--weights", nargs="+", choices=[*WEIGHTS], default=[*WEIGHTS])
+    parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--known", action="store_true", help="write what is known already, measure nothing")
     given = parser.parse_args()
-    draws = [Draw(7000 + i, given.images, given.steps) for i in range(given.draws)]
-    path = OUT / f"activations_{given.model}.json"
-    store, rows = TrialStore(path.with_suffix(".part")), []
-    for bed in BEDS:
-        for weights, label in WEIGHTS.items():
-            wanted = [(bits, name) for bits in given.bits for name in (*VARIANTS, "sensitive at 8", "chosen per layer")]
-            keys = {pair: digest(bed, weights, *pair, given.images, given.steps, given.draws) for pair in wanted}
-            missing = [pair for pair in wanted if store.get(keys[pair]) is None]
-            if missing:
-                pipe = _pipe(given.model, bed, label)
-                references = [_samples(pipe, given.model, draw) for draw in draws]
-                for pair in missing:
-                    row = _measure(pipe, given.model, *pair, draws, references)
-                    store.put(keys[pair], row)
-                    print(f"{bed} {weights} A{pair[0]} {pair[1]}: fid_fp {row['fid_fp']:.4f}", flush=True)
-            for bits, name in wanted:
-                found = store.get(keys[bits, name]) or {}
-                rows.append({"bed": bed, "weights": weights, "bits": bits, "variant": name} | found)
-    record = {"version": 1, "model": given.model, "rows": rows, "images": given.images, "steps": given.steps}
-    record |= {"draws": [draw.base_seed for draw in draws], "planted": {"share": SHARE, "factor": FACTOR}}
-    record |= {"versions": versions(), "machine": platform.processor(), "date": datetime.date.today().isoformat()}
-    write_json(path, record)
-
-
-def _pipe(model: str, bed: str, label: str | None) -> Any:
-    """Open the pipeline, plant outliers, quantize the weights."""
-    pipe = quantdm.load_pipeline(model)
-    if bed == "planted":
-        plant_outliers_(get_denoiser(pipe))
-    if label is not None:
-        calibration = CalibrationSpec(protocol=model, images=16)
-        quantdm.apply_recipe(pipe, Recipe(model=model, default=label), calibration=calibration)
-        quantdm.set_residency(get_denoiser(pipe), "dense")
-    return pipe
-
-
-def _measure(
-    pipe: Any, model: str, bits: int, name: str, draws: list[Draw], references: list[Samples]
-) -> dict[str, Any]:
-    denoiser = get_denoiser(pipe)
-    spec, labels = _spec(pipe, model, bits, name)
-    set_activation_bits_(denoiser, spec)
-    try:
-        found = [compare(_samples(pipe, model, draw), ref) for draw, ref in zip(draws, references, strict=True)]
-    finally:
-        set_activation_bits_(denoiser, None)
-    figures = mean_and_sd(found)
-    row = {key: figures["mean"][key] for key in ("fid_fp", "psnr_fp")}
-    return row | {f"{key}_sd": figures["sd"][key] for key in ("fid_fp", "psnr_fp")} | {"schemes": labels}
-
-
-def _spec(pipe: Any, model: str, bits: int, name: str) -> tuple[ActivationSpec, dict[str, int]]:
-    """Return the spec of a row and how many layers take which scheme."""
-    denoiser = get_denoiser(pipe)
-    if name in VARIANTS:
-        label = VARIANTS[name].format(b=bits)
-        operands = label if name != "outlier channels apart" else f"token-{bits}"
-        spec = ActivationSpec(default=label, attention=operands)
-    else:
-        spec = usual_activations(denoiser, bits)
-    if name == "chosen per layer":
-        spec, _ = choose_activations(pipe, spec, CHOICE.model_copy(update={"protocol": model}))
-        spec = spec.model_copy(update={"attention": f"token-{bits}-hadamard"})
-    labels = [str(scheme) for scheme in spec.resolve(quantdm.list_layers(denoiser)).values()]
-    return spec, {label: labels.count(label) for label in dict.fromkeys(labels)}
-
-
-def _samples(pipe: Any, model: str, draw: Draw) -> Samples:
-    protocol = default_protocol(model)
-    return draw_samples(pipe, protocol, load_extractor(protocol.features), draw, may_be_constant=True)
+    study = Study(given)
+    record = {"version": 2, "model": given.model, "rows": study.rows(), "images": given.images, "steps": given.steps}
+    record |= {"draws": [draw.base_seed for draw in study.draws], "planted": {"share": SHARE, "factor": FACTOR}}
+    record |= {"versions": versions(), "machine": platform.processor() or platform.machine()}
+    write_json(study.path, record | {"date": datetime.date.today().isoformat()})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ Importing it registers it with diffusers and transformers, so that `from_pretrai
 from importlib.metadata import PackageNotFoundError, version
 
 from quantdm.activations import set_activation_bits_, usual_activations
-from quantdm.activations.observe import choose_activations, observe_ranges
+from quantdm.activations.choose import choose_activations
+from quantdm.activations.observe import observe_ranges
 from quantdm.allocation import select
 from quantdm.correction import Correction, apply_correction, fit_correction, load_correction, remove_correction
 from quantdm.corridor.demo import demo

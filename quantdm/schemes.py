@@ -15,12 +15,14 @@ ERROR_POWER = 2.4  # of the papers: the range of a row minimises mean|w - w_hat|
 ORIGINAL_BITS = 16  # P of the papers: the precision of an unquantized weight when bits are counted
 
 Table = Literal["int8", "fp16"]  # how the entries of a codebook are stored
+Share = Literal[25, 50, 75, 100]  # per cent of the spread of the input channels that moves into the weight
 Calibration = Literal["importance", "feedback"]  # what the second moments of a layer's inputs are used for
 
 _LABEL = re.compile(
     r"(?P<method>[a-z0-9]+)-(?P<granularity>tensor|channel|group|shared)(?P<group>\d*)-(?P<bits>\d+)"
     r"(?P<symmetric>-symmetric)?(?P<half_steps>-halfsteps)?(?P<p>-p2)?"
-    r"(?:-(?P<table>int8|fp16))?(?P<hadamard>-hadamard)?(?:-(?P<calibration>importance|feedback))?"
+    r"(?:-(?P<table>int8|fp16))?(?P<hadamard>-hadamard)?"
+    r"(?:-equalised(?P<equalised>25|50|75|100))?(?:-(?P<calibration>importance|feedback))?"
 )
 
 
@@ -42,6 +44,10 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     `hadamard` quantizes the weight with its input channels rotated block by block, which spreads outliers; what is
     decoded is turned back. It costs no bits, and decoding takes longer.
 
+    `equalised` quantizes the weight with its input channels multiplied by powers of two s_c, which inputs are divided
+    by: s = rms(x)^a / max|w|^(1 - a), a in per cent (SmoothQuant). It costs a byte for every input channel, and what is
+    decoded is divided again. The inputs are known by their moments, so it needs a calibration.
+
     `calibration` says how the second moments of the layer's inputs are used: "importance" weights the error of every
     weight by E[x^2] of its input, "feedback" moves the error of every column on to those still to be quantized as well.
     What is stored, and how it is decoded, does not depend on it.
@@ -56,6 +62,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     p: float = ERROR_POWER
     table: Table | None = None
     hadamard: bool = False
+    equalised: Share | None = None
     calibration: Calibration | None = None
 
     @model_validator(mode="before")
@@ -86,13 +93,20 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             ("table='int8'", self.table == "int8", self.granularity != "shared"),
             ("symmetric", self.symmetric, self.method == "uniform"),
             ("half_steps", self.half_steps, self.method == "log2"),
+            ("equalised", self.equalised is not None, self.calibration is not None and not self.hadamard),
             ("p=2", self.p == 2, self.method != "kmeans" and self.calibration is None),
         )
         for option, given, fits in uses:
             if given and not fits:
                 calibration = "" if self.calibration is None else f" with {self.calibration}"
-                raise ValueError(f"{option} does not fit {self.method} per {self.granularity}{calibration}")
+                rotated = " rotated" if self.hadamard else ""
+                raise ValueError(f"{option} does not fit {self.method} per {self.granularity}{rotated}{calibration}")
         return self
+
+    @property
+    def in_place(self) -> "Scheme":
+        """The scheme of the weight as it lies in the codes: not turned, not equalised."""
+        return self.model_copy(update={"hadamard": False, "equalised": None})
 
     @property
     def label(self) -> str:
@@ -106,6 +120,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             "p2" if self.p == 2 else None,
             None if self.table == _default_table(self.granularity) else self.table,
             "hadamard" if self.hadamard else None,
+            None if self.equalised is None else f"equalised{self.equalised}",
             self.calibration,
         )
         parts = (self.method, f"{self.granularity}{self.group_size or ''}", str(self.bits), *options)
@@ -137,6 +152,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
                 "p": 2 if match["p"] else ERROR_POWER,
                 "table": match["table"],
                 "hadamard": match["hadamard"] is not None,
+                "equalised": int(match["equalised"]) if match["equalised"] else None,
                 "calibration": match["calibration"],
             }
             return cls.model_validate(fields)

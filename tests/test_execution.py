@@ -86,11 +86,13 @@ def packed(layer: nn.Module, label: str, split: int | None = None, shift: float 
     return quantize_module_(model, "0", quantize_weight(weight, Scheme.parse(label), split=split, name="0"))
 
 
-def simulated(layer: PackedLayer, x: Tensor, record: LayerRecord, scheme: ActivationScheme, given=None) -> Tensor:
+def simulated(
+    layer: PackedLayer, x: Tensor, record: LayerRecord, scheme: ActivationScheme, given=None, exponents=None
+) -> Tensor:
     """Return what rounded floats give, in float64."""
     exact = copy.deepcopy(layer).double()
     exact.keep_("packed")
-    rounded = quantize_input(x.float(), record, scheme, given)
+    rounded = quantize_input(x.float(), record, scheme, given, exponents)
     return exact.forward(rounded.double())
 
 
@@ -401,3 +403,21 @@ def test_a_kernel_gives_the_same_in_blocks_and_goes_on_where_it_cannot_be_compil
 def test_an_unknown_residency_names_the_nearest() -> None:
     with pytest.raises(QuantDMError, match="integer"):
         set_residency(nn.Sequential(packed(nn.Linear(4, 4), "uniform-channel-4")), "integers")  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_a_weight_that_was_offloaded_to_another_device_is_simulated_and_said_once(caplog) -> None:
+    layer = packed(nn.Linear(16, 8), "uniform-channel-4")
+    layer.keep_("integer")
+    x, record, scheme = torch.randn(5, 16), record_of(layer), ActivationScheme(bits=8)
+    coded = input_for(layer, x, record, scheme, None)
+    assert isinstance(coded, CodedInput)
+    product = layer.forward(coded)
+    layer._place = torch.device("cuda")  # as if it had been chosen there before the bytes came here
+    with caplog.at_level(logging.WARNING, logger="quantdm"):
+        for _ in range(2):
+            y = layer.forward(coded)
+    assert torch.equal(y, nn.functional.linear(quantize_input(x, record, scheme), layer.dequantize(), layer.bias))
+    assert error(product, y.double()) < 1e-5
+    said = [record.message for record in caplog.records if "offloading brings weights to cpu" in record.message]
+    assert len(said) == 1

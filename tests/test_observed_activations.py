@@ -5,7 +5,8 @@ import torch
 
 import quantdm
 from quantdm.activations import activation_spec, set_activation_bits_
-from quantdm.activations.observe import choose_activations, observe_ranges
+from quantdm.activations.choose import choose_activations
+from quantdm.activations.observe import observe_ranges
 from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.recipe import ActivationSpec, CalibrationSpec

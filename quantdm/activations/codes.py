@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quantdm.activations.rounding import Dims, grid_of, range_of
+from quantdm.activations.rounding import Dims, grid_of, range_of, turned
 from quantdm.modules.coded import CodedInput, Codes
 from quantdm.modules.kernels import Kernel
-from quantdm.quantizers.hadamard import rotate
 from quantdm.recipe import ActivationScheme
 
 Given = tuple[float, float] | None
@@ -23,6 +22,7 @@ class Grid(NamedTuple):
     channel: int  # -1, or 1 for the input of a convolution
     split: int | None  # the channel at which a long skip begins, whose halves have scales of their own
     given: Given  # the range of a static scheme
+    exponents: Tensor | None = None  # of the powers of two that an equalised scheme divides channels by
 
 
 class _Last(NamedTuple):
@@ -49,7 +49,8 @@ def code_input(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
         scheme: without outliers, which are on a grid of their own.
         grid: what shares a scale.
     """
-    if x.is_inference():  # such tensors do not count their changes
+    # Inference tensors do not count their changes; an equaliser belongs to one layer.
+    if x.is_inference() or grid.exponents is not None:
         return new_codes(x, scheme, grid)
     last, key = _memory.last, (x._version, scheme, grid)
     if last and last.source() is x and last.key == key:
@@ -61,10 +62,11 @@ def code_input(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
 
 def new_codes(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
     """Return what `code_input` does, always made anew."""
-    parts = [x] if grid.split is None else x.tensor_split([grid.split], dim=grid.channel)
-    parts = [rotate(part.float(), grid.channel) for part in parts] if scheme.hadamard else parts
+    y = x if grid.exponents is None else turned(x, scheme, grid.channel, grid.exponents)
+    parts = [y] if grid.split is None else y.tensor_split([grid.split], dim=grid.channel)
+    parts = [turned(part, scheme, grid.channel, None) for part in parts] if scheme.hadamard else parts
     coded = tuple(_code(part, scheme, grid.dims, grid.channel, grid.given) for part in parts)
-    return CodedInput(coded, x.dtype, grid.channel, scheme.hadamard)
+    return CodedInput(coded, x.dtype, grid.channel, scheme.hadamard, grid.exponents)
 
 
 def _forget(source: "weakref.ref[Tensor]") -> None:

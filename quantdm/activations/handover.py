@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdm.activations.codes import Given, Grid, code_input, new_codes
+from quantdm.activations.equalisers import own_exponents
 from quantdm.activations.rounding import Dims, quantize_activations
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.modules import PackedLayer
@@ -30,37 +31,50 @@ def shared_dims(record: LayerRecord, scheme: ActivationScheme, ndim: int) -> Dim
 
 
 def quantize_input(
-    x: torch.Tensor, record: LayerRecord, scheme: ActivationScheme, given: tuple[float, float] | None = None
-) -> torch.Tensor:
+    x: Tensor, record: LayerRecord, scheme: ActivationScheme, given: Given = None, exponents: Tensor | None = None
+) -> Tensor:
     """Return the input of a layer as a scheme rounds it; the halves of a concatenated long skip each by themselves."""
     channel = -1 if record.kind == "linear" else 1
     dims = shared_dims(record, scheme, x.dim())
     if record.split is None:
-        return quantize_activations(x, scheme, dims=dims, channel=channel, given=given)
+        return quantize_activations(x, scheme, dims=dims, channel=channel, given=given, exponents=exponents)
     parts = x.tensor_split([record.split], dim=channel)
-    halves = [quantize_activations(part, scheme, dims=dims, channel=channel, given=given) for part in parts]
+    own = (None, None) if exponents is None else exponents.tensor_split([record.split])
+    halves = [
+        quantize_activations(part, scheme, dims=dims, channel=channel, given=given, exponents=half)
+        for part, half in zip(parts, own, strict=True)
+    ]
     return torch.cat(halves, dim=channel)
 
 
 def input_for(
-    module: nn.Module, x: Tensor, record: LayerRecord, scheme: ActivationScheme, given: Given
+    module: nn.Module,
+    x: Tensor,
+    record: LayerRecord,
+    scheme: ActivationScheme,
+    given: Given,
+    exponents: Tensor | None = None,
 ) -> Tensor | CodedInput:
     """Return the input of a layer as it takes it: in integers if it can multiply them and the scheme allows it.
 
-    Gradients pass through the simulation alone, and compiled graphs hold it.
+    Gradients pass through the simulation alone, and compiled graphs hold it. An equalised weight has exponents of its
+    own, which count instead of those that are given.
     """
+    if scheme.equalised and (own := own_exponents(module)) is not None:
+        exponents = own
     if not isinstance(module, PackedLayer) or module.obstacle or not _runs_in_integers(module, x):
-        return quantize_input(x, record, scheme, given)
+        return quantize_input(x, record, scheme, given, exponents)
     if reason := _no_single_grid(module, record, scheme, x.dim()):
         say_once(reason)
-        return quantize_input(x, record, scheme, given)
-    grid = Grid(shared_dims(record, scheme, x.dim()), -1 if record.kind == "linear" else 1, record.split, given)
+        return quantize_input(x, record, scheme, given, exponents)
+    dims, channel = shared_dims(record, scheme, x.dim()), -1 if record.kind == "linear" else 1
+    grid = Grid(dims, channel, record.split, given, exponents)
     if module.residency == "auto":
         seen = (x.shape, x.dtype, scheme, torch.get_num_threads())
         if seen not in module.pays:
             module.pays[seen] = _pays(module, x, record, scheme, grid)
         if not module.pays[seen]:
-            return quantize_input(x, record, scheme, given)
+            return quantize_input(x, record, scheme, given, exponents)
     return code_input(x, scheme, grid)
 
 
@@ -76,6 +90,8 @@ def _no_single_grid(module: PackedLayer, record: LayerRecord, scheme: Activation
         return f"{scheme} inputs have outliers apart"
     if scheme.hadamard != module.scheme.hadamard or (scheme.hadamard and getattr(module, "groups", 1) > 1):
         return f"rotated weights need rotated inputs and the other way round, got {module.scheme} and {scheme}"
+    if scheme.equalised != (module.scheme.equalised is not None):
+        return f"equalised weights need equalised inputs and the other way round, got {module.scheme} and {scheme}"
     if record.split != module.split:
         return "the halves of a long skip are those of other weights"
     if record.kind == "linear":
@@ -102,7 +118,7 @@ def _pays(module: PackedLayer, x: Tensor, record: LayerRecord, scheme: Activatio
     choice = remembered(key, x.device)
     if choice is None:
         ways: dict[str, Callable[[], Tensor]] = {
-            "dense": lambda: module.forward(quantize_input(x, record, scheme, grid.given)),
+            "dense": lambda: module.forward(quantize_input(x, record, scheme, grid.given, grid.exponents)),
             "integer": lambda: module.forward(new_codes(x, scheme, grid)),
         }
         choice = measure(key, ways, x.device)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quantdm.activations.attention import QuantizedAttention
+from quantdm.activations.equalisers import given_exponents
 from quantdm.activations.handover import input_for
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
@@ -66,11 +67,14 @@ class _QuantizeInput:
     ranges: tuple[tuple[float, float], ...] = ()
     clock: _Clock | None = field(default=None, compare=False)
     spec: ActivationSpec | None = field(default=None, compare=False)  # where bits change from step to step
+    exponents: torch.Tensor | None = field(default=None, compare=False)  # of an equalised scheme, from the spec
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *rest = first_input(self.record.name, args)
         scheme = in_bucket(self.spec, self.scheme, self.clock)
-        return args if scheme is None else (input_for(module, x, self.record, scheme, self._given()), *rest)
+        if scheme is None:
+            return args
+        return (input_for(module, x, self.record, scheme, self._given(), self.exponents), *rest)
 
     def _given(self) -> tuple[float, float] | None:
         return self.ranges[self.clock.bucket if self.clock else 0] if self.scheme.static else None
@@ -100,10 +104,12 @@ def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> No
     Setting replaces what was set before; None removes every hook.
 
     Raises:
-        QuantDMError: a rule of `spec` matches nothing, a static scheme has no ranges; nothing is changed then.
+        QuantDMError: a rule of `spec` matches nothing, a static scheme has no ranges, an equalised one no equaliser, or
+            that of another layer; nothing is changed then.
     """
     records = () if spec is None else list_layers(denoiser)
     schemes = {} if spec is None else spec.resolve(records)
+    exponents = {} if spec is None else given_exponents(denoiser, spec, records, schemes)
     state: _State | None = denoiser.__dict__.pop(_STATE, None)
     for handle in state.handles if state else ():
         handle.remove()
@@ -116,7 +122,8 @@ def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> No
     for record in records:
         scheme = schemes[record.name]
         if scheme is not None:
-            hook = _QuantizeInput(record, scheme, spec.ranges.get(record.name, ()), clock, spec)
+            ranges = spec.ranges.get(record.name, ())
+            hook = _QuantizeInput(record, scheme, ranges, clock, spec, exponents.get(record.name))
             handles.append(denoiser.get_submodule(record.name).register_forward_pre_hook(hook))
     if spec.attention is not None or spec.probabilities is not None:
         handles += _inside_attention(denoiser, spec, clock)

@@ -1,6 +1,6 @@
-"""Look at the inputs of layers along full-precision trajectories: static ranges, and the best scheme of a layer."""
+"""Look at the inputs of layers along full-precision trajectories: ranges of static schemes, how far channels reach."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from quantdm.activations.calibration import protocol_of
-from quantdm.activations.handover import quantize_input
+from quantdm.activations.equalisers import given_exponents, own_exponents
 from quantdm.activations.hooks import activation_spec, first_input, set_activation_bits_, timestep_reader
-from quantdm.activations.rounding import range_of
+from quantdm.activations.rounding import range_of, turned
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
 from quantdm.pipelines.generate import generate
@@ -21,9 +21,6 @@ from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.recipe import ActivationScheme, ActivationSpec, CalibrationSpec
 
-# What to try against outliers, the simplest first: a later one is taken only if it errs clearly less.
-VARIANTS: tuple[str, ...] = ("", "-mse", "-hadamard", "-outliers8")
-CLEARLY = 0.9  # of the error of the simplest
 Watch = Callable[[LayerRecord, nn.Module, Tensor, float], None]
 
 
@@ -39,8 +36,8 @@ def observe_ranges(
         buckets: ranges of timesteps, of equally many steps, that have ranges of their own.
 
     Raises:
-        QuantDMError: the spec has bits per bucket of timesteps already, nothing is static, more buckets than steps, or
-            an input with NaN (layer and timestep are named).
+        QuantDMError: the spec has bits per bucket of timesteps already, nothing is static, more buckets than steps, an
+            equalised layer without an equaliser, or an input with NaN (layer and timestep are named).
     """
     if spec.bucket_bits:
         raise QuantDMError("activations: have bits per bucket already; observe ranges first, then give bits to steps")
@@ -50,13 +47,16 @@ def observe_ranges(
     static = {name: scheme for name, scheme in schemes.items() if scheme is not None and scheme.static}
     if not static:
         raise QuantDMError("activations: no scheme of the spec is static, there are no ranges to observe")
+    exponents = given_exponents(denoiser, spec, list_layers(denoiser), {name: static.get(name) for name in schemes})
     seen: dict[str, dict[float, list[tuple[float, float]]]] = {name: {} for name in static}
 
     def look(record: LayerRecord, layer: nn.Module, x: Tensor, at: float) -> None:
-        low, high = range_of(x.float(), static[record.name], tuple(range(x.dim())))
+        scheme, channel = static[record.name], -1 if record.kind == "linear" else 1
+        equaliser = exponents.get(record.name, own_exponents(layer)) if scheme.equalised else None
+        low, high = range_of(turned(x, scheme, channel, equaliser, record.split), scheme, tuple(range(x.dim())))
         seen[record.name].setdefault(at, []).append((float(low), float(high)))
 
-    _run(pipe, calibration, dict.fromkeys(static, look))
+    run_watched(pipe, calibration, dict.fromkeys(static, look))
     times = sorted({at for by_time in seen.values() for at in by_time}, reverse=True)
     if not 1 <= buckets <= len(times):
         raise QuantDMError(f"buckets: got {buckets}, expected 1 to {len(times)}, the timesteps of these images")
@@ -69,52 +69,6 @@ def observe_ranges(
     # Between two buckets lies the last timestep of the earlier one, so that other samplers' timesteps fall in as well.
     bounds = tuple(group[-1] for group in groups[:-1])
     return spec.model_copy(update={"ranges": ranges, "buckets": bounds})
-
-
-def choose_activations(
-    pipe: DiffusionPipeline, spec: ActivationSpec, calibration: CalibrationSpec, *, variants: Sequence[str] = VARIANTS
-) -> tuple[ActivationSpec, dict[str, dict[str, float]]]:
-    """Return a spec in which every layer takes the variant of its scheme that errs least, and all the errors.
-
-    The error is that of the layer's output on its input along trajectories, |y_hat - y|^2 / |y|^2, with the weights
-    that the layer has. Bits and granularity stay; a variant is taken if it errs less than .9 of the simplest.
-
-    Args:
-        pipe, calibration: as in `observe_ranges`.
-        spec: the schemes to start from; layers that are static or original are left alone.
-        variants: what is put behind a label, "" for the label alone.
-
-    Returns:
-        The spec with an exact scheme for every layer, and layer -> label -> error.
-
-    Raises:
-        QuantDMError: a variant is no label, or an input has NaN (layer and timestep are named).
-    """
-    denoiser = get_denoiser(pipe)
-    schemes = spec.resolve(list_layers(denoiser))
-    tried = {
-        name: [ActivationScheme.parse(f"{scheme.granularity}-{scheme.bits}{variant}") for variant in variants]
-        for name, scheme in schemes.items()
-        if scheme is not None and not scheme.static
-    }
-    sums = {name: dict.fromkeys((s.label for s in options), 0.0) for name, options in tried.items()}
-    energy = dict.fromkeys(tried, 0.0)
-
-    def compare(record: LayerRecord, layer: nn.Module, x: Tensor, at: float) -> None:
-        exact = layer.forward(x)
-        energy[record.name] += float(exact.float().square().sum())
-        for scheme in tried[record.name]:
-            error = layer.forward(quantize_input(x, record, scheme)) - exact
-            sums[record.name][scheme.label] += float(error.float().square().sum())
-
-    _run(pipe, calibration, dict.fromkeys(tried, compare))
-    errors = {name: {k: v / (energy[name] or 1.0) for k, v in by.items()} for name, by in sums.items()}
-    chosen: dict[str, str | None] = {name: None if s is None else s.label for name, s in schemes.items()}
-    for name, by_label in errors.items():
-        simplest, least = next(iter(by_label)), min(by_label, key=lambda label: by_label[label])
-        chosen[name] = least if by_label[least] < CLEARLY * by_label[simplest] else simplest
-    update = {"default": None, "types": {}, "patterns": {}, "layers": chosen}
-    return spec.model_copy(update=update), errors
 
 
 @dataclass
@@ -156,9 +110,28 @@ def _watching(denoiser: nn.Module, watches: Mapping[str, Watch]) -> Iterator[Non
             handle.remove()
 
 
+def observe_reach(pipe: DiffusionPipeline, names: Iterable[str], calibration: CalibrationSpec) -> dict[str, Tensor]:
+    """Return max|x| of every input channel of these layers along trajectories, float32 [C_in / groups]."""
+    seen: dict[str, Tensor] = {}
+
+    def look(record: LayerRecord, layer: nn.Module, x: Tensor, at: float) -> None:
+        channels = x.movedim(-1 if record.kind == "linear" else 1, -1).float().abs().flatten(0, -2).amax(0)
+        reach = channels.view(-1, record.shape[1]).amax(0)
+        seen[record.name] = torch.maximum(seen.get(record.name, reach), reach)
+
+    watches = dict.fromkeys(names, look)
+    if watches:
+        run_watched(pipe, calibration, watches)
+    return seen
+
+
 @torch.no_grad()
-def _run(pipe: DiffusionPipeline, calibration: CalibrationSpec, watches: Mapping[str, Watch]) -> None:
-    """Make the images of a calibration while the layers are watched, activation quantization switched off."""
+def run_watched(pipe: DiffusionPipeline, calibration: CalibrationSpec, watches: Mapping[str, Watch]) -> None:
+    """Make the images of a calibration while the layers are watched, activation quantization switched off.
+
+    Raises:
+        QuantDMError: an input with NaN (layer and timestep are named).
+    """
     denoiser = get_denoiser(pipe)
     before = activation_spec(denoiser)
     seeds = range(calibration.first_seed, calibration.first_seed + calibration.images)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from quantdm.quantizers.equaliser import shifted
 from quantdm.quantizers.hadamard import rotate
 from quantdm.recipe import ActivationScheme
 
@@ -14,7 +15,13 @@ Dims = int | tuple[int, ...]
 
 
 def quantize_activations(
-    x: Tensor, scheme: ActivationScheme, *, dims: Dims = -1, channel: int = -1, given: tuple[float, float] | None = None
+    x: Tensor,
+    scheme: ActivationScheme,
+    *,
+    dims: Dims = -1,
+    channel: int = -1,
+    given: tuple[float, float] | None = None,
+    exponents: Tensor | None = None,
 ) -> Tensor:
     """Round an input as a scheme says; a new tensor of the same shape and dtype, computed in float32.
 
@@ -25,16 +32,28 @@ def quantize_activations(
         dims: the dimensions that share a scale, see `shared_dims`.
         channel: the dimension of the channels.
         given: the range (low, high) of a static scheme.
+        exponents: of the powers of two that an equalised scheme divides the channels by, int8 [C].
 
     The gradient passes straight through. Source: Qua2SeDiMo section 4 (dynamic min-max), LLM.int8 (arXiv 2208.07339:
-    outlier channels apart), QuaRot (rotation).
+    outlier channels apart), QuaRot (rotation), SmoothQuant (arXiv 2211.10438: equalisation).
     """
     with torch.no_grad():
-        y = rotate(x.float(), channel) if scheme.hadamard else x.float()
+        y = turned(x, scheme, channel, exponents)
         rounded = _round(y, scheme, dims, given) if scheme.outliers is None else _apart(y, scheme, dims, channel)
-        rounded = (rotate(rounded, channel) if scheme.hadamard else rounded).to(x.dtype)
+        rounded = rotate(rounded, channel) if scheme.hadamard else rounded
+        rounded = shifted(rounded, exponents, channel, 1) if exponents is not None else rounded
+        rounded = rounded.to(x.dtype)
     # Straight-through: x - x.detach() is exactly zero and carries the gradient.
     return rounded + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
+
+
+def turned(
+    x: Tensor, scheme: ActivationScheme, channel: int, exponents: Tensor | None, seam: int | None = None
+) -> Tensor:
+    """Return an input in float32 and in the coordinates that a scheme rounds in: as it is, rotated or equalised."""
+    if exponents is not None:
+        return shifted(x, exponents, channel, -1).float()
+    return rotate(x.float(), channel, seam=seam) if scheme.hadamard else x.float()
 
 
 def range_of(x: Tensor, scheme: ActivationScheme, dims: Dims) -> tuple[Tensor, Tensor]:

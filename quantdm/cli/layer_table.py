@@ -16,19 +16,8 @@ COSTLY, WASTEFUL = "!", "!!"
 
 def layers_csv(record: dict[str, Any]) -> str:
     """Return the layers of an `inspect_target` record as CSV text."""
-    columns = (
-        "name",
-        "kind",
-        "op_type",
-        "block",
-        "shape",
-        "num_weights",
-        "quantizers",
-        "scheme",
-        "bits",
-        "nbytes",
-        "sqnr_db",
-    )
+    columns = ("name", "kind", "op_type", "block", "shape", "num_weights", "quantizers", "scheme", "bits", "nbytes")
+    columns += ("sqnr_db", "activation", "macs")
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -88,7 +77,8 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
     text = f"{layers} layers, {weights:,} weights, {record['avg_bits']:.4f} bits per weight, {size}"
     if record["file_bytes"]:
         text += f"; its files, with biases and norms, have {record['file_bytes'] / 1e6:,.3f} MB"
-    lines = textwrap.wrap(text + ".", WIDTH)
+    cost = f"{record['macs'] / 1e9:,.3f} GMAC, {record['bops'] / 1e9:,.2f} GBOP (MACs x weight bits x activation bits)"
+    lines = textwrap.wrap(f"{text}. One call of the denoiser with one sample: {cost}.", WIDTH)
     tables = [row for row in rows if row["kind"] == TABLE]
     if tables:
         size = sum(row["nbytes"] for row in tables) / 1e6

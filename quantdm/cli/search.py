@@ -124,14 +124,27 @@ def fit(run_dir: RunDir) -> None:
 def select(
     run_dir: RunDir,
     out: Out,
-    target_bits: Annotated[float, typer.Option(help="Average bits per weight, overhead included.")],
+    target_bits: Annotated[float | None, typer.Option(help="Average bits per weight, overhead included.")] = None,
+    target_bops: Annotated[
+        float | None, typer.Option(help="Bit operations of a call with one sample: activations are chosen as well.")
+    ] = None,
     by: Annotated[str, typer.Option(help="Which explanation chooses: additive, tree or graph.")] = "additive",
 ) -> None:
-    """Choose a recipe of another size from a run's attributions (predicted, not measured)."""
+    """Choose a recipe of another size from a run's attributions (predicted, not measured).
+
+    With --target-bops, schemes of weights and of inputs are chosen together from their one-layer errors.
+    """
+    from quantdm.errors import QuantDMError
     from quantdm.recipe import check_recipe_path
+    from quantdm.runs.operations import select_within
     from quantdm.runs.resize import select_recipe
     from quantdm.runs.run import Run
 
     check_recipe_path(out)
-    recipe = select_recipe(Run.open(run_dir), target_bits=target_bits, by=by)
+    if target_bops is not None:
+        recipe = select_within(Run.open(run_dir), target_bops=target_bops, target_bits=target_bits)
+    elif target_bits is not None:
+        recipe = select_recipe(Run.open(run_dir), target_bits=target_bits, by=by)
+    else:
+        raise QuantDMError("select: give --target-bits, --target-bops or both")
     typer.echo(f"recipe: {recipe.save(out)}  ({recipe.avg_bits:.4f} bits per weight)")

@@ -8,8 +8,11 @@ lacks is left out; so is what stands after "?field" where that field is off, or 
 Letters: B batch, T text tokens; F H W frames, height and width of latents; h w the grid of N packed image tokens.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ OTHERS = (
     Repeat("B", "float channels 1 H W"),
 )
 LATENT_ARGUMENTS = ("sample", "hidden_states", "x")
+
+
+def batch_of(inputs: Mapping[str, Any]) -> int:
+    """Return how many samples the latents among a denoiser's inputs are; 1 where they have no such argument."""
+    latents = next((inputs[name] for name in LATENT_ARGUMENTS if name in inputs), None)
+    return max(len(latents), 1) if isinstance(latents, (list, tuple, Tensor)) else 1
+
+
 # Kind of the first layer that reads the latents' channels -> what the latents may be, likeliest first.
 LATENTS: dict[str, tuple[Any, ...]] = {
     "linear": (PACKED, IMAGE, VIDEO, SERIES, VECTOR, LAST, *OTHERS),

@@ -1,5 +1,6 @@
 """Follow every tensor through one forward on the meta device: which weights made it, where a long skip joined it."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from traceback import walk_tb
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantdm.denoisers.aten import COMBINES, NORMS, PRODUCTS, carried_dim
 from quantdm.denoisers.constants import MAX_ELEMENTS, Constants, map_tensors, tensors_of
+from quantdm.denoisers.input_rules import batch_of
 from quantdm.denoisers.on_meta import friendly_to_meta
 from quantdm.denoisers.weights import WeightSpec, weight_specs
 
@@ -27,12 +29,17 @@ class Op:
 
 @dataclass(frozen=True)
 class Trace:
-    """Raw DAG of one forward. `seams`: layer -> input channel where its concatenated long skip begins."""
+    """Raw DAG of one forward.
+
+    `seams`: layer -> input channel where its concatenated long skip begins; `macs`: layer -> multiply-accumulates of
+    its products with data in this forward, for one sample.
+    """
 
     specs: tuple[WeightSpec, ...]  # in named_modules() order
     ops: tuple[Op, ...]
     outputs: frozenset[int]
     seams: dict[str, int]
+    macs: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,8 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
     outputs = frozenset(source for source in sources if source is not None)
     if not outputs:
         raise ForwardError((0, [])) from ValueError("its output depends on none of its layers")
-    return Trace(specs, tuple(tracer.ops), outputs, tracer.seams)
+    macs = {name: -(-count // batch_of(inputs)) for name, count in tracer.macs.items()}
+    return Trace(specs, tuple(tracer.ops), outputs, tracer.seams, macs)
 
 
 class _Tracer(TorchDispatchMode):
@@ -96,6 +104,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.ops: list[Op] = []
         self.seams: dict[str, int] = {}
+        self.macs: dict[str, int] = {}
         self.scope: list[str] = []
         self.constants = Constants()
         self.values: dict[int, _Value] = {id(p): _Value(param=True) for p in model.parameters()}
@@ -136,6 +145,7 @@ class _Tracer(TorchDispatchMode):
             result = _Value(param=True, weight=layers[0] if len(layers) == 1 else None)
         elif layers:
             self._find_seam(name, args)
+            self._count(name, layers, outs)
             nodes = [self._call_weight(layer, values) for layer in layers]
             result = _Value(nodes[0] if len(nodes) == 1 else self._combine(("other",), nodes))
         else:
@@ -189,6 +199,12 @@ class _Tracer(TorchDispatchMode):
             dim = x.dim() - len(shape) + 1 if "conv" in name else x.dim() - from_end
             if seam[0] == dim and x.shape[dim] == shape[1]:  # grouped convolutions read no channel range as a whole
                 self.seams[layer] = seam[1]
+
+    def _count(self, name: str, layers: list[str], outs: list[Tensor]) -> None:
+        """Add the products of weights with data: every output sums over what one output channel has of weights."""
+        for layer in layers if name in PRODUCTS else ():
+            row = math.prod(self.shapes[layer][1:])
+            self.macs[layer] = self.macs.get(layer, 0) + outs[0].numel() * row
 
     def _seam_after(
         self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], values: list[_Value], out: Tensor

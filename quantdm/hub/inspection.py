@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from quantdm.activations import activation_spec, set_activation_bits_
 from quantdm.denoisers.analysis import analyse
+from quantdm.denoisers.macs import layer_macs
 from quantdm.errors import QuantDMError
 from quantdm.hub.checkpoint import place_of, prepare_layers_
 from quantdm.hub.config import QuantDMConfig
@@ -29,7 +31,7 @@ from quantdm.pipelines.stored import SUFFIX, read_object, weight_files
 from quantdm.pipelines.tensor_files import tensors_in
 from quantdm.quantizers import quantize_weight
 from quantdm.quantizers.worth import is_wasteful
-from quantdm.recipe import Recipe, is_table, load_recipe
+from quantdm.recipe import Recipe, bit_operations, is_table, load_recipe
 from quantdm.recipe.tables import TABLE
 from quantdm.schemes import TABLE_SCHEME, QuantConfig, Scheme
 
@@ -86,12 +88,14 @@ def inspect_target(
     if example_inputs is not None:
         analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
     rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
+    operations = _add_operations(rows, parts[""], rules)
     return {
         "model": where,
         "denoiser": type(parts[""]).__name__,
         "parts": parts_of(parts[""], source),
         "layers": rows,
         **_totals(rows),
+        **operations,
         "file_bytes": _file_bytes(parts, source),
         "left": _left(parts, rows, source) if any(row["scheme"] for row in rows) else None,
         "provenance": rules.provenance.source if is_recipe and rules is not None else None,
@@ -137,12 +141,26 @@ def _open(
     return {"" if name == main else name: part for name, part in found.items()}, source
 
 
+def _add_operations(rows: Sequence[dict[str, Any]], denoiser: nn.Module, rules: Recipe | None) -> dict[str, int]:
+    """Say in the rows of the denoiser what its inputs take and how much it multiplies; return the sums of one call."""
+    macs, spec = layer_macs(denoiser), activation_spec(denoiser) if rules is None else rules.activations
+    layers = [layer for layer in model_layers(denoiser) if not is_table(layer)]
+    inputs = {} if spec is None else spec.resolve(layers)
+    weights = {row["name"]: None if row["scheme"] is None else Scheme.parse(row["scheme"]) for row in rows}
+    for row in rows:
+        scheme = inputs.get(row["name"])
+        row |= {"activation": None if scheme is None else scheme.label, "macs": macs.get(row["name"])}
+    return {"macs": sum(macs.values()), "bops": bit_operations(macs, weights, inputs)}
+
+
 def _pack_skeleton(model: Any, part: StoredPart) -> None:
     """Put packed layers without bytes into a skeleton, as the header of its files tells."""
     assert part.folder is not None
     header, _ = read_headers(part.files)
     prepare_layers_(model, header.table, place_of(part.files))
-    QuantDMConfig(**read_object(part.folder / "config.json")["quantization_config"]).tell_inputs(model)
+    config = QuantDMConfig(**read_object(part.folder / "config.json")["quantization_config"])
+    config.tell_inputs(model)
+    set_activation_bits_(model, config.activations)
 
 
 def _rows(

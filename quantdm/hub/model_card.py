@@ -106,7 +106,8 @@ def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None, sour
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title}",
         f"A {index.get('_class_name')} whose denoiser ({config.get('_class_name')}) is quantized layer by layer with "
-        f"quantdm, from `{origin}`.{other}" + ("" if left is None else f" {left[0].upper()}{left[1:]}."),
+        f"quantdm, from `{origin}`.{other}{_inputs(recipe)}"
+        + ("" if left is None else f" {left[0].upper()}{left[1:]}."),
         _parts(folder, index),
         f"## Load it\n\n```python\n{loading}\n```",
         "## Results\n\n" + (_results(summary) if summary is not None else _unmeasured(recipe)),
@@ -114,6 +115,12 @@ def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None, sour
         "## Limits\n\n" + LIMITS,
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _inputs(recipe: Recipe) -> str:
+    """Say that activations are quantized when the export is opened, or nothing."""
+    spec = recipe.activations
+    return "" if spec is None else f" While it runs its inputs are rounded, as it is opened: {spec.description}."
 
 
 def _head(index: dict[str, Any], source: str | Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantdm.quantizers.equaliser import shifted
 from quantdm.quantizers.hadamard import rotate
 
 
@@ -36,9 +37,13 @@ class CodedInput:
     dtype: torch.dtype
     channel: int  # the dimension along which the halves lie behind each other
     rotated: bool = False  # whether channels were rotated before; the weight's integers are those of a rotated one then
+    exponents: Tensor | None = None  # of the powers of two that channels were divided by, which are in the weight then
 
     def values(self) -> Tensor:
         """Return the rounded input, as a simulation computes it."""
         values = [part.values() for part in self.parts]
         values = [rotate(part, self.channel) for part in values] if self.rotated else values
-        return torch.cat(values, dim=self.channel).to(self.dtype)
+        whole = torch.cat(values, dim=self.channel)
+        if self.exponents is not None:
+            whole = shifted(whole, self.exponents, self.channel, 1)
+        return whole.to(self.dtype)

@@ -16,7 +16,7 @@ from quantdm.errors import QuantDMError
 from quantdm.modules.blob import join_tensors, sparing_bytes, split_blob
 from quantdm.modules.coded import CodedInput
 from quantdm.modules.decoding import decode_bytes, decode_layer, new_handle
-from quantdm.modules.execution import Product, new_product, obstacle_of
+from quantdm.modules.execution import Product, new_product, obstacle_of, say_once
 from quantdm.modules.int8 import Int8Weight, int8_form, moved
 from quantdm.modules.scratch import scratch_out
 from quantdm.modules.view import WeightView
@@ -47,6 +47,7 @@ class PackedLayer(nn.Module):
     takes_codes: ClassVar[bool] = False  # whether `forward` knows what to do with a `CodedInput`
     _kept: torch.Tensor | Int8Weight | None  # what is held beside the bytes to decode from
     _product: Product | None  # what multiplies coded inputs, made when the first one comes
+    _place: torch.device  # where that was decided
     obstacle: str | None  # why it cannot multiply them
     pays: dict[Any, bool]  # in auto residency: whether integers are faster, by what its input is
 
@@ -91,6 +92,11 @@ class PackedLayer(nn.Module):
         """The layer's weight as a `QuantizedWeight` that looks into the packed bytes without copying them."""
         tensors = split_blob(self.packed.data, self.weight_shape, self.scheme, self.split)
         return QuantizedWeight(self.scheme, self.weight_shape, self.split, self.original_dtype, tensors)
+
+    @property
+    def exponents(self) -> torch.Tensor | None:
+        """Those of the powers of two that its inputs are divided by, int8 [C_in / groups], if it is equalised."""
+        return None if self.scheme.equalised is None else self.quantized.tensors["exponents"]
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Decode the weight into a new tensor of `dtype` (default: `weight_dtype`)."""
@@ -139,10 +145,11 @@ class PackedLayer(nn.Module):
         self.residency, self._kept, self._product, self.obstacle = residency, None, None, f"{residency} residency"
         self.pays = {}
         if residency in ("integer", "auto"):
+            self._place = self.packed.device
             form = self._integers()
             self.obstacle = obstacle_of(self, form, self.split, self.packed.device)
-            # A rotated weight is not what its integers decode to.
-            self._kept = None if self.scheme.hadamard else form
+            # A turned weight is not what its integers decode to.
+            self._kept = form if self.scheme == self.scheme.in_place else None
         if residency == "int8" or (residency == "integer" and self.obstacle):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = int8_form(self.quantized)
@@ -151,10 +158,8 @@ class PackedLayer(nn.Module):
             self._keep_dense()
 
     def _integers(self) -> Int8Weight | None:
-        """Return the int8 form in which the weight is multiplied: that of a rotated weight is rotated."""
-        quantized = self.quantized
-        if self.scheme.hadamard:
-            quantized = replace(quantized, scheme=self.scheme.model_copy(update={"hadamard": False}))
+        """Return the int8 form in which the weight is multiplied: that of a turned weight, as its codes have it."""
+        quantized = replace(self.quantized, scheme=self.scheme.in_place)
         with torch.inference_mode(False), torch.no_grad():
             return int8_form(quantized)
 
@@ -165,8 +170,14 @@ class PackedLayer(nn.Module):
     def multiply(self, coded: CodedInput) -> torch.Tensor:
         """Return the output for an input in integers: that for its values, up to rounding.
 
-        Only without an `obstacle`. An input whose integers could overflow is turned into its values.
+        Only without an `obstacle`. An input whose integers could overflow is turned into its values, and so is one on a
+        device to which the bytes alone were offloaded.
         """
+        place = coded.parts[0].codes.device
+        if place != self._place:
+            say_once(f"{self.residency} residency was chosen on {self._place}, offloading brings weights to {place}")
+            self._kept = self._product = None
+            return self.forward(coded.values())  # type: ignore[return-value]
         if self._product is None:
             form = self._kept if isinstance(self._kept, Int8Weight) else self._integers()
             assert form is not None
@@ -208,7 +219,7 @@ class PackedLayer(nn.Module):
         if self.residency in ("integer", "auto") and len({place, self.packed.device.type, "meta"}) == 3:
             self.keep_(self.residency)  # another kind of device has other operators
         before, self.weight_dtype = self.weight_dtype, fn(torch.empty(0, dtype=self.weight_dtype)).dtype
-        self._product = None  # it is in the order of an operator of its device
+        self._product, self._place = None, self.packed.device  # it is in the order of an operator of its device
         if isinstance(self._kept, torch.Tensor) and self.weight_dtype != before:
             self._keep_dense()
         elif isinstance(self._kept, torch.Tensor):

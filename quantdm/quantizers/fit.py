@@ -8,7 +8,6 @@ from torch import Tensor
 from quantdm.errors import QuantDMError
 from quantdm.quantizers import kmeans, log2, shared, uniform
 from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
-from quantdm.quantizers.hadamard import rotate, rotate_moments
 from quantdm.quantizers.moments import Moments, check_moments
 from quantdm.quantizers.objective import OutputError
 from quantdm.quantizers.packing import pack_codes
@@ -16,6 +15,7 @@ from quantdm.quantizers.refine import evaluate, lesser, refine
 from quantdm.quantizers.rows import row_blocks, row_layout
 from quantdm.quantizers.sorted_rows import SortedRows, sort_rows
 from quantdm.quantizers.tables import nearest_codes, round_codebook
+from quantdm.quantizers.turning import turned
 from quantdm.quantizers.weight import QuantizedWeight, factor_of, halves, parameters_of, tables_of
 from quantdm.schemes import Scheme
 
@@ -71,14 +71,15 @@ def quantize_options(
     if calibrated and moments is not None:
         check_moments(moments, weight.shape, name)
     found: dict[int, QuantizedWeight] = {}
-    for rotated in dict.fromkeys(scheme.hadamard for scheme in schemes):
-        same = [i for i, scheme in enumerate(schemes) if scheme.hadamard == rotated]
-        own, seen = matrix, moments
-        if rotated:
-            own = rotate(matrix.view(weight.shape), 1, seam=split).reshape(matrix.shape)
-            seen = None if moments is None else rotate_moments(moments, weight.shape[1], seam=split)
+    kinds = [(scheme.hadamard, scheme.equalised) for scheme in schemes]
+    for kind in dict.fromkeys(kinds):
+        same = [i for i in range(len(schemes)) if kinds[i] == kind]
+        own, seen, stored = turned(matrix.view(weight.shape), schemes[same[0]], split, moments)
+        own = own.reshape(matrix.shape)
         fitted = _fit_matrix(own, weight, [schemes[i] for i in same], split, seen, name, exact=exact, sweeps=sweeps)
-        found |= dict(zip(same, fitted, strict=True))
+        for i, quantized in zip(same, fitted, strict=True):
+            quantized.tensors.update(stored)
+            found[i] = quantized
     return [found[i] for i in range(len(schemes))]
 
 

@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable
 from quantdm.recipe.activations import ActivationScheme, ActivationSpec
 from quantdm.recipe.calibration import CalibrationSpec
 from quantdm.recipe.joint import joint_config, joint_rules, split_name
+from quantdm.recipe.matching import match_weights
+from quantdm.recipe.operations import bit_operations, factor_bits
 from quantdm.recipe.reading import load_recipe
 from quantdm.recipe.rules import Layer, check_names, pattern_matcher
 from quantdm.recipe.schema import (
@@ -44,12 +46,15 @@ __all__ = [
     "Provenance",
     "Recipe",
     "Rules",
+    "bit_operations",
     "check_layers",
     "check_recipe_path",
+    "factor_bits",
     "is_table",
     "joint_config",
     "joint_rules",
     "load_recipe",
+    "match_weights",
     "pattern_matcher",
     "recipe_schema",
     "split_name",

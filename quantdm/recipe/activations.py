@@ -15,9 +15,10 @@ MIN_ACTIVATION_BITS, MAX_ACTIVATION_BITS = 3, 8
 
 _LABEL = re.compile(
     r"(?P<granularity>tensor|sample|token|map)-(?P<bits>\d)(?P<symmetric>-symmetric)?(?P<static>-static)?"
-    r"(?:-(?P<range>percentile|mse))?(?P<hadamard>-hadamard)?(?:-outliers(?P<outliers>8|16))?"
+    r"(?:-(?P<range>percentile|mse))?(?P<hadamard>-hadamard)?(?P<equalised>-equalised)?(?:-outliers(?P<outliers>8|16))?"
 )
 _PROBABILITIES = re.compile(r"(uniform|log2|shiftedlog2)-([3-8])")
+_EXPONENTS = re.compile("[a-y]+")
 _OLD_KEYS = ("bits", "keep_8bit")
 
 
@@ -33,8 +34,8 @@ class ActivationScheme(BaseModel, frozen=True, extra="forbid"):
     `symmetric` has no zero point. `static` takes ranges that were observed before (`observe_ranges`), else they are
     those of the input itself. `range` is its minimum and maximum (None), the .1 % and 99.9 % "percentile", or the
     clipped one of least squared error ("mse"). `hadamard` rounds in coordinates that are rotated block by block, which
-    spreads outlier channels; `outliers` rounds the 1/64 of the channels that are largest apart, to 8 bits, or leaves
-    them in 16.
+    spreads outlier channels; `equalised` with channels divided by powers of two, by which the weight is multiplied;
+    `outliers` rounds the 1/64 of the channels that are largest apart, to 8 bits, or leaves them in 16.
     """
 
     bits: int
@@ -43,6 +44,7 @@ class ActivationScheme(BaseModel, frozen=True, extra="forbid"):
     static: bool = False
     range: RangeRule | None = None
     hadamard: bool = False
+    equalised: bool = False
     outliers: Literal[8, 16] | None = None
 
     @model_validator(mode="after")
@@ -51,6 +53,8 @@ class ActivationScheme(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"got {self.bits} bits, expected {MIN_ACTIVATION_BITS} to {MAX_ACTIVATION_BITS}")
         if self.static and self.granularity != "tensor":
             raise ValueError(f"static ranges are those of a tensor, not of a {self.granularity}")
+        if self.hadamard and self.equalised:
+            raise ValueError("channels are either rotated or equalised, not both")
         if self.static and self.outliers is not None:
             raise ValueError("outliers are found in the input itself, which static ranges do not look at")
         return self
@@ -63,6 +67,7 @@ class ActivationScheme(BaseModel, frozen=True, extra="forbid"):
             "static" if self.static else None,
             self.range,
             "hadamard" if self.hadamard else None,
+            "equalised" if self.equalised else None,
             None if self.outliers is None else f"outliers{self.outliers}",
         )
         return "-".join(part for part in (self.granularity, str(self.bits), *options) if part is not None)
@@ -87,6 +92,7 @@ class ActivationScheme(BaseModel, frozen=True, extra="forbid"):
             "static": match["static"] is not None,
             "range": match["range"],
             "hadamard": match["hadamard"] is not None,
+            "equalised": match["equalised"] is not None,
             "outliers": int(match["outliers"]) if match["outliers"] else None,
         }
         try:
@@ -110,6 +116,8 @@ def _check_operand(label: str | None) -> str | None:
     label = _check_label(label)
     if label is not None and ActivationScheme.parse(label).static:
         raise QuantDMError(f"attention: got {label!r}, but queries, keys and values have dynamic ranges; drop -static")
+    if label is not None and ActivationScheme.parse(label).equalised:
+        raise QuantDMError(f"attention: got {label!r}, but its products have no weight to equalise; drop -equalised")
     return label
 
 
@@ -130,7 +138,9 @@ class ActivationSpec(BaseModel):
 
     `attention` quantizes queries, keys and values as they enter their products, `probabilities` what the softmax
     returns (both take attention apart: simulation is slower there). `ranges` are what static schemes need, per layer
-    one (low, high) for each bucket of timesteps that `buckets` bounds; see `observe_ranges`.
+    one (low, high) for each bucket of timesteps that `buckets` bounds; see `observe_ranges`. `equalisers` are what
+    equalised schemes need where the weight itself is not equalised: a letter per input channel says by which power of
+    two it is divided, m for 1, n for 2, l for 1/2; see `choose_activations`.
 
     The form of earlier versions, `ActivationSpec(bits=6, keep_8bit=("conv_in", ...))`, is read as what it meant:
     `map-6`, with `map-8` where a glob matches a layer's name or operation type.
@@ -151,6 +161,9 @@ class ActivationSpec(BaseModel):
         default=(), description="bits per bucket of timesteps instead of the fewest; 16: not quantized there"
     )
     ranges: Ranges = Field(default_factory=dict, description="layer -> (low, high) per bucket, of static schemes")
+    equalisers: dict[str, str] = Field(
+        default_factory=dict, description="layer -> a letter per input channel, its exponent of two; m is 0"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -173,6 +186,14 @@ class ActivationSpec(BaseModel):
         for pattern in patterns:
             check_pattern(pattern)
         return patterns
+
+    @field_validator("equalisers")
+    @classmethod
+    def _check_equalisers(cls, equalisers: dict[str, str]) -> dict[str, str]:
+        for name, letters in equalisers.items():
+            if _EXPONENTS.fullmatch(letters) is None:
+                raise ValueError(f"{name}: got {letters[:20]!r}, expected a letter from a to y for every input channel")
+        return equalisers
 
     @field_validator("bucket_bits")
     @classmethod

@@ -1,6 +1,6 @@
 """What one worker does: measure a configuration on a draw, measure the sensitivity of one layer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import QuantizedWeight, quantize_weight
-from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers
+from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers, split_name
 from quantdm.runs.bank import WeightBank, pointed
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TunedWeights
@@ -172,6 +172,21 @@ class Evaluator:
             with told(f"sensitivity of {layer_name} under {scheme}"):
                 pairs = zip(outputs, calls, strict=True)
                 errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
+        return errors
+
+    def input_sensitivity(self, layer_name: str, labels: Sequence[str]) -> list[float]:
+        """Return, per activation scheme, the same error when only this layer's input is quantized."""
+        part = self.subject.part_of(layer_name)
+        denoiser, calls = self.subject.denoisers[part], self._recorded()[part]
+        own = split_name(layer_name, self.subject.part_names)[1]
+        errors = []
+        try:
+            for label in labels:
+                set_activation_bits_(denoiser, ActivationSpec(layers={own: label}))
+                pairs = zip(replay(denoiser, calls), calls, strict=True)
+                errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
+        finally:
+            set_activation_bits_(denoiser, None)
         return errors
 
     def _recorded(self) -> dict[str, list[Call]]:

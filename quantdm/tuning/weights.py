@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from quantdm.quantizers import QuantizedWeight, shared
-from quantdm.quantizers.hadamard import rotate
 from quantdm.quantizers.packing import pack_codes, unpack_codes
 from quantdm.quantizers.refit import ScaleFit, Segments, places, sort_tables
 from quantdm.quantizers.rows import row_layout
+from quantdm.quantizers.turning import turned_back
 from quantdm.quantizers.uniform import MIN_SCALE
 from quantdm.quantizers.weight import halves, parameters_of, tables_of
 from quantdm.schemes import Scheme
@@ -34,7 +34,7 @@ class TunableWeight(nn.Module):
         """Return the decoded weight, float32, in its shape."""
         found = [half() for half in self.halves]
         dense = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).view(self.weight.shape)
-        return rotate(dense, 1, seam=self.weight.split) if self.weight.scheme.hadamard else dense
+        return turned_back(dense, self.weight.scheme, self.weight.tensors, self.weight.split)
 
     @torch.no_grad()
     def stored(self) -> QuantizedWeight:
