@@ -53,7 +53,7 @@ STEPS = ("inspect", "run", "report", "export", "open", "evaluate", "card")
 OPTIONS = tuple(map(Scheme.parse, ("uniform-channel-3", "kmeans-channel-4-feedback", "uniform-channel-8")))
 TARGET = 6.0
 SEEDS = (11, 12)
-LEVEL = Level(MIN_TRIALS, Effort(2, 1, 2, 1, 1, 0), 2, 4, TuneSettings(steps=1, rows=1, every=1), 1)
+LEVEL = Level(MIN_TRIALS, Effort(2, 2, 2, 1, 1, 0), 2, 4, TuneSettings(steps=1, rows=1, every=1), 1)
 FRONT = {"license": "apache-2.0", "base_model": "somebody/first", "language": ["en"]}
 YES = "yes"
 
