@@ -48,7 +48,8 @@ m.focus(); m.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubb
 return document.querySelector('#tip.on')?.textContent ?? ''; })()""",
     "escape": """(() => { document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}));
 return document.querySelector('#tip.on') === null; })()""",
-    "copy": """(async () => { document.querySelector('.copy').click(); await new Promise((r) => setTimeout(r, 300));
+    "copy": """(async () => { const b = document.querySelector('.copy'); if (!b) return 'none';
+b.click(); await new Promise((r) => setTimeout(r, 300));
 return document.querySelector('.buttons [aria-live]').textContent; })()""",
     "data": "JSON.parse(document.getElementById('data').textContent).version",
 }
