@@ -42,7 +42,8 @@ from quantdm.quantizers import count_bits
 from quantdm.recipe import weights_digest
 from quantdm.report.charts import MARKS
 from quantdm.report.insights import MIXES
-from quantdm.report.sections import ROW_NAMES, SHORT_NAMES
+from quantdm.report.samples import ROWS as SAMPLE_ROWS
+from quantdm.report.sections import ROW_NAMES
 from quantdm.runs import final
 from quantdm.runs.correct import correct_recipe, correct_run
 from quantdm.runs.engines.local import Engine
@@ -153,7 +154,7 @@ def test_the_summary_has_a_row_for_everything_that_the_page_and_the_readme_speak
     assert json.loads(run.path("summary.json").read_text()) == summary
     rows = {row["name"]: row for row in summary["rows"]}
     assert list(rows) == [name for name in ROW_NAMES if name != "recipe-untuned"]  # this run was not tuned
-    assert set(MARKS) | set(SHORT_NAMES) | set(final.GRID_ROWS) | set(MIXES) <= set(rows)
+    assert set(MARKS) | set(SAMPLE_ROWS) | set(final.GRID_ROWS) | set(MIXES) <= set(rows)
     assert set(load_file(run.path("samples.safetensors"))) == set(final.GRID_ROWS)
     for row in rows.values():
         assert {"avg_bits", "denoiser_bytes", "fid_real", "fid_fp", "fid_fp_sd", "psnr_fp", "seconds"} <= set(row)

@@ -21,7 +21,7 @@ SCALE = ("#f4e9c9", "#f0b65a", "#d9662f", "#a3253f", "#4a1244")  # from low to h
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where everything stands: pixels [N, 2] of the nodes, the row of text each is in, and the size of the picture."""
 
     xy: np.ndarray
@@ -57,9 +57,9 @@ def draw_graph(
     if path is not None:
         check_replaceable(check_output(path))
     given = _check(graph, values or {}, log)
-    place = _layout(graph)
+    place = layout(graph)
     low, high = (min(given.values()), max(given.values())) if given else (0.0, 0.0)
-    parts = [*_boxes(graph, place), *_edges(graph, place)]
+    parts = [*boxes(graph, place), *edges(graph, place)]
     parts += [_mark(node, place.xy[node.id], given, low, high, log) for node in graph.nodes]
     width, height = round(place.width), round(place.height)
     layers = sum(node.layer is not None for node in graph.nodes)
@@ -93,7 +93,7 @@ def _check(graph: Graph, values: Mapping[str, float], log: bool) -> dict[str, fl
 # -------------------------------------------------------------------------------------------------------------- layout
 
 
-def _layout(graph: Graph) -> _Layout:
+def layout(graph: Graph) -> Layout:
     """Place nodes by rank (horizontally) and lane, and break the line of ranks into rows between blocks."""
     rank = _ranks(graph)
     lane = _lanes(graph, rank)
@@ -117,7 +117,7 @@ def _layout(graph: Graph) -> _Layout:
         top += GAP if index else 24.0
         xy[inside, 1] = top + LANE * (lane[inside] - lane[inside].min(initial=0))
         top = xy[inside, 1].max(initial=top)
-    return _Layout(xy, row, max(float(xy[:, 0].max(initial=0)) + RADIUS + MARGIN, 460.0), top + RADIUS + MARGIN)
+    return Layout(xy, row, max(float(xy[:, 0].max(initial=0)) + RADIUS + MARGIN, 460.0), top + RADIUS + MARGIN)
 
 
 def _ranks(graph: Graph) -> np.ndarray:
@@ -154,7 +154,7 @@ def _lanes(graph: Graph, rank: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------- marks
 
 
-def _boxes(graph: Graph, place: _Layout) -> list[str]:
+def boxes(graph: Graph, place: Layout) -> list[str]:
     """Draw the blocks of several layers, one box per row of the picture, with the end of their name."""
     found = []
     for block in graph.blocks:
@@ -182,7 +182,7 @@ def _tail(name: str, room: int) -> str:
     return fitting[0] if fitting else ""
 
 
-def _edges(graph: Graph, place: _Layout) -> list[str]:
+def edges(graph: Graph, place: Layout) -> list[str]:
     """Draw edges as curves; what would run through other nodes of its lane bends above them."""
     near, far = [], []
     for source, target in graph.edges:

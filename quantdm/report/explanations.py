@@ -6,6 +6,7 @@ from quantdm.report import charts, insights, layer_charts
 from quantdm.report.figures import FLOOR, describe
 from quantdm.report.insights import Group
 from quantdm.report.markup import dotted, esc, figure, missing, paragraph, table
+from quantdm.report.meters import Meter, dots
 from quantdm.report.records import Records
 from quantdm.report.wording import megabytes, percent
 from quantdm.surrogates import SearchSpace
@@ -74,7 +75,7 @@ def allocation(records: Records) -> str:
         layer_charts.bits_per_layer(space, choice),
         "Bits per layer.",
         f"All {len(space.layers)} layers in data-flow order. Above: bits of the codes, coloured by method. Below: the "
-        "error of the output that this layer alone causes with the option it got. Point at a bar for its name.",
+        "error of the output that this layer alone causes with the option it got. The table below has their names.",
     )
     html += figure(
         layer_charts.shares_per_type(space, choice),
@@ -153,9 +154,14 @@ def surrogates(records: Records) -> str:
         f"The {best} surrogate ranks held-out configurations best: {mean:.2f}\u00a0±\u00a0{sd:.2f} over folds, {word} "
         f"the best that is known without learning ({strongest}, {null[strongest]:.2f})."
     )
+    learned = [(f"{name} surrogate", float(np.mean(f)), float(np.std(f))) for name, f in folds.items()]
+    rows = [Meter(name, m, f"{m:.2f}\u00a0±\u00a0{s:.2f}", "recipe", s) for name, m, s in learned]
+    rows += [Meter(name, value, f"{value:.2f}", "noise") for name, value in null.items()]
     caption = (
-        f"{len(folds[best])} folds of {records.surrogate['trials']} trials: dots are folds, the tick and the number "
-        "their mean. Diamonds need no learning and are computed over all trials. Configurations of many sizes are "
-        "compared, so bits alone rank well; what counts is the distance to the diamonds."
+        f"Spearman's rank correlation with −log FID (1: ranks every configuration right). Surrogates: mean and "
+        f"standard deviation over {len(folds[best])} folds of {records.surrogate['trials']} trials; the rest needs no "
+        "learning and is computed over all trials. Configurations of many sizes are compared, so bits alone rank "
+        "well; what counts is the distance to the rows that need no learning."
     )
-    return paragraph(text) + figure(charts.surrogate_quality(folds, null), "Can quality be predicted?", caption)
+    picture = dots(rows, "Held-out rank correlation")
+    return paragraph(text) + figure(picture, "Can quality be predicted?", caption, kind="wide")

@@ -146,7 +146,7 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     )
     ours, theirs = plus_minus(recipe), plus_minus(uniform)
     against = verdict(recipe, uniform)
-    other = f"the best uniform baseline of {_size(uniform, recipe)} ({baseline(uniform.get('note'))})"
+    other = f"the best uniform baseline of {size_against(uniform, recipe)} ({baseline(uniform.get('note'))})"
     distance = f"The distance of its images to full precision, fid_fp, is {ours}"
     if against == "better":
         ratio = times(uniform["fid_fp"] / max(recipe["fid_fp"], 1e-12))
@@ -173,7 +173,7 @@ def headline(model: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     return sentences
 
 
-def _size(other: dict[str, Any], recipe: dict[str, Any]) -> str:
+def size_against(other: dict[str, Any], recipe: dict[str, Any]) -> str:
     """Say how large a baseline is against the recipe."""
     ratio = other["denoiser_bytes"] / recipe["denoiser_bytes"]
     if abs(ratio - 1) < SAME_SIZE:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from quantdm.report.records import MADE_BY
+from quantdm.report.theme import themed
 
-MAX_TILE = 96  # pixels; larger samples are reduced to that for the page
+MAX_TILE = 256  # pixels; larger samples are reduced to that for the page
 
 
 def esc(value: Any) -> str:
@@ -38,6 +39,7 @@ def missing(record: str, what: str) -> str:
 
 def figure(content: str, title: str, caption: str, *, kind: str = "chart") -> str:
     """Return a figure with a caption that starts with a short title."""
+    content = themed(content) if kind == "chart" else content
     return (
         f'<figure><div class="{kind}">{content}</div>'
         f"<figcaption><b>{esc(title)}</b> {esc(caption)}</figcaption></figure>"
@@ -71,7 +73,29 @@ def table(
         first, *rest = cells
         tail = "".join(f"<td{attribute(i)}>{cell}</td>" for i, cell in enumerate(rest, start=1))
         body.append(f'<tr{f" class={chr(34)}{kind}{chr(34)}" if kind else ""}><th scope="row">{first}</th>{tail}</tr>')
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    # wider than a phone: whoever has no pointer scrolls it with the arrow keys
+    label = ", ".join(title for title, _ in head if title)
+    start = f'<div class="scroll" role="group" tabindex="0" aria-label="{esc(label)}"><table>'
+    return f"{start}<thead><tr>{titles}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+
+
+def spread_cell(row: dict[str, Any], key: str, digits: int) -> str:
+    """Return a table cell "mean ± sd"."""
+    value, sd = row.get(key), row.get(f"{key}_sd") or 0.0
+    if value is None:
+        return "–"
+    if abs(value) < 1e-9:
+        return "0"
+    if sd > 0:
+        return f"{value:.{digits}f} <small>±\u00a0{sd:.{digits}f}</small>"
+    return f"{value:.{digits}f}"
+
+
+def tile_size(images: torch.Tensor) -> tuple[int, int]:
+    """Return width and height that images [N, C, H, W] have on the page: at most MAX_TILE."""
+    height, width = images.shape[2:]
+    scale = min(1.0, MAX_TILE / max(width, height))
+    return round(width * scale), round(height * scale)
 
 
 def strip_png(images: torch.Tensor) -> str:
@@ -79,12 +103,10 @@ def strip_png(images: torch.Tensor) -> str:
     from PIL import Image
 
     tiles = [Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()) for image in images]
-    width, height = tiles[0].size
-    if max(width, height) > MAX_TILE:
-        scale = MAX_TILE / max(width, height)
-        width, height = round(width * scale), round(height * scale)
+    width, height = tile_size(images)
+    if (width, height) != tiles[0].size:
         tiles = [tile.resize((width, height), Image.Resampling.LANCZOS) for tile in tiles]
-    sheet = Image.new("RGB", (len(tiles) * (width + 1) - 1, height), "white")
+    sheet = Image.new("RGBA", (len(tiles) * (width + 1) - 1, height))  # what is between them is the page's own colour
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (index * (width + 1), 0))
     buffer = io.BytesIO()

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantdm.correction import Correction
-from quantdm.report import charts
-from quantdm.report.markup import esc, figure, missing, paragraph, table
+from quantdm.report.markup import esc, figure, missing, paragraph, spread_cell, table
+from quantdm.report.plot import Plot, around
 from quantdm.report.records import Records
-from quantdm.report.sections import spread_cell
 from quantdm.report.wording import percent
 
 VARIANTS = {
@@ -26,6 +25,15 @@ VARIANTS = {
     "tac": "TAC",
     "tcec": "gain per channel (TCEC)",
 }
+
+PANELS = (
+    ("k", "k", "slope of the error on the output (0: not significant)"),
+    ("R²", "r2", "share of the error that the slope explains"),
+    ("bias", "bias", "largest mean error of a channel"),
+    ("q", "q", "residual: standard deviation of the rest"),
+    ("occupancy", "occupancy", "variance added over the variance of the step"),
+    ("lag-1", "lag1", "correlation of the rest with the next step's"),
+)
 
 
 def variant_name(choice: str) -> str:
@@ -46,20 +54,19 @@ def noise(records: Records) -> str:
         timesteps = c.log_snr.tolist()
         found = {"k": c.k.tolist(), "bias": np.abs(c.bias).max(axis=1).tolist(), "q": c.q.tolist()}
         found |= {name: np.asarray(values).tolist() for name, values in c.diagnostics.items()}
-    panels = [
-        ("k", "k", "slope of the error on the output (0: not significant)"),
-        ("R²", "r2", "share of the error that the slope explains"),
-        ("bias", "bias", "largest mean error of a channel"),
-        ("q", "q", "standard deviation of the rest"),
-        ("occupancy", "occupancy", "variance added over the variance of the step"),
-        ("lag-1", "lag1", "correlation of the rest with the next step's"),
-    ]
-    svg = charts.noise_per_step(timesteps, [(title, text, found[key]) for title, key, text in panels if key in found])
+    panels = [panel for panel in PANELS if panel[1] in found]
+    plots = "".join(_step_plot(timesteps, found[key], title, text) for title, key, text in panels)
     caption = (
-        "Error of the quantized network's output on the same inputs, after guidance, fitted per noise level as k · "
-        "output + bias + rest. Where lag-1 is near 1 it repeats from step to step; lowering variance absorbs none."
+        "From noise (left) to image (right): error of the quantized network's output on the same inputs, after "
+        "guidance, fitted per noise level as k · output + bias + rest. Where lag-1 is near 1 it repeats from step to "
+        "step; lowering variance absorbs none."
     )
-    html = figure(svg, "Quantization noise per sampling step.", caption)
+    html = figure(plots, "Quantization noise per sampling step.", caption, kind="small")
+    listing = table(
+        [("Timestep" if records.steps else "log SNR", ""), *((title, "") for title, _, _ in panels)],
+        [("", [f"{t:.4g}", *(f"{found[key][i]:.4g}" for _, key, _ in panels)]) for i, t in enumerate(timesteps)],
+    )
+    html += f"<details><summary>All {len(timesteps)} steps as numbers</summary>{listing}</details>"
     if not c.measured:
         return html + paragraph(f"In use: {variant_name(c.choice)}.")
     rows = []
@@ -71,8 +78,21 @@ def noise(records: Records) -> str:
         "The variant is chosen by its measured outcome: more correction is taken only where it lowers the distance on "
         "held-out runs beyond noise (paired, 95\u00a0%)."
     )
-    why = paragraph(esc(worth(c, records.steps)))
-    return html + "<h3>Which correction helps</h3>" + why + table(head, rows) + paragraph(note, "caption")
+    variants = f"<h3>Which correction helps</h3>{table(head, rows)}{paragraph(note, 'caption')}"
+    return f'<p class="lead">{esc(worth(c, records.steps))}</p>{html}{variants}'
+
+
+def _step_plot(timesteps: Sequence[float], values: Sequence[float], title: str, meaning: str) -> str:
+    """Draw one statistic over the steps."""
+    limits = around(values, zero=True) if any(values) else (-1.0, 1.0)
+    plot = Plot(f"{title} per step: {meaning}", (0, max(len(values) - 1, 1)), limits, size=(300, 130))
+    every = max(1, len(timesteps) // 4)
+    ticks = [(float(i), f"{timesteps[i]:.3g}") for i in range(0, len(timesteps), every)]
+    plot.axes("", x_ticks=ticks, count=3)
+    plot.line(list(enumerate(values)), "curve")
+    for index, value in enumerate(values):
+        plot.dot(index, value, "step", f"{title} at {timesteps[index]:.4g}: {value:.4g}", radius=2.4)
+    return f'<div><h3>{esc(title)}</h3><p class="under">{esc(meaning)}</p>{plot.svg}</div>'
 
 
 def worth(correction: Correction, steps: Sequence[dict[str, float]]) -> str:

@@ -34,7 +34,7 @@ MADE_BY = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Records:
     """The records of one run; None where the stage has not run yet."""
 

@@ -1,17 +1,17 @@
 """What came out: masthead, result table, insights, samples, FID against bits, how it was measured."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from quantdm.hub.left import told_left
-from quantdm.report import charts, insights
+from quantdm.report import insights
 from quantdm.report.figures import describe
-from quantdm.report.markup import esc, figure, missing, paragraph, strip_png, table
+from quantdm.report.glance import answers, glance
+from quantdm.report.markup import esc, missing, paragraph, spread_cell, table
 from quantdm.report.records import Records
-from quantdm.report.wording import decimals, guidance, megabytes, percent, plus_minus
+from quantdm.report.wording import decimals, guidance, megabytes, model_label, plus_minus
 
 ROW_NAMES = {
     "fp": "Full precision",
@@ -25,48 +25,24 @@ ROW_NAMES = {
     "recipe+a6": "Recipe, A6",
     "recipe+a6+correction": "Recipe, A6, corrected",
 }
-SHORT_NAMES = {
-    "fp": "full precision",
-    "uniform-next-width": "best uniform",
-    "recipe": "recipe",
-    "recipe+a6": "A6",
-    "recipe+a6+correction": "A6, corrected",
-}
-
-
-def model_label(model: str) -> str:
-    """Return a model's name without the directories of this machine."""
-    return (Path(model).name if Path(model).is_absolute() else model) or "a pipeline built in memory"
 
 
 def masthead(records: Records) -> str:
-    """Return the title, the verdict in plain sentences and the key figures."""
-    settings, rows = records.settings, records.rows
-    model = model_label(settings.model)
-    html = f'<p class="kicker">quantdm report</p><h1>{esc(model)} at {settings.target_bits:.2f} bits per weight</h1>'
-    if not {"fp", "recipe", "uniform-next-width"} <= set(rows):
-        return html + missing("summary.json", "The final figures are not there yet")
-    first, *others = insights.headline(model, rows)
-    html += f'<p class="lead">{esc(first)}</p>' + "".join(paragraph(text, "also") for text in others)
-    fp, recipe, uniform = rows["fp"], rows["recipe"], rows["uniform-next-width"]
-    before, after = fp["denoiser_bytes"], recipe["denoiser_bytes"]
-    tiles = [
-        ("Denoiser", megabytes(after), f"from {megabytes(before)}, {percent(1 - after / before)} less"),
-        ("FID to full precision", plus_minus(recipe), f"best uniform: {plus_minus(uniform)}"),
-    ]
-    if recipe.get("psnr_fp") is not None and uniform.get("psnr_fp") is not None:
-        best = f"best uniform: {uniform['psnr_fp']:.1f} dB"
-        tiles.append(("PSNR to full precision", f"{recipe['psnr_fp']:.1f} dB", best))
-    if recipe.get("fid_real") is not None and fp.get("fid_real") is not None:
-        tiles.append(("FID to real images", f"{recipe['fid_real']:.3f}", f"full precision: {fp['fid_real']:.3f}"))
-    cells = "".join(f"<div><dt>{esc(n)}</dt><dd>{esc(v)}<small>{esc(s)}</small></dd></div>" for n, v, s in tiles)
-    return html + f'<dl class="figures">{cells}</dl>'
+    """Return the title and the three answers."""
+    settings = records.settings
+    bits = f"{settings.target_bits:.2f} bits per weight"
+    title = f"<h1>{esc(model_label(settings.model))} <span>at {esc(bits)}</span></h1>"
+    return f'<p class="kicker">quantdm report</p>{title}{glance(answers(records))}'
 
 
 def results(records: Records) -> str:
     """Return the result table with its protocol."""
     if records.summary is None:
         return missing("summary.json", "No result table")
+    told = ""
+    if {"fp", "recipe", "uniform-next-width"} <= set(records.rows):
+        first, *others = insights.headline(model_label(records.settings.model), records.rows)
+        told = f'<p class="lead">{esc(first)}</p>' + "".join(map(paragraph, others))
     rows = records.summary["rows"]
     real, agreement = "fid_real" in rows[0], "agreement" in rows[0]
     head = [
@@ -93,7 +69,7 @@ def results(records: Records) -> str:
             f"{row['seconds']:.1f}",
         ]
 
-    html = table(head, [("chosen" if row["name"] == "recipe" else "", cells(row)) for row in rows])
+    html = told + table(head, [("chosen" if row["name"] == "recipe" else "", cells(row)) for row in rows])
     text = _final_protocol(records.summary) + _blank(rows)
     if records.space is not None and "recipe" in records.rows:
         recipe = records.rows["recipe"]
@@ -158,92 +134,6 @@ def actions(records: Records) -> str:
     return f'<ol class="insights">{"".join(lines)}</ol>' + paragraph(note, "caption")
 
 
-def samples(records: Records) -> str:
-    """Return the sample strips: equal seeds above each other."""
-    shown = [name for name in SHORT_NAMES if name in records.samples] or list(records.samples)
-    if not shown:
-        return missing("samples.safetensors", "No sample grids")
-    settings = records.settings.protocol
-    conditions = settings.conditions
-    count = min(len(records.samples[name]) for name in shown)
-    across = len(conditions) if 4 <= len(conditions) <= 12 else 10
-    bands = []
-    for start in range(0, count, across):
-        stop = min(start + across, count)
-        strips = []
-        for name in shown:
-            text = SHORT_NAMES.get(name, name)
-            source = strip_png(records.samples[name][start:stop])
-            alt = f"{text}: samples {start + 1} to {stop}"
-            strips.append(f'<span>{esc(text)}</span><img alt="{esc(alt)}" src="{source}">')
-        bands.append(f'<div class="band">{"".join(strips)}</div>')
-    asked = ", ".join(map(str, conditions[:10])) + (", …" if len(conditions) > 10 else "") or "nothing"
-    steps = (records.summary or {}).get("protocol", {}).get("steps", settings.steps)
-    uniform = records.rows.get("uniform-next-width", {}).get("note")
-    also = f" Best uniform: {insights.baseline(uniform)}." if uniform else ""
-    caption = (
-        f"Images above each other share initial noise and condition (asked for in turn: {asked}). The first {count} "
-        f"seeds of the first final draw, {steps} steps, guidance {guidance(settings.guidance_scale)}; nothing was "
-        f"picked.{also}"
-    )
-    return figure("".join(bands), "Equal seeds, different weights.", caption, kind="bands")
-
-
-def frontier(records: Records) -> str:
-    """Return FID against bits, with the verified candidates."""
-    if not records.trials:
-        return missing("trials", "No trials")
-    settings = records.settings
-    protocol = (records.summary or {}).get("protocol", {})
-    selection = records.selection or {}
-    candidates, chosen = dict(selection.get("candidates", {})), selection.get("chosen")
-    images, steps = protocol.get("images", settings.verify_images), protocol.get("steps", settings.protocol.steps)
-    svg = charts.quality_against_bits(
-        records.trials,
-        {name: c for name, c in candidates.items() if name != chosen or not records.rows},
-        records.rows,
-        noise=(records.summary or {}).get("fp_noise", {}).get("mean"),
-        target_bits=settings.target_bits,
-        titles=(
-            f"Search: {settings.label_images:,} images, {settings.label_steps} steps per trial",
-            f"{'Result' if records.rows else 'Verification'}: {images:,} images, {steps} steps per draw",
-        ),
-    )
-    right = (
-        f"candidates verified on up to {settings.verify_draws} draws of {settings.verify_images:,} images are circles"
-    )
-    if records.rows:
-        draws = len(protocol.get("draws", []))
-        spreads = f" with one standard deviation over {draws} draws" if draws > 1 else ", one draw each"
-        right = f"the recipe (large dot) and the baselines{spreads}; other {right}"
-    caption = (
-        f"Left: all {len(records.trials)} measured configurations; squares have one scheme everywhere, the number is "
-        f"its bit-width. Right: {right}. The dotted line is the target. The panels share their axes but not their "
-        f"number of images and steps. Fréchet distance of {settings.protocol.features} features to full-precision "
-        "samples of the same noises."
-    )
-    html = figure(svg, "Quality against size.", caption)
-    if not candidates:
-        return html + missing("selection.json", "No verified candidates")
-    return html + _candidate_table(candidates, chosen)
-
-
-def _candidate_table(candidates: dict[str, dict[str, Any]], chosen: str | None) -> str:
-    rows = []
-    for name, c in sorted(candidates.items(), key=lambda item: item[1]["fid_fp_mean"]):
-        psnr = c.get("psnr_fp_mean")
-        cells = [
-            esc(name),
-            f"{c['avg_bits']:.3f}",
-            spread_cell({"fid_fp": c["fid_fp_mean"], "fid_fp_sd": c.get("fid_fp_sd")}, "fid_fp", 4),
-            "–" if psnr is None else f"{psnr:.1f}",
-            str(c.get("draws", 2)),
-        ]
-        rows.append(("chosen" if name == chosen else "", cells))
-    head = [("Candidate", ""), ("Bits", "per weight"), ("FID to full precision", ""), ("PSNR", "dB"), ("Draws", "")]
-    return f"<details><summary>All {len(rows)} verified candidates</summary>{table(head, rows)}</details>"
-
-
 def protocol(records: Records) -> str:
     """Return how everything was measured: settings, seeds, versions."""
     s, summary = records.settings, records.summary or {}
@@ -280,18 +170,6 @@ def protocol(records: Records) -> str:
     if summary.get("versions"):
         items.append(("Versions", ", ".join(f"{name} {number}" for name, number in summary["versions"].items())))
     return f'<dl class="protocol">{"".join(f"<dt>{esc(k)}</dt><dd>{esc(v)}</dd>" for k, v in items)}</dl>'
-
-
-def spread_cell(row: dict[str, Any], key: str, digits: int) -> str:
-    """Return a table cell "mean ± sd"."""
-    value, sd = row.get(key), row.get(f"{key}_sd") or 0.0
-    if value is None:
-        return "–"
-    if abs(value) < 1e-9:
-        return "0"
-    if sd > 0:
-        return f"{value:.{digits}f} <small>±\u00a0{sd:.{digits}f}</small>"
-    return f"{value:.{digits}f}"
 
 
 def column_decimals(rows: Sequence[dict[str, Any]], key: str) -> int:

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
-from quantdm.report.figures import FAINT, HUES, MUTED, RECIPE, chart, legend_above
-from quantdm.report.markup import esc, figure, missing, paragraph, table
+from quantdm.report.markup import esc, figure, missing, paragraph, spread_cell, table
+from quantdm.report.plot import Plot, around
 from quantdm.report.records import Records
-from quantdm.report.sections import spread_cell
 
 NAMES = {"untuned": "Recipe before tuning", "tuned": "Recipe, tuned"}
 
@@ -21,7 +20,7 @@ def tuning(records: Records) -> str:
         f"on. {settings['steps']} steps of {settings['rows']} samples from {settings['images']} trajectories; the best "
         "moment is kept (dot), rounded to what is stored."
     )
-    html = figure(held_out(record["curve"]), "Held-out error while tuning.", caption)
+    html = figure(held_out(record["curve"]), "Held-out error while tuning.", caption, kind="one")
     rows = []
     for name, figures in record["figures"].items():
         row = {"fid_fp": figures["mean"]["fid_fp"], "fid_fp_sd": figures["sd"]["fid_fp"]}
@@ -39,18 +38,15 @@ def tuning(records: Records) -> str:
 
 def held_out(curves: Mapping[str, Sequence[tuple[int, float]]]) -> str:
     """Draw the held-out error of every denoiser against the steps."""
-    with chart(2.3, "Held-out error while tuning") as canvas:
-        axes = canvas.axes(1, 1, squeeze=False)[0, 0]
-        hues = [RECIPE, MUTED, *HUES.values()]
-        for hue, (part, curve) in zip(hues, curves.items(), strict=False):
-            steps, losses = [step for step, _ in curve], [loss for _, loss in curve]
-            axes.plot(steps, losses, color=hue, label=part)
-            best = min(range(len(losses)), key=losses.__getitem__)
-            mark = axes.plot(steps[best], losses[best], "o", ms=5, color=hue, mec="white", mew=0.6)[0]
-            canvas.hover(mark, f"{part}: {losses[best]:.3g} after {steps[best]} steps, {losses[0]:.3g} before")
-        axes.set(xlabel="steps", ylabel="relative error")
-        axes.set_yscale("log")
-        axes.grid(axis="y", color=FAINT)
-        if len(curves) > 1:
-            legend_above(canvas, axes)
-    return canvas.svg
+    losses = [loss for curve in curves.values() for _, loss in curve if loss > 0]
+    last = max(step for curve in curves.values() for step, _ in curve)
+    plot = Plot("Held-out error while tuning", (0, max(last, 1)), around(losses, log=True), log_y=True, size=(420, 200))
+    plot.axes("steps")
+    names = []
+    for part, curve in curves.items():
+        step, loss = min(curve, key=lambda point: point[1])
+        plot.line(curve, "curve")
+        plot.dot(step, loss, "chosen", f"{part}: {loss:.3g} after {step} steps, {curve[0][1]:.3g} before", radius=4)
+        names.append((step, loss, f"{part}: {loss:.3g}", "name"))
+    plot.labels(names)
+    return plot.svg

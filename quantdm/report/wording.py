@@ -1,6 +1,7 @@
 """How numbers are worded."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 # ------------------------------------------------------------------------------------------------------------ numbers
@@ -41,3 +42,8 @@ def megabytes(count: float) -> str:
         if count >= size:
             return f"{count / size:.2f}\u00a0{unit}" if count < 100 * size else f"{count / size:.0f}\u00a0{unit}"
     return f"{count:.0f}\u00a0bytes"
+
+
+def model_label(model: str) -> str:
+    """Return a model's name without the directories of this machine."""
+    return (Path(model).name if Path(model).is_absolute() else model) or "a pipeline built in memory"
