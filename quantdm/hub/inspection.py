@@ -77,9 +77,7 @@ def inspect_target(
     if example_inputs is not None:
         analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
     rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
-    operations = _add_operations(rows, parts[""], rules)
-    weights = sum(row["num_weights"] for row in rows)
-    bits = sum(row["num_bits"] for row in rows)
+    weights, bits = (sum(row[key] for row in rows) for key in ("num_weights", "num_bits"))
     return {
         "model": where,
         "denoiser": type(parts[""]).__name__,
@@ -89,7 +87,7 @@ def inspect_target(
         "num_bits": bits,
         "weight_bytes": sum(row["nbytes"] for row in rows),
         "file_bytes": _file_bytes(parts, source),
-        **operations,
+        **_add_operations(rows, parts[""], rules),
         "provenance": rules.provenance.source if is_recipe and rules is not None else None,
     }
 
