@@ -1,5 +1,7 @@
 """Weights and activations chosen together: one pair of options per layer, within a budget of bit operations."""
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -54,11 +56,18 @@ def select_pairs(
     found = at(0.0)
     if sizes is None or max_bits is None or stored(found[0]) <= max_bits:
         return found
-    low, high = 0.0, max(float(np.ptp(weights)), 1e-30)  # at a price of all values a bit, only bits count
+    return _priced(at, stored, float(np.ptp(weights)), max_bits, target_bops)
+
+
+def _priced(
+    at: Callable[[float], tuple[Ints, Ints]], stored: Callable[[Ints], int], most: float, max_bits: int, bops: int
+) -> tuple[Ints, Ints]:
+    """Return the choice at the lowest price of a stored bit at which the weights fit."""
+    low, high = 0.0, max(most, 1e-30)  # at a price of all values a bit, only bits count
     found = at(high)
     if stored(found[0]) > max_bits:
         raise QuantDMError(
-            f"target: no choice of these options has {max_bits} bits and {target_bops:g} bit operations at once; the "
+            f"target: no choice of these options has {max_bits} bits and {bops:g} bit operations at once; the "
             f"least within the operations are {stored(found[0])} bits"
         )
     for _ in range(HALVINGS):

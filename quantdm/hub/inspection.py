@@ -88,14 +88,13 @@ def inspect_target(
     if example_inputs is not None:
         analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
     rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
-    operations = _add_operations(rows, parts[""], rules)
     return {
         "model": where,
         "denoiser": type(parts[""]).__name__,
         "parts": parts_of(parts[""], source),
         "layers": rows,
         **_totals(rows),
-        **operations,
+        **_add_operations(rows, parts[""], rules),
         "file_bytes": _file_bytes(parts, source),
         "left": _left(parts, rows, source) if any(row["scheme"] for row in rows) else None,
         "provenance": rules.provenance.source if is_recipe and rules is not None else None,

@@ -170,8 +170,7 @@ class PackedLayer(nn.Module):
     def multiply(self, coded: CodedInput) -> torch.Tensor:
         """Return the output for an input in integers: that for its values, up to rounding.
 
-        Only without an `obstacle`. An input whose integers could overflow is turned into its values, and so is one on a
-        device to which the bytes alone were offloaded.
+        Only without an `obstacle`. Integers that could overflow, or meet an offloaded weight, are turned into values.
         """
         place = coded.parts[0].codes.device
         if place != self._place:

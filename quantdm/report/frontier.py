@@ -45,8 +45,8 @@ def frontier(records: Records) -> str:
         final = _figure(
             _final_plot(records, others),
             f"{'Result' if rows else 'Verification'}: {images:,} images, {steps} steps",
-            f"The recipe and the baselines on noises of their own ({spreads}); circles are candidates verified on up to "
-            f"{settings.verify_draws} draws of {settings.verify_images:,} images. Another protocol than the search, "
+            f"The recipe and the baselines on noises of their own ({spreads}); circles are candidates verified on up "
+            f"to {settings.verify_draws} draws of {settings.verify_images:,} images. Another protocol than the search, "
             "so another picture.",
         )
     note = (

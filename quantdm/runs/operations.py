@@ -56,13 +56,12 @@ def select_within(
     )
     config, labels = space.config(weights), space.config(weights).to_labels()
     chosen = {name: inputs[i] for name, i in zip(space.layer_names, picked, strict=True)}
-    spec = ActivationSpec(layers=dict(chosen))
     bops = bit_operations(macs, config, {name: ActivationScheme.parse(label) for name, label in chosen.items()})
     size = "" if target_bits is None else f", {target_bits:g} bits per weight"
     return Recipe(
         model=run.settings.model,
         layers=labels,
-        activations=spec,
+        activations=ActivationSpec(layers=dict(chosen)),
         calibration=calibration_of(run.settings, labels),
         avg_bits=round(float(space.avg_bits(weights)[0]), 6),
         provenance=Provenance(
