@@ -10,6 +10,7 @@ from quantdm.activations.moments import gather_moments, input_vectors
 from quantdm.denoisers.calls import Call, replay
 from quantdm.metrics import relative_error
 from quantdm.pipelines.generate import calibration_calls
+from quantdm.quantizers import quantize_weight
 from quantdm.runs.bank import WeightBank
 
 LAYERS = {
@@ -95,6 +96,31 @@ def test_what_cannot_be_calibrated_is_an_error(dit, calls):
     idle.forward = idle["used"].forward
     with pytest.raises(QuantDMError, match="idle: no input"):
         gather_moments(idle, [Call((torch.ones(1, 2),), {}, torch.ones(1, 2))], ["idle"])
+
+
+class Pooling(nn.Module):
+    """Reads the weight of its layer without calling it, as attention poolers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.proj.weight, self.proj.bias)
+
+
+def test_a_weight_that_is_read_without_a_call_counts_all_alike(caplog):
+    model = nn.Sequential(Pooling(), nn.Linear(3, 2))
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    found = gather_moments(model, [Call((x,), {}, model(x))], ["0.proj", "1"])
+    assert torch.equal(found["0.proj"].second, torch.eye(4)[None])
+    assert "0.proj: its module reads the weight without calling the layer; calibrated on nothing" in caplog.text
+    assert found["1"].count == 5
+    weight = model[0].proj.weight.detach()
+    plain, fed = (quantize_weight(weight, Scheme.parse(label), moments=found["0.proj"] if "feed" in label else None)
+                  for label in ("uniform-channel-3-p2", "uniform-channel-3-feedback"))  # fmt: skip
+    errors = [float((weight - item.dequantize()).square().sum()) for item in (plain, fed)]
+    assert errors[1] <= errors[0]
 
 
 def output_error(denoiser, calls):

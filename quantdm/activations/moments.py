@@ -1,5 +1,6 @@
 """Gather the second moments of every layer's inputs along sampling trajectories, for the calibrated options."""
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,8 @@ from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.quantizers import Moments
 from quantdm.recipe.joint import joint_prefix, split_name
+
+_log = logging.getLogger("quantdm")
 
 BUDGET_BYTES = 2**31
 ROWS = 2**13  # input vectors that are multiplied at a time
@@ -31,7 +34,8 @@ def gather_moments(
     """Return the second moments of the inputs of every layer over recorded calls.
 
     Moments are n x n per layer, so layers are gathered in groups whose float64 sums fit into `budget_bytes` (a larger
-    layer makes a group of its own); every group replays all calls.
+    layer makes a group of its own); every group replays all calls. Attention poolers read their weights without calling
+    the layers: such inputs are never seen and count all alike, which is logged.
 
     Args:
         denoiser: in full precision; it is left as it was.
@@ -176,6 +180,9 @@ def _gather(
             counts[name] += vectors.shape[1]
 
     handles = [module.register_forward_pre_hook(partial(hook, name)) for name, module in layers.items()]
+    owners, ran = {name: name.rpartition(".")[0] for name in layers}, set[str]()
+    for owner in set(owners.values()) - {""}:
+        handles.append(denoiser.get_submodule(owner).register_forward_pre_hook(lambda *_, owner=owner: ran.add(owner)))
     try:
         for call in calls:
             replay(denoiser, [call])
@@ -183,9 +190,22 @@ def _gather(
         for handle in handles:
             handle.remove()
     for name, count in counts.items():
-        if not count:
+        if count:
+            yield name, Moments(sums.pop(name).div_(count).float(), count)
+        elif owners[name] in ran:
+            _log.warning(
+                "%s: its module reads the weight without calling the layer; quantized without calibration", name
+            )
+            yield name, _unseen(layers[name])
+        else:
             raise QuantDMError(f"{name}: no input in {len(calls)} calls; leave it out, or calibrate where it runs")
-        yield name, Moments(sums.pop(name).div_(count).float(), count)
+
+
+def _unseen(module: nn.Module) -> Moments:
+    """Return the moments of inputs that nobody saw: all alike, so that every weight counts the same."""
+    weight: Any = module.weight
+    columns = weight[0].numel()
+    return Moments(torch.eye(columns).expand(getattr(module, "groups", 1), -1, -1).contiguous(), 0)
 
 
 def _batch(module: nn.Module, x: Tensor) -> int:
