@@ -193,9 +193,7 @@ def _gather(
         if count:
             yield name, Moments(sums.pop(name).div_(count).float(), count)
         elif owners[name] in ran:
-            _log.warning(
-                "%s: its module reads the weight without calling the layer; quantized without calibration", name
-            )
+            _log.warning("%s: its module reads the weight without calling the layer; calibrated on nothing", name)
             yield name, _unseen(layers[name])
         else:
             raise QuantDMError(f"{name}: no input in {len(calls)} calls; leave it out, or calibrate where it runs")
