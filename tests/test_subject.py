@@ -23,6 +23,7 @@ from quantdm import (
 )
 from quantdm.activations import activation_spec, set_activation_bits_
 from quantdm.denoisers import analysis
+from quantdm.denoisers.tables import list_tables
 from quantdm.denoisers.given_inputs import describe_inputs, parse_inputs, read_inputs
 from quantdm.metrics.samples import Draw, Samples
 from quantdm.modules import packed_layers
@@ -352,5 +353,7 @@ def test_two_experts_are_searched_and_quantized_together(tmp_path):
     assert set(recipe.components) == {"transformer_2"}
     assert recipe.components["transformer_2"].layers.keys() == recipe.layers.keys()
     apply_recipe(pipe, recipe)
-    layers = list_layers(pipe.transformer)
-    assert len(packed_layers(pipe.transformer)) == len(packed_layers(pipe.transformer_2)) == len(layers)
+    layers, tables = list_layers(pipe.transformer), list_tables(pipe.transformer)
+    packed = [packed_layers(part).keys() for part in (pipe.transformer, pipe.transformer_2)]
+    assert packed[0] == packed[1]
+    assert len(packed[0]) == len(layers) + len(tables)

@@ -24,6 +24,13 @@ Source = Annotated[
     str, typer.Argument(help="Embedded pipeline, directory of a pipeline or denoiser, safetensors file or hub id.")
 ]
 
+Insist = Annotated[
+    bool, typer.Option("--insist", help="Also take schemes that cost more bits on their layer than they save.")
+]
+SameArchitecture = Annotated[
+    bool, typer.Option("--same-architecture", help="Take a recipe that was found on other weights.")
+]
+
 
 @app.command(epilog="Example: quantdm apply digits-dit --recipe recipe.yaml -o digits-dit-3bit")
 def apply(
@@ -36,12 +43,8 @@ def apply(
     variant: Variant = None,
     config: Config = None,
     protocol: ProtocolFile = None,
-    insist: Annotated[
-        bool, typer.Option("--insist", help="Also take schemes that cost more bits on their layer than they save.")
-    ] = False,
-    same_architecture: Annotated[
-        bool, typer.Option("--same-architecture", help="Take a recipe that was found on other weights.")
-    ] = False,
+    insist: Insist = False,
+    same_architecture: SameArchitecture = False,
 ) -> None:
     """Quantize a pipeline by a recipe and save it packed, layer by layer; run it again to go on after a kill.
 

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from quantdm.errors import QuantDMError
-from quantdm.files import atomic_path, check_output
+from quantdm.files import atomic_path, check_output, read_json
 from quantdm.modules.packed import QuantLinear, packed_layers
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.progress import bar
@@ -27,20 +27,8 @@ from quantdm.quantizers.weight import halves
 
 BLOCK = 32
 LIMITS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # q lies in [-limit, limit - 1]
-# What readers call the architectures (`general.architecture`); others are written under the name of their class.
-ARCHITECTURES = {
-    "AuraFlowTransformer2DModel": "aura",
-    "CosmosTransformer3DModel": "cosmos",
-    "FluxTransformer2DModel": "flux",
-    "HiDreamImageTransformer2DModel": "hidream",
-    "HunyuanVideoTransformer3DModel": "hyvid",
-    "LTXVideoTransformer3DModel": "ltxv",
-    "Lumina2Transformer2DModel": "lumina2",
-    "QwenImageTransformer2DModel": "qwen_image",
-    "SD3Transformer2DModel": "sd3",
-    "WanTransformer3DModel": "wan",
-}
-UNETS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text that they attend to
+# class -> what readers call its architecture (`general.architecture`), or that by the width of the text it attends to
+ARCHITECTURES = Path(__file__).with_name("gguf_architectures.json")
 
 
 class Written(NamedTuple):
@@ -91,11 +79,12 @@ def export_gguf(pipe: DiffusionPipeline, path: str | Path, *, part: str | None =
 
 
 def architecture_of(denoiser: nn.Module) -> str:
-    """Return what GGUF's readers call a denoiser's architecture."""
+    """Return what GGUF's readers call a denoiser's architecture; of one that they do not know, its class."""
     kind = type(denoiser).__name__
-    if kind == "UNet2DConditionModel":
-        return UNETS.get(denoiser.config.cross_attention_dim, kind)  # type: ignore[union-attr]
-    return ARCHITECTURES.get(kind, kind)
+    found = read_json(ARCHITECTURES).get(kind, kind)
+    if isinstance(found, dict):
+        found = found.get(str(denoiser.config.cross_attention_dim), kind)  # type: ignore[union-attr]
+    return found
 
 
 def tensors_of(denoiser: nn.Module) -> Iterator[Written]:

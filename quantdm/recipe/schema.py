@@ -278,18 +278,21 @@ def extended(base: RecipeFile, top: RecipeFile) -> RecipeFile:
 
     Where rules changed, the base's figures and correction no longer hold: they are not taken over.
     """
-    given = {key: getattr(top, key) for key in top.model_fields_set}
     rules = layered(base, top)
     components = dict(base.components)
     for name, part in top.components.items():
         components[name] = layered(components[name], part) if name in components else part
-    changed = top.has_rules or bool(top.components)
     kept: Mapping[str, Any] = {key: getattr(base, key) for key in RecipeFile.model_fields}
-    if changed:
-        source = f"extends a recipe ({base.provenance.source}), not measured"
-        origin = Provenance(source=source, weights=base.provenance.weights)
-        kept = {**kept, "avg_bits": None, "correction": None, "provenance": origin}
+    if top.has_rules or top.components:
+        origin = f"extends a recipe ({base.provenance.source}), not measured"
+        kept = {
+            **kept,
+            "avg_bits": None,
+            "correction": None,
+            "provenance": Provenance(source=origin, weights=base.provenance.weights),
+        }
     merged = {key: getattr(rules, key) for key in Rules.model_fields} | {"components": components}
+    given = {key: getattr(top, key) for key in top.model_fields_set}
     return RecipeFile(**{**kept, **given, **merged, "extends": None})
 
 

@@ -39,10 +39,6 @@ def results(records: Records) -> str:
     """Return the result table with its protocol."""
     if records.summary is None:
         return missing("summary.json", "No result table")
-    told = ""
-    if {"fp", "recipe", "uniform-next-width"} <= set(records.rows):
-        first, *others = insights.headline(model_label(records.settings.model), records.rows)
-        told = f'<p class="lead">{esc(first)}</p>' + "".join(map(paragraph, others))
     rows = records.summary["rows"]
     real, agreement = "fid_real" in rows[0], "agreement" in rows[0]
     head = [
@@ -69,7 +65,7 @@ def results(records: Records) -> str:
             f"{row['seconds']:.1f}",
         ]
 
-    html = told + table(head, [("chosen" if row["name"] == "recipe" else "", cells(row)) for row in rows])
+    html = _headline(records) + table(head, [("chosen" if row["name"] == "recipe" else "", cells(row)) for row in rows])
     text = _final_protocol(records.summary) + _blank(rows)
     if records.space is not None and "recipe" in records.rows:
         recipe = records.rows["recipe"]
@@ -78,6 +74,13 @@ def results(records: Records) -> str:
         left = told_left(recipe.get("left", {}), recipe["denoiser_bytes"])
         text += "" if left is None else f" {left[0].upper()}{left[1:]}."
     return html + paragraph(text, "caption")
+
+
+def _headline(records: Records) -> str:
+    if not {"fp", "recipe", "uniform-next-width"} <= set(records.rows):
+        return ""
+    first, *others = insights.headline(model_label(records.settings.model), records.rows)
+    return f'<p class="lead">{esc(first)}</p>' + "".join(map(paragraph, others))
 
 
 def _final_protocol(summary: dict[str, Any]) -> str:
