@@ -23,8 +23,8 @@ from quantdm import (
 )
 from quantdm.activations import activation_spec, set_activation_bits_
 from quantdm.denoisers import analysis
-from quantdm.denoisers.tables import list_tables
 from quantdm.denoisers.given_inputs import describe_inputs, parse_inputs, read_inputs
+from quantdm.denoisers.tables import list_tables
 from quantdm.metrics.samples import Draw, Samples
 from quantdm.modules import packed_layers
 from quantdm.pipelines import subject as subjects

@@ -278,19 +278,14 @@ def extended(base: RecipeFile, top: RecipeFile) -> RecipeFile:
 
     Where rules changed, the base's figures and correction no longer hold: they are not taken over.
     """
-    rules = layered(base, top)
-    components = dict(base.components)
+    rules, components = layered(base, top), dict(base.components)
     for name, part in top.components.items():
         components[name] = layered(components[name], part) if name in components else part
     kept: Mapping[str, Any] = {key: getattr(base, key) for key in RecipeFile.model_fields}
     if top.has_rules or top.components:
-        origin = f"extends a recipe ({base.provenance.source}), not measured"
-        kept = {
-            **kept,
-            "avg_bits": None,
-            "correction": None,
-            "provenance": Provenance(source=origin, weights=base.provenance.weights),
-        }
+        text = f"extends a recipe ({base.provenance.source}), not measured"
+        origin = Provenance(source=text, weights=base.provenance.weights)
+        kept = {**kept, "avg_bits": None, "correction": None, "provenance": origin}
     merged = {key: getattr(rules, key) for key in Rules.model_fields} | {"components": components}
     given = {key: getattr(top, key) for key in top.model_fields_set}
     return RecipeFile(**{**kept, **given, **merged, "extends": None})
