@@ -6,18 +6,20 @@ import shutil
 import pytest
 import torch
 
-from quantdm import QuantDMError, Scheme, load_protocol
+from quantdm import ActivationSpec, QuantDMError, Scheme, load_protocol, load_recipe
+from quantdm.allocation.candidates import BASELINE
 from quantdm.files import load_tensors, read_json, write_json
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import look_at
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.claims import CLAIMS, Claims
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.run import Run
+from quantdm.runs.final import final_jobs
+from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.search import start_run
 from quantdm.runs.stages import build_bank, load_space, measure_space
 from quantdm.runs.store import TrialStore
-from quantdm.runs.trials import NEAR, RANDOM_SHARE, load_trials, run_trials
+from quantdm.runs.trials import NEAR, RANDOM_SHARE, _allowed, load_trials, run_trials
 from tests.tiny_search import EFFORT, OPTIONS, TRIALS
 
 NEW = Scheme.parse("uniform-channel-3")
@@ -179,3 +181,39 @@ def test_pictures_of_a_protocol_count_by_what_they_show_and_not_by_where_they_li
     other = Protocol(**{**load_protocol("digits-dit").model_dump(), "version": 2, "call": {"picture": picture}})
     with pytest.raises(QuantDMError, match=r"protocol\.call"):
         Run.create(folder, settings.model_copy(update={"protocol": other}))
+
+
+def test_a_run_that_goes_on_counts_bytes_with_its_own_tables(subject, tmp_path):
+    asked = {"target_bits": None, "target_bytes": 2_900_000, "trials": TRIALS, "options": OPTIONS, "effort": EFFORT}
+    first, _ = start_run(subject, tmp_path / "run", **asked, embeddings=None)
+    again, _ = start_run(subject, tmp_path / "run", **asked)  # the default tables are another size
+    other, _ = start_run(subject, tmp_path / "other", **asked)
+    assert again.settings == first.settings
+    assert other.settings.target_bits > first.settings.target_bits + 1
+
+
+def test_what_older_runs_had_not_is_not_in_their_records(finished):
+    settings = Run.open(finished[0]).settings
+    older = settings.model_copy(update={"verify_draws": 2, "embeddings": None}).model_dump(mode="json")
+    assert not {"verify_draws", "embeddings"} & older.keys()
+    assert settings.model_copy(update={"verify_draws": 3}).model_dump()["verify_draws"] == 3
+
+
+def test_time_counts_only_what_was_measured():
+    assert _allowed(None, 160, 104, 0) == 160
+    assert _allowed(lambda done: 50, 160, 104, 0) == 154
+    assert _allowed(lambda done: done + 5, 160, 104, 20) == 129
+    assert _allowed(lambda done: 0, 160, 0, 0) == MIN_TRIALS
+    assert _allowed(lambda done: 0, 160, 104, 0) == 104
+
+
+def test_the_best_uniform_scheme_is_one_that_ran_every_draw(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    run, recipe = Run.open(folder), load_recipe(folder / "recipe.yaml")
+    spec, space = ActivationSpec(bits=8), load_space(run)
+    note = final_jobs(run, space, recipe, spec, None)["uniform-next-width"][1]
+    selection = read_json(folder / "selection.json")
+    dropped = next(n for n in selection["candidates"] if n.startswith(BASELINE) and not n.endswith((note, "error")))
+    selection["candidates"][dropped] |= {"fid_fp_mean": 0.0, "draws": 1}  # an easy draw, and then it was left out
+    write_json(folder / "selection.json", selection)
+    assert final_jobs(run, space, recipe, spec, None)["uniform-next-width"][1] == note

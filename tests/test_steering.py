@@ -48,6 +48,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_until_it_does_and_is_rememb
         assert torch.allclose(images, whole, atol=1e-4)
         assert auto_batch(pipe, protocol) == 3
         generate(pipe, protocol, range(7), steps=2)
+        generate(pipe, protocol, range(7), steps=2, batch_size=7)
         assert [rows for rows in seen if rows > 6] == [14]  # no later draw fails first
 
 

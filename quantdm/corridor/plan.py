@@ -10,7 +10,7 @@ from torch import nn
 
 from quantdm.corridor.levels import Level
 from quantdm.denoisers.inventory import LayerRecord
-from quantdm.machine import cores
+from quantdm.machine import cores, same_devices
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
@@ -103,7 +103,7 @@ def plan_run(subject: Subject, settings: RunSettings, level: Level, *, workers: 
     Raises:
         QuantDMError: the pipeline refuses the protocol's call.
     """
-    many = 1 if subject.location is None else (workers or cores())
+    many = (workers or cores()) if subject.device.type == "cpu" else len(same_devices(subject.device))
     pipe = subject.in_dtype(settings.torch_dtype)
     exact = seconds_per_step(subject.pipe, settings.protocol)
     fast = exact if pipe is subject.pipe else seconds_per_step(pipe, settings.protocol)

@@ -142,7 +142,7 @@ def _in_blocks(name: str, weight: QuantizedWeight) -> Written | None:
     found = integer_blocks(weight)
     if found is None:
         return None
-    step, whole = found
+    step, whole = (part.cpu() for part in found)
     low, high = int(whole.min()), int(whole.max())
     kind = next(kind for kind, limit in LIMITS.items() if -limit <= low and high < limit)
     blocks = torch.cat([_bytes(step[..., None]), *_codes(whole, kind)], dim=-1)

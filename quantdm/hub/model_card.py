@@ -16,6 +16,7 @@ from quantdm.hub.replace import CARD, CORRECTION_FILE, INDEX, RECIPE_FILE
 from quantdm.metrics.statistics import spread
 from quantdm.pipelines.parts import DENOISER_NAMES
 from quantdm.recipe import Recipe, load_recipe
+from quantdm.recipe.joint import joint_prefix
 
 SUMMARY_VERSION = 1
 FOLD_LINES = 40  # a longer recipe is folded
@@ -67,8 +68,10 @@ def _check_measured(folder: Path, recipe: Recipe, where: str, summary: dict[str,
     """Check that a row of a summary measured just this export: its packed weights, activations, correction, tuning."""
     part = _denoiser_of(folder)
     config = read_json(folder / part / "config.json").get("quantization_config", {})
-    header, _ = read_headers(sorted((folder / part).glob("*.safetensors")))
-    labels = {name: entry.scheme.label for name, entry in header.table.items()}
+    labels = {}
+    for number, name in enumerate((part, *recipe.components)):  # a run measures all denoisers as one
+        header, _ = read_headers(sorted((folder / name).glob("*.safetensors")))
+        labels |= {joint_prefix(name, number) + layer: entry.scheme.label for layer, entry in header.table.items()}
     correction = folder / CORRECTION_FILE
     fitted = correction if correction.is_file() else None
     own = configuration_digest(labels, config.get("activations"), fitted, recipe.provenance.tuning)

@@ -16,7 +16,7 @@ from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.planning import arguments_of, plan, stands_alone
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.signature import CallSignature, output_of
-from quantdm.pipelines.sizes import auto_batch, halve_batch, is_out_of_memory
+from quantdm.pipelines.sizes import auto_batch, halve_batch, held, is_out_of_memory
 
 # What pipelines call the list of the images that their safety checker blanked.
 FLAGS = ("nsfw_content_detected", "nsfw_detected")
@@ -91,7 +91,7 @@ def generate_batches(
     signature = CallSignature.of(pipe)
     output = output_of(signature, protocol)
     alone = stands_alone(signature, protocol, output)
-    most = 1 if alone else auto_batch(pipe, protocol) if batch_size == "auto" else batch_size
+    most = 1 if alone else auto_batch(pipe, protocol) if batch_size == "auto" else held(pipe, batch_size)
     if most < 1:
         raise QuantDMError(f"batch_size: got {most}, expected one image or more, or 'auto'")
     shape, start = None, 0

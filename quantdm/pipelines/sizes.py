@@ -89,6 +89,11 @@ def auto_batch(pipe: DiffusionPipeline, protocol: Protocol) -> int:
 _FITTED: WeakKeyDictionary[DiffusionPipeline, int] = WeakKeyDictionary()
 
 
+def held(pipe: DiffusionPipeline, images: int) -> int:
+    """Return `images`, or fewer where memory has held no more before."""
+    return min(images, _FITTED.get(pipe, images))
+
+
 def halve_batch(pipe: DiffusionPipeline, images: int) -> int:
     """Return half as many images after memory ran out, and remember it for `auto_batch`.
 

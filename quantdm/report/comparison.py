@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, write_text
+from quantdm.pipelines.seen import differences
 from quantdm.report.data import DATA_VERSION, report_data
 from quantdm.report.figures import describe
 from quantdm.report.glance import Answer, glance, how_good, how_small
@@ -70,7 +71,7 @@ def unlike(records: Both) -> list[str]:
     one, two = ((r.summary or {}).get("protocol") for r in records)
     if one is None or two is None:
         return ["one of the runs has no final figures"]
-    if records[0].settings.seen.parts != records[1].settings.seen.parts:
+    if differences(records[0].settings.seen, records[1].settings.seen):
         return ["they are of different pipelines"]
     return [
         f"{key.replace('_', ' ')}: {one.get(key)} and {two.get(key)}" for key in TOLD if one.get(key) != two.get(key)

@@ -14,6 +14,7 @@ from quantdm.files import load_tensors, read_json
 from quantdm.recipe import Recipe, joint_config, load_recipe
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
+from quantdm.runs.trials import own_trials
 from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
 from quantdm.runs.why import WHY_FILE
 from quantdm.surrogates import Attribution, SearchSpace
@@ -110,7 +111,7 @@ def read_records(run_dir: str | Path) -> Records:
     return Records(
         settings=run.settings,
         space=space,
-        trials=tuple(TrialStore(run.path("trials"))),
+        trials=tuple(TrialStore(run.path("trials")) if space is None else own_trials(run, space)),
         surrogate=optional("surrogate.json", lambda path: read_json(path, version=1)),
         attributions=attributions,
         selection=optional("selection.json", lambda path: read_json(path, version=1)),

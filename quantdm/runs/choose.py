@@ -99,7 +99,7 @@ def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
             source=f"measured: {best}, chosen among {len(learned)} candidates by fid_fp",
             quantdm=versions().get("quantdm"),
             seed=settings.seed,
-            trials=settings.trials,
+            trials=read_json(run.path("surrogate.json"), version=RECORD_VERSION).get("trials", settings.trials),
             target=f"{settings.target_bits:g} bits per weight",
             weights=settings.seen.weights,
             notes=dense_note(settings.seen),

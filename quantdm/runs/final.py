@@ -60,10 +60,10 @@ def final_jobs(
     """
     selection = read_json(run.path("selection.json"), version=1)
     figures, configs = selection["candidates"], selection["configs"]
-    uniform = min(
-        (name for name in configs if name.startswith(BASELINE) and name != LEAST_WEIGHT_ERROR),
-        key=lambda name: figures[name]["fid_fp_mean"],
-    )
+    uniforms = [name for name in configs if name.startswith(BASELINE) and name != LEAST_WEIGHT_ERROR]
+    most = max(figures[name].get("draws", 0) for name in uniforms)  # one that was left out ran fewer, perhaps easy ones
+    finished = [name for name in uniforms if figures[name].get("draws", 0) == most]
+    uniform = min(finished, key=lambda name: figures[name]["fid_fp_mean"])
     chosen = labels_of(recipe, space.layers, run.settings.seen.denoisers)
     note = selection["chosen"] if chosen == configs[selection["chosen"]] else "changed by hand"
     uniform_4, kmeans_4 = COMPARED

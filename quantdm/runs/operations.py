@@ -8,7 +8,15 @@ from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.machine import versions
 from quantdm.progress import bar
-from quantdm.recipe import ActivationScheme, ActivationSpec, Provenance, Recipe, bit_operations, factor_bits
+from quantdm.recipe import (
+    ActivationScheme,
+    ActivationSpec,
+    Provenance,
+    Recipe,
+    bit_operations,
+    factor_bits,
+    joint_rules,
+)
 from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.labels import calibration_of
 from quantdm.runs.run import Run
@@ -57,10 +65,9 @@ def select_within(
     config, labels = space.config(weights), space.config(weights).to_labels()
     chosen = {name: inputs[i] for name, i in zip(space.layer_names, picked, strict=True)}
     bops = bit_operations(macs, config, {name: ActivationScheme.parse(label) for name, label in chosen.items()})
-    size = "" if target_bits is None else f", {target_bits:g} bits per weight"
     return Recipe(
         model=run.settings.model,
-        layers=labels,
+        **joint_rules(labels, run.settings.seen.denoisers, embeddings=run.settings.embeddings),
         activations=ActivationSpec(layers=dict(chosen)),
         calibration=calibration_of(run.settings, labels),
         avg_bits=round(float(space.avg_bits(weights)[0]), 6),
@@ -68,10 +75,16 @@ def select_within(
             source="predicted from one-layer errors of weights and inputs, not measured",
             quantdm=versions().get("quantdm"),
             seed=run.settings.seed,
-            target=f"{target_bops:g} bit operations a call{size}",
+            target=_told(target_bops, target_bits),
+            weights=run.settings.seen.weights,
             notes=(f"{bops:g} bit operations in a call with one sample",),
         ),
     )
+
+
+def _told(target_bops: float, target_bits: float | None) -> str:
+    size = "" if target_bits is None else f", {target_bits:g} bits per weight"
+    return f"{target_bops:g} bit operations a call{size}"
 
 
 def _input_errors(run: Run, evaluator: Evaluator, names: tuple[str, ...], inputs: tuple[str, ...]) -> np.ndarray:

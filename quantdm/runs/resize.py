@@ -3,12 +3,13 @@
 from quantdm.allocation import select
 from quantdm.allocation.pruning import dominated
 from quantdm.errors import QuantDMError
+from quantdm.files import read_json
 from quantdm.machine import versions
 from quantdm.recipe import Provenance, Recipe, joint_rules
 from quantdm.runs.explain import load_attributions
 from quantdm.runs.labels import calibration_of
 from quantdm.runs.run import Run
-from quantdm.runs.stages import load_space
+from quantdm.runs.stages import RECORD_VERSION, load_space
 
 
 def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
@@ -27,7 +28,7 @@ def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
             source=f"predicted by the {by} surrogate, not measured",
             quantdm=versions().get("quantdm"),
             seed=run.settings.seed,
-            trials=run.settings.trials,
+            trials=read_json(run.path("surrogate.json"), version=RECORD_VERSION).get("trials", run.settings.trials),
             target=f"{target_bits:g} bits per weight",
             weights=run.settings.seen.weights,
         ),

@@ -25,7 +25,7 @@ MIN_TRIALS = 30  # the fewest that a search is asked for: surrogates learn nothi
 MANIFEST, SNAPSHOT = "run.json", "subject"
 # Settings that may change while a run goes on: what was measured under others stays true, and counts where it applies.
 GROWS = (
-    "target_bits", "trials", "options", "label_images", "label_steps", "verify_images", "verify_draws",
+    "target_bits", "trials", "options", "label_images", "verify_images", "verify_draws",
 )  # fmt: skip
 
 
@@ -61,7 +61,8 @@ class RunSettings(BaseModel):
     @model_serializer(mode="wrap")
     def _as_older_runs(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what runs before 0.4 did not have, so that what they have recorded stays theirs."""
-        return {key: value for key, value in dump(self).items() if key != "embeddings" or value is not None}
+        absent = {"embeddings": None, "verify_draws": 2}
+        return {key: value for key, value in dump(self).items() if key not in absent or value != absent[key]}
 
     @property
     def schemes(self) -> tuple[Scheme, ...]:

@@ -1,5 +1,6 @@
 """The search: from a pipeline and a size to a recipe, through every stage, resumable at any moment."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from quantdm.recipe import Recipe
 from quantdm.runs.choose import choose
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
-from quantdm.runs.run import Run
+from quantdm.runs.run import MANIFEST, Run
 from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, make_settings
 from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import build_bank, describe, measure_space
@@ -108,6 +109,9 @@ def start_run(
 
     See `search` for the arguments and errors.
     """
+    if embeddings == TABLE_SCHEME and os.path.isfile(Path(run_dir) / MANIFEST):  # the default: a run keeps its own
+        known = Run.open(run_dir).settings.embeddings
+        embeddings = None if known is None else Scheme.parse(known)
     settings = make_settings(
         subject,
         target_bits=target_bits,

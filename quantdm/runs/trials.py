@@ -70,12 +70,13 @@ def run_trials(
         first = _distinct(np.concatenate([choices, planned]))[len(choices) :]
     kept = len(choices)
     wanted = kept + max(_wanted(space, choices, run.settings.trials, targets), len(first))
-    total = _allowed(most, wanted, kept, 0)
+    free = kept + _already(run, space, first)  # what lies there takes no time
+    total = _allowed(most, wanted, free, 0)
     with bar(total, f"trials: {label_draw(run).images} images each") as progress:
         progress.update(kept)
         y = np.concatenate([y, label_trials(run, engine, space, first[: total - kept], progress)])
         choices = np.concatenate([choices, first[: total - kept]])
-        total = progress.total = _allowed(most, total, kept, len(choices) - kept)
+        total = progress.total = _allowed(most, wanted, free, max(len(choices) - free, 0))
         batches = max(1, round((total - len(choices)) / BATCH))
         for batch in range(batches):
             count = (total - len(choices)) // (batches - batch)
@@ -85,14 +86,30 @@ def run_trials(
             fresh = propose(space, learned, count, targets=targets, tried=choices, seed=seed + 1 + 1000 * batch)
             y = np.concatenate([y, label_trials(run, engine, space, fresh, progress)])
             choices = np.concatenate([choices, fresh])
-    keys = [job_of(run, label_draw(run), space.config(choice).to_labels()).key for choice in choices]
+    keys = _keys(run, space, choices)
     write_json(record, {"version": RECORD_VERSION, "inputs": inputs if total == wanted else CUT_SHORT, "keys": keys})
     return choices, y
 
 
-def _allowed(most: Callable[[int], int] | None, total: int, kept: int, done: int) -> int:
-    """Return how many trials there will be: `total`, or what time allows, but enough to learn from."""
-    return total if most is None else min(total, max(kept + done, kept + most(done), MIN_TRIALS))
+def _already(run: Run, space: SearchSpace, choices: np.ndarray) -> int:
+    found = {trial["key"] for trial in own_trials(run, space)}
+    return sum(key in found for key in _keys(run, space, choices))
+
+
+def _keys(run: Run, space: SearchSpace, choices: np.ndarray) -> list[str]:
+    return [job_of(run, label_draw(run), space.config(choice).to_labels()).key for choice in choices]
+
+
+def _allowed(most: Callable[[int], int] | None, total: int, free: int, done: int) -> int:
+    """Return how many trials there will be: `total`, or what time allows, but enough to learn from.
+
+    Args:
+        most: says how many measurements fit, of which some are done.
+        total: of the plan.
+        free: trials that were there before.
+        done: measured since then.
+    """
+    return total if most is None else min(total, max(free + done, free + most(done), MIN_TRIALS))
 
 
 def _earlier(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
