@@ -1,20 +1,27 @@
 """What stopped people with pipelines of their own: sizes, lists, errors of a call, cards that do not fit, costs."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler
 from typer.testing import CliRunner
 
-from quantdm import Protocol, QuantDMError, generate
+import quantdm
+from quantdm import Protocol, QuantDMError, Recipe, generate, load_protocol, look_at
 from quantdm.cli.main import app
 from quantdm.hub.card_snippet import signature_of, snippet, task_of
 from quantdm.hub.card_source import head_of_source
 from quantdm.hub.inspection import inspect_target
+from quantdm.machine import fast_dtype
 from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.planning import example_call
 from quantdm.pipelines.sizes import image_size
+from quantdm.recipe import Rules
+from quantdm.runs.settings import make_settings
 from tests.pipeline_kinds import BarePipeline, make, unet
+from tests.two_denoisers import make_wan
 
 
 class Wordy(BarePipeline):
@@ -123,3 +130,20 @@ def test_inspect_shows_every_part_and_marks_what_costs_more_than_it_seems():
     assert all(len(line) <= 79 for line in text.splitlines())
     assert text.count("!") == len(costly) + 1  # and what it means
     assert "  vae " in text
+
+
+def test_images_without_a_vae_are_made_in_float32(tmp_path: Path) -> None:
+    pipe, _ = make("ddpm")
+    pipe.save_pretrained(tmp_path / "ddpm")
+    asked = {"target_bits": 4.0, "target_bytes": None, "trials": 30, "seed": 0}
+    settings = make_settings(look_at(str(tmp_path / "ddpm")), **asked, protocol=load_protocol("unconditional"))
+    assert settings.dtype == "float32"
+    assert make_settings(look_at("digits-dit"), **asked).dtype == fast_dtype()
+
+
+def test_an_export_of_two_denoisers_can_be_inspected(tmp_path: Path) -> None:
+    make_wan().save_pretrained(tmp_path / "wan")
+    recipe = Recipe(model="wan", default="uniform-channel-4", components={"transformer_2": Rules(default="original")})
+    quantdm.export_pipeline(str(tmp_path / "wan"), recipe, tmp_path / "small")
+    record = inspect_target(str(tmp_path / "small"))
+    assert {row["scheme"] for row in record["layers"] if ":" not in row["name"]} == {"uniform-channel-4"}

@@ -127,7 +127,7 @@ def _open(
     source = open_source(where, variant=variant, config=config, only_look=True)
     models = source.models
     for name, part in source.parts.items():
-        if not part.tensors:  # quantized: the header says with what
+        if not part.tensors and not packed_layers(models[name]):  # quantized: the header says with what
             _pack_skeleton(models[name], part)
     main, *others = {"": models[""]} if "" in models else find_denoisers(source.pipe)
     wanted = set(rules.components) if rules is not None else set()

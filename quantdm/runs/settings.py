@@ -65,7 +65,7 @@ def make_settings(
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     _check_given(trials, options, dtype)
-    own = fast_dtype() if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
+    own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
     return RunSettings(
@@ -89,6 +89,16 @@ def make_settings(
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )
+
+
+def _free_dtype(subject: Subject) -> str:
+    """Return the dtype in which images are generated where nobody says.
+
+    Without a VAE the images are the denoiser's own output, and such pipelines (DDPM) hand it to numpy as it is, which
+    knows no bfloat16.
+    """
+    networks = {name for name, part in subject.seen.parts.items() if part.dtype is not None}
+    return "float32" if networks == set(subject.part_names) else fast_dtype()
 
 
 def _check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> None:
