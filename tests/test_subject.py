@@ -197,7 +197,7 @@ def test_the_job_of_a_worker_that_dies_goes_to_a_new_one_and_one_that_always_han
         for process in engine._processes:
             process.kill()
         assert len(list(jobs)) == 5
-        assert len(list(run.path("reference").iterdir())) == 6
+        assert len(list(run.path("reference").glob("*.safetensors"))) == 6  # a killed worker may leave a .tmp
         engine._slowest = {"images": 1e-9}
         monkeypatch.setattr(local, "LEAST_PATIENCE", 0.2)
         monkeypatch.setattr(local, "TRIES", 1)
