@@ -17,8 +17,10 @@ from quantdm.pipelines.protocol import load_protocol
 from quantdm.pipelines.seen import Part, Seen
 from quantdm.quantizers import count_bits
 from quantdm.recipe import Provenance, Recipe
+from quantdm.runs.evaluator import job_of
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
+from quantdm.runs.trials import label_draw
 from quantdm.schemes import PAPER_OPTIONS
 from quantdm.surrogates import LocalExplanation, SearchSpace
 from quantdm.surrogates.attribution import summarise
@@ -99,9 +101,10 @@ def make_run(folder: Path, space: SearchSpace, *, model: str = "digits-dit") -> 
     choices = np.concatenate([anchors, sample_configs(space, 15, seed=0)])
     fids = 0.1 * space.gather(space.noise_error, choices).sum(axis=1) * rng.lognormal(0, 0.1, len(choices))
     store = TrialStore(run.path("trials"))
-    for index, (choice, fid) in enumerate(zip(choices, fids, strict=True)):
-        bits = float(space.avg_bits(choice)[0])
-        store.put(f"{index:016d}", {"config": space.config(choice).to_labels(), "avg_bits": bits, "fid_fp": float(fid)})
+    for choice, fid in zip(choices, fids, strict=True):
+        labels, bits = space.config(choice).to_labels(), float(space.avg_bits(choice)[0])
+        key = job_of(run, label_draw(run), labels).key
+        store.put(key, {"config": labels, "avg_bits": bits, "fid_fp": float(fid)})
     folds = {name: rng.uniform(0.8, 0.95, 5).tolist() for name in ("additive", "tree", "graph")}
     null = {"average bits": 0.7, "sum of noise errors": 0.8, "sum of weight errors": 0.75}
     write_json(
