@@ -129,16 +129,15 @@ class Rows:
 @contextmanager
 def replaced(denoiser: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Give a denoiser other weights for a while."""
-    kept = {}
+    kept, parameters = {}, dict(denoiser.named_parameters())
     try:
-        for name, weight in weights.items():
-            parameter = denoiser.get_parameter(name) if name in dict(denoiser.named_parameters()) else None
-            if parameter is not None:
-                kept[name], parameter.data = parameter.data, weight.to(parameter.dtype)
+        for name in weights.keys() & parameters.keys():
+            parameter = parameters[name]
+            kept[name], parameter.data = parameter.data, weights[name].to(parameter.dtype)
         yield
     finally:
         for name, data in kept.items():
-            denoiser.get_parameter(name).data = data
+            parameters[name].data = data
 
 
 def data_free(case: Case, rows: Rows, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:

@@ -52,7 +52,7 @@ def apply(
     """
     from quantdm.errors import QuantDMError
     from quantdm.hub.export import export_pipeline
-    from quantdm.hub.inspection import inspect_target
+    from quantdm.hub.inspection import left_in
     from quantdm.hub.model_card import write_card
     from quantdm.hub.replace import check_export_path
     from quantdm.hub.worth import check_worth
@@ -72,7 +72,7 @@ def apply(
         model, chosen, out, example_inputs=inputs, variant=variant, config=config, same_architecture=same_architecture
     )
     typer.echo(f"pipeline: {made}")
-    left = inspect_target(str(made))["left"]
+    left = left_in(made)
     if left is not None:
         typer.echo(left)
     if model_card:

@@ -13,7 +13,7 @@ from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.plan import plan_run
 from quantdm.corridor.table import show_table
 from quantdm.files import check_output, check_replaceable
-from quantdm.hub.inspection import inspect_target
+from quantdm.hub.inspection import left_in
 from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.machine import checked_device
@@ -208,7 +208,7 @@ def _hand_over(
     report = write_report(run.folder)
     save_insights(run.folder)
     show_table(summary)
-    left = inspect_target(str(export))["left"]
+    left = left_in(export)
     if left is not None:
         say(f"         {left}")
     say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB on disk)")

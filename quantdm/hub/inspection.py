@@ -87,7 +87,7 @@ def inspect_target(
     parts, source = _open(where, rules, variant, config)
     if example_inputs is not None:
         analyse(parts[""], example_inputs=example_inputs)  # from here on they are known
-    rows = [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
+    rows = _all_rows(parts, rules, where, source)
     return {
         "model": where,
         "denoiser": type(parts[""]).__name__,
@@ -96,9 +96,25 @@ def inspect_target(
         **_totals(rows),
         **_add_operations(rows, parts[""], rules),
         "file_bytes": _file_bytes(parts, source),
-        "left": _left(parts, rows, source) if any(row["scheme"] for row in rows) else None,
+        "left": _left(parts, rows, source),
         "provenance": rules.provenance.source if is_recipe and rules is not None else None,
     }
+
+
+def left_in(export: str | Path) -> str | None:
+    """Return one line on what an export leaves unquantized and weighs more than 1 %; None: nothing does.
+
+    Raises:
+        QuantDMError: nothing there.
+    """
+    parts, source = _open(str(export), None, None, None)
+    return _left(parts, _all_rows(parts, None, str(export), source), source)
+
+
+def _all_rows(
+    parts: Mapping[str, nn.Module], rules: Recipe | None, where: str, source: Source | None
+) -> list[dict[str, Any]]:
+    return [row for name, part in parts.items() for row in _rows(name, part, rules, where, source)]
 
 
 def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -221,7 +237,9 @@ def _sqnr_db(layer: Any, scheme: Scheme, read: Callable[[str], torch.Tensor]) ->
 
 
 def _left(parts: Mapping[str, nn.Module], rows: Sequence[Mapping[str, Any]], source: Source | None) -> str | None:
-    """Return one line on what stays unquantized, of all that the pipeline's files hold."""
+    """Return one line on what stays unquantized, of all that the pipeline's files hold; None: nothing is quantized."""
+    if not any(row["scheme"] for row in rows):
+        return None
     packed = {row["name"]: row["nbytes"] for row in rows if row["scheme"] is not None}
     shown, left, total = {id(part) for part in parts.values()}, Counter[str](), sum(packed.values())
     for part_name, part in parts.items():

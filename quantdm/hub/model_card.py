@@ -11,7 +11,7 @@ from quantdm.hub.card_snippet import signature_of, snippet, task_of
 from quantdm.hub.card_source import head_of_source
 from quantdm.hub.export import configuration_digest
 from quantdm.hub.header import read_headers
-from quantdm.hub.inspection import inspect_target
+from quantdm.hub.inspection import left_in
 from quantdm.hub.replace import CARD, CORRECTION_FILE, INDEX, RECIPE_FILE
 from quantdm.metrics.statistics import spread
 from quantdm.pipelines.parts import DENOISER_NAMES
@@ -101,7 +101,7 @@ def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None, sour
     head = _head(index, source)
     origin = head.get("base_model", Path(recipe.model).name)  # a place on somebody's disk tells nobody anything
     title = f"{Path(recipe.model).name}" + (f", {bits:.2f} bits per weight" if bits is not None else ", quantized")
-    left = inspect_target(str(folder))["left"]
+    left = left_in(folder)
     other = f" Also quantized: {', '.join(recipe.components)}." if recipe.components else ""
     corrected = (folder / CORRECTION_FILE).is_file()
     loading = snippet(folder, index, None if summary is None else summary.get("example"), corrected=corrected)

@@ -92,8 +92,8 @@ def run_trials(
 
 
 def _already(run: Run, space: SearchSpace, choices: np.ndarray) -> int:
-    found = {trial["key"] for trial in own_trials(run, space)}
-    return sum(key in found for key in _keys(run, space, choices))
+    store = TrialStore(run.path("trials"))
+    return sum(store.get(key) is not None for key in _keys(run, space, choices))
 
 
 def _keys(run: Run, space: SearchSpace, choices: np.ndarray) -> list[str]:
