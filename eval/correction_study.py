@@ -2,11 +2,13 @@
 
 python eval/correction_study.py digits-dit W4A4 ddim-0      # one cell, into eval/results/correction_study.json
 python eval/correction_study.py                             # all cells that are not there yet
+python eval/correction_study.py digits-sd W4A4 dpm++2m --skip mmse tac tcec     # without some of the others' ways
 
 A cell is a pipeline, weights and activations everywhere of one scheme each, and a sampler of 20 steps. The statistics
 are fitted once per pipeline and bits, along DDIM, on activation noise alone, and serve every sampler. Every variant
 makes the same images on three draws; figures are against full precision with the same sampler. `ours` takes on each
-draw the variant of this project that was best on the other two, no correction included. Intervals are those of the
+draw the variant of this project that was best on the other two, no correction included; `variance, independent` takes
+the errors of different steps for independent. Intervals are those of the
 difference to no correction under resampling of images, the same ones for both.
 """
 
@@ -14,8 +16,9 @@ import argparse
 import datetime
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
@@ -41,7 +44,7 @@ from quantdm.runs.bank import WeightBank
 from quantdm.schemes import Scheme
 
 OUT = Path(__file__).parent / "results" / "correction_study.json"
-VERSION, STEPS, IMAGES, DRAWS, FIT_IMAGES, RESAMPLES = 1, 20, 120, (901, 902, 903), 64, 100
+VERSION, STEPS, IMAGES, DRAWS, FIT_IMAGES, RESAMPLES = 2, 20, 300, (911, 912, 913), 128, 100
 BITS = {
     "W4A4": ("kmeans-channel-4-feedback", {"default": "token-4", "attention": "token-4"}),
     "W3A6": ("kmeans-channel-3-feedback", {"default": "token-6", "attention": "token-6"}),
@@ -60,11 +63,14 @@ ONLY_SD = ("euler", "euler-a")
 ONLY_DIT = ("ddim-1",)  # StableDiffusionPipeline passes an eta of its own
 
 
+INDEPENDENT = "variance, independent"
+
+
 class Study:
     """One pipeline in full precision, its quantized weights, and images of every kind."""
 
-    def __init__(self, name: str, bits: str) -> None:
-        self.name, self.bits = name, bits
+    def __init__(self, name: str, bits: str, skipped: Sequence[str] = ()) -> None:
+        self.name, self.bits, self.skipped = name, bits, frozenset(skipped)
         self.pipe, self.protocol = load_pipeline(name), load_protocol(name)
         self.extractor = load_extractor("digits")
         label, spec = BITS[bits]
@@ -72,7 +78,7 @@ class Study:
         denoiser = get_denoiser(self.pipe)
         layers = list_layers(denoiser)
         self.labels = {layer.name: self.scheme for layer in layers}
-        folder = Path(gettempdir()) / "quantdm-correction-study" / f"{name}-{bits}"
+        folder = Path(gettempdir()) / "quantdm-correction-study" / f"{name}-{bits}-{FIT_IMAGES}"
         moments = gather_moments(
             denoiser, calibration_calls(self.pipe, self.protocol, range(64)), [layer.name for layer in layers]
         )
@@ -112,12 +118,13 @@ class Study:
         scheduler, settings, eta = SAMPLERS[sampler]
         self.pipe.scheduler = getattr(diffusers, scheduler).from_config(self.pipe.scheduler.config, **settings)
         hopeless = {"k", "both"} if not self.correction.k.any() else set()
-        names = [name for name in (*VARIANTS, *RIVALS) if name not in hopeless]
+        corrections = {name: self.correction.with_variant(name) for name in (*VARIANTS, *RIVALS)}
+        corrections[INDEPENDENT] = replace(self.correction.with_variant("variance"), age=np.zeros(0))
         with sampling(self.pipe, None, eta=eta):
             exact = self.samples()
         found: dict[str, list[Samples]] = {}
-        for name in names:
-            with self.quantized(), sampling(self.pipe, self.correction.with_variant(name), eta=eta):
+        for name in [name for name in corrections if name not in hopeless | self.skipped]:
+            with self.quantized(), sampling(self.pipe, corrections[name], eta=eta):
                 found[name] = self.samples()
             print(f"  {self.name} {self.bits} {sampler} {name}", flush=True)
         return {"significant_k": bool(self.correction.k.any()), "rows": self._rows(exact, found)}
@@ -173,6 +180,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=("digits-dit", "digits-sd"))
     parser.add_argument("bits", nargs="?", choices=BITS)
     parser.add_argument("sampler", nargs="*", choices=[[], *SAMPLERS])
+    parser.add_argument("--skip", nargs="*", choices=tuple(RIVALS), default=[])
     options = parser.parse_args()
     for model in (options.model,) if options.model else ("digits-dit", "digits-sd"):
         for bits in (options.bits,) if options.bits else BITS:
@@ -184,7 +192,7 @@ def main() -> None:
                 key = f"{model} {bits} {sampler}"
                 if key in record["cells"]:
                     continue
-                study = study or Study(model, bits)
+                study = study or Study(model, bits, options.skip)
                 record["cells"][key] = study.cell(sampler)
                 write_json(OUT, record | about())
                 print(json.dumps({n: r["fid_fp"] for n, r in record["cells"][key]["rows"].items()}), flush=True)
