@@ -1,12 +1,14 @@
 """Record the calls of a denoiser while a pipeline runs, and replay them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from quantdm.errors import QuantDMError
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,19 @@ def first_tensor(output: Any) -> torch.Tensor:
 def replay(denoiser: nn.Module, calls: Sequence[Call]) -> list[torch.Tensor]:
     """Run a denoiser on recorded inputs and return its outputs."""
     return [first_tensor(denoiser(*call.args, **call.kwargs)) for call in calls]
+
+
+def layer_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a Linear or Conv layer was called with; some networks (AnimateDiff's) name it.
+
+    Raises:
+        QuantDMError: a call of another kind.
+    """
+    if not args and "input" not in kwargs:
+        raise QuantDMError(f"{name}: was called with {', '.join(kwargs) or 'nothing'}, expected its input first")
+    return args[0] if args else kwargs["input"]
+
+
+def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of such a call with another input."""
+    return ((x, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, "input": x})
