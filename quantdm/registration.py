@@ -14,27 +14,19 @@ BEFORE = "_quantdm_before"  # attribute of a function that holds the place of an
 _HUB = "quantdm.hub"  # importing it registers what stands behind the doors
 
 
-class _Later:
-    """Stands for a class of quantdm in a table of diffusers or transformers until one of them takes it."""
+class _Table(dict[str, Any]):
+    """A table of another library in which quantdm stands; its classes are imported when somebody asks for them."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(_HUB), self._name)(*args, **kwargs)
-
-    def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("__"):  # whoever looks whether this is a class need not import anything
-            raise AttributeError(attribute)
-        return getattr(getattr(importlib.import_module(_HUB), self._name), attribute)
+    def __getitem__(self, method: str) -> Any:
+        if method == METHOD:
+            importlib.import_module(_HUB)  # which puts the classes in here
+        return super().__getitem__(method)
 
 
-def _quantizers(plugin: str) -> Callable[[Any], None]:
-    def opened(module: Any) -> None:
-        module.AUTO_QUANTIZER_MAPPING[METHOD] = _Later(plugin)
-        module.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Later("QuantDMConfig")
-
-    return opened
+def _quantizers(module: Any) -> None:
+    """Stand in both tables before anybody reads them."""
+    for name in ("AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"):
+        setattr(module, name, _Table({**getattr(module, name), METHOD: None}))
 
 
 def _schedulers(module: Any) -> None:
@@ -52,8 +44,8 @@ def _schedulers(module: Any) -> None:
 
 # Module of another library -> what is done when it has been imported.
 _DOORS: dict[str, Callable[[Any], None]] = {
-    "diffusers.quantizers.auto": _quantizers("QuantDMQuantizer"),
-    "transformers.quantizers.auto": _quantizers("QuantDMHfQuantizer"),
+    "diffusers.quantizers.auto": _quantizers,
+    "transformers.quantizers.auto": _quantizers,
     "diffusers.schedulers.scheduling_utils": _schedulers,
 }
 
