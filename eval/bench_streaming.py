@@ -35,11 +35,15 @@ from tests.architectures import PUBLIC
 OUT = Path(__file__).parent / "results" / "bench_streaming.json"
 MODELS = {"sdxl": ("sdxl", ("uniform-channel-4", "kmeans-channel-4")), "flux": ("flux.1-dev", ("uniform-channel-4",))}
 COMMAND = [sys.executable, "-c", "from quantdm.cli.main import main; main()"]
+POOL = 2**25 + 1
 PATTERN, SHARD = "diffusion_pytorch_model{suffix}.safetensors", "10GB"
 
 
 def make(name: str, folder: Path) -> int:
-    """Write a denoiser with weights from N(0, 0.02^2) in bf16; return how many it has."""
+    """Write a denoiser with weights from N(0, 0.02^2) in bf16; return how many it has.
+
+    Every tensor is a window of one pool of draws: to draw twelve billion would take longer than to quantize them.
+    """
     kind, arguments = PUBLIC[name]
     with torch.device("meta"):
         model = getattr(diffusers, kind)(**arguments)
@@ -47,9 +51,9 @@ def make(name: str, folder: Path) -> int:
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         shards = Shards(folder, state, PATTERN, SHARD, {"format": "pt"})
-        generator = torch.Generator().manual_seed(0)
-        for key, tensor in state.items():
-            shards.write(key, torch.randn(tensor.shape, generator=generator).mul_(0.02).to(torch.bfloat16))
+        pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+        for number, (key, tensor) in enumerate(state.items()):
+            shards.write(key, window(pool, 7919 * number, tensor.numel()).view(tensor.shape))
         shards.finish({"format": "pt"})
         if shards.is_sharded:
             write_json(
@@ -58,6 +62,13 @@ def make(name: str, folder: Path) -> int:
             )
         model.save_config(folder)
     return sum(tensor.numel() for tensor in state.values())
+
+
+def window(pool: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Return `count` entries of a pool from `start` on; after its end it begins again."""
+    start %= len(pool)
+    whole, rest = divmod(max(start + count - len(pool), 0), len(pool))
+    return torch.cat([pool[start : start + count], *[pool] * whole, pool[:rest]])
 
 
 def measure(arguments: list[str], kill_after: float | None = None) -> dict[str, float]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from quantdm.correction.levels import level_of
 from quantdm.correction.statistics import NoiseStatistics
+from quantdm.denoisers.calls import taken_back
 from quantdm.errors import QuantDMError
 from quantdm.files import digest
 from quantdm.pipelines.parts import find_denoisers, get_denoiser
@@ -156,8 +157,18 @@ def _watched_steps(pipe: DiffusionPipeline, recorded: Sequence[Step] | None = No
         outputs.clear()
         return original(whole, timestep, sample, *args, **kwargs)
 
+    def mark() -> Callable[[], None]:
+        made = len(steps)
+
+        def take_back() -> None:
+            del steps[made:]
+            outputs.clear()
+
+        return take_back
+
     with ExitStack() as stack:
         outputs = stack.enter_context(_heard_outputs(pipe))
+        stack.enter_context(taken_back(find_denoisers(pipe).values(), mark))
         scheduler.step = step  # an instance attribute that hides the method
         stack.callback(scheduler.__dict__.pop, "step")
         yield steps

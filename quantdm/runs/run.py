@@ -200,9 +200,9 @@ def _differences(first: RunSettings, second: RunSettings) -> list[str]:
     ]
     before, after = (_placeless(settings.protocol.model_dump(mode="json")) for settings in (first, second))
     found += [
-        f"protocol.{key} is {_short(before[key])}, asked for {_short(after[key])}"
-        for key in before
-        if before[key] != after[key]
+        f"protocol.{key} is {_short(before.get(key))}, asked for {_short(after.get(key))}"
+        for key in {**before, **after}
+        if key != "metrics" and before.get(key) != after.get(key)  # metrics are computed anew, nothing else is
     ]
     return found + other
 

@@ -105,6 +105,15 @@ def _check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> N
     least = max(MIN_TRIALS, 2 * len(options))
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
+    check_dtype(dtype)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Check that images can be generated in a dtype (None: nobody says).
+
+    Raises:
+        QuantDMError: they cannot.
+    """
     if dtype not in (None, *DTYPES):
         raise QuantDMError(f"dtype: got {dtype!r}; {nearest(str(dtype), DTYPES)}")
 
