@@ -13,7 +13,7 @@ from tests.walk_kinds import KINDS
 
 WALK = script("walk")
 RECORD = read_json(WALK.RESULTS)
-# Of those that take least time the three that differ most: long skips and two kinds of text, a video, one step of a class.
+# Of those that take little time the three that differ most: two kinds of text, a video, one step of a class.
 WALKED = ("hunyuan-dit", "cogvideox", "consistency")
 
 
