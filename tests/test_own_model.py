@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -27,6 +28,7 @@ from quantdm import (
     look_at,
 )
 from quantdm.activations import usual_activations
+from quantdm.cli import main as command_line
 from quantdm.cli.main import app
 from quantdm.correction.collect import collect_
 from quantdm.correction.statistics import NoiseStatistics
@@ -270,6 +272,22 @@ def test_real_images_of_a_folder_and_metrics_by_name_come_from_one_file(tmp_path
 
 
 # ------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize(
+    ("command", "told"), [("run", "run the same command again"), ("inspect", "nothing was written")]
+)
+def test_an_interruption_says_what_is_kept(command, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quantdm", command])
+    monkeypatch.setattr(command_line, "app", command_line._interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command_line.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == 130
+    assert told in capsys.readouterr().err
 
 
 def test_the_module_is_the_command():
