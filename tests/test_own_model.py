@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +58,7 @@ from tests.pipeline_kinds import make
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = ROOT / "calib_data" / "protocol.schema.json"
 CALIBRATED = Scheme.parse("uniform-channel-4-importance")
+OPTIONS = [Scheme.parse("uniform-channel-3"), Scheme.parse("uniform-channel-8")]
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_the_batch_size_reaches_every_stage(tmp_path):
     pipe, protocol = make("ddpm")
     subject, largest = look_at(pipe), {}
     settings = make_settings(
-        subject, target_bits=6.0, target_bytes=None, trials=30, seed=0, options=[CALIBRATED, Scheme(bits=8)],
+        subject, target_bits=6.0, target_bytes=None, trials=30, seed=0, options=[CALIBRATED, OPTIONS[1]],
         protocol=protocol, effort=Effort(4, 2, 4, 5, 5, 0, 1),
     )  # fmt: skip
     run = Run.create(tmp_path / "run", settings)
@@ -138,7 +139,7 @@ def with_tables(tmp_path_factory):
     """A run of a pipeline with two tables, before its bank is built; their names."""
     subject = look_at("digits-dit")
     settings = make_settings(subject, target_bits=4.0, target_bytes=None, trials=30, seed=0,
-                             options=[Scheme(bits=2), Scheme(bits=4)], effort=Effort(2, 1, 2, 1))  # fmt: skip
+                             options=OPTIONS, effort=Effort(2, 1, 2, 1))  # fmt: skip
     run = Run.create(tmp_path_factory.mktemp("tables") / "run", settings)
     describe(run, subject)
     return run, subject, [table.name for table in subject.tables]
@@ -164,20 +165,22 @@ def test_every_form_of_rule_for_a_table_counts_in_a_run(with_tables):
         found(layers={"no_such": "uniform-channel-3"})
 
 
-def test_a_job_with_rules_for_tables_measures_what_the_recipe_applies(with_tables, tmp_path):
-    run, subject, names = with_tables
+def test_a_job_with_rules_for_tables_measures_what_the_recipe_applies(tmp_path):
+    pipe, protocol = make("consistency")
+    subject, (table,) = look_at(pipe), [each.name for each in look_at(pipe).tables]
+    settings = make_settings(subject, target_bits=6.0, target_bytes=None, trials=30, seed=0, protocol=protocol,
+                             options=OPTIONS, effort=Effort(2, 1, 2, 1))  # fmt: skip
+    run = Run.create(tmp_path / "run", settings)
     build_bank(run, subject)
-    recipe = Recipe(model="digits-dit", default="original", layers={names[0]: "uniform-channel-2"})
     labels = {layer.name: None for layer in subject.layers}
-    job = Job(Draw(5, 2, 2), labels, embeddings={names[0]: "uniform-channel-2"})
+    job = Job(Draw(5, 3, 1), labels, embeddings={table: "uniform-channel-2"})
     assert "each by a rule of its own" in job.description
-    assert Job.from_dict(json.loads(json.dumps(vars(job) | {"draw": vars(job.draw)}))) == job
+    assert Job.from_dict(json.loads(json.dumps(asdict(job)))) == job
     evaluator = Evaluator(run, subject)
     measured, plain = evaluator.samples(job), evaluator.samples(replace(job, embeddings=None))
     assert not torch.equal(measured.images, plain.images)
-    pipe = load_pipeline("digits-dit", torch_dtype=run.settings.torch_dtype)
-    apply_recipe(pipe, recipe)
-    applied = as_bytes(generate(pipe, run.settings.protocol, job.draw.seeds, steps=2))
+    apply_recipe(pipe, Recipe(model="consistency", default="original", layers={table: "uniform-channel-2"}))
+    applied = as_bytes(generate(pipe, protocol, job.draw.seeds))
     assert (applied.int() - measured.images.int()).abs().max() <= 1
 
 
