@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,18 @@ def test_nor_are_its_steps_taken_for_those_of_a_correction(tight):
     collect_(NoiseStatistics(), pipe, lambda p: generate(p, protocol, range(4), steps=3, batch_size=4), nullcontext)
 
 
+def test_the_trajectories_of_several_calls_do_not_run_into_each_other():
+    pipe, protocol = load_pipeline("digits-dit"), load_protocol("digits-dit")
+    found = []
+    for batch_size in (4, 2):
+        statistics = NoiseStatistics()
+        made = partial(generate, protocol=protocol, seeds=range(4), steps=3, batch_size=batch_size)
+        collect_(statistics, pipe, made, nullcontext)
+        found.append(statistics)
+    assert all(statistics._pairs.keys() == found[0]._pairs.keys() for statistics in found)
+    assert len(found[0]._pairs) == 2  # of three steps
+
+
 def test_the_batch_size_reaches_every_stage(tmp_path):
     pipe, protocol = make("ddpm")
     subject, largest = look_at(pipe), {}
@@ -123,10 +136,10 @@ def test_the_batch_size_reaches_every_stage(tmp_path):
 
 def test_a_pipeline_is_opened_in_the_format_that_is_asked_for_if_that_loses_nothing(tmp_path):
     assert look_at("digits-dit").dtype == torch.float32
-    assert look_at("digits-dit", dtype="bfloat16").dtype == torch.bfloat16
-    assert look_at("digits-dit", dtype="float16").dtype == torch.float32  # it is stored in bfloat16
+    assert look_at("digits-dit", dtype="float16").dtype == torch.float16
+    assert look_at("digits-dit", dtype="bfloat16").dtype == torch.float32  # it is stored in float16
     load_pipeline("digits-dit").save_pretrained(tmp_path / "wide")
-    assert look_at(tmp_path / "wide", dtype="bfloat16").dtype == torch.float32
+    assert look_at(tmp_path / "wide", dtype="float16").dtype == torch.float32
     with pytest.raises(QuantDMError, match="dtype: got 'int8'"):
         CliRunner().invoke(app, ["run", "digits-dit", "--target-bits", "3", "--dtype", "int8"], catch_exceptions=False)
 

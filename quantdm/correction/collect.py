@@ -44,6 +44,7 @@ class Step:
     sample: torch.Tensor
     axis: int
     halves: Halves | None
+    first: bool  # of a trajectory: a run that makes several calls of the pipeline has several
 
 
 @torch.no_grad()
@@ -83,8 +84,9 @@ def collect_(
         raise QuantDMError(
             f"fit_correction: a run made {len(recorded)} steps, then {len(steps_q)}; expected one that repeats itself"
         )
-    statistics.begin()
     for step, step_q in zip(steps, steps_q, strict=True):
+        if step.first:
+            statistics.begin()
         place = axis % step.output.ndim
         four = None
         if step.halves is not None and step_q.halves is not None:
@@ -136,6 +138,7 @@ def network(pipe: DiffusionPipeline, other: Network) -> Iterator[None]:
 def _watched_steps(pipe: DiffusionPipeline, recorded: Sequence[Step] | None = None) -> Iterator[list[Step]]:
     """Note what arrives at every step; with `recorded` steps the scheduler steps on with their outputs instead."""
     steps: list[Step] = []
+    starts: set[int] = set()  # of the calls that `generate` makes
     scheduler = pipe.scheduler
     original = scheduler.step
 
@@ -153,12 +156,14 @@ def _watched_steps(pipe: DiffusionPipeline, recorded: Sequence[Step] | None = No
                     f"{first.log_snr:.3f}); expected one that repeats itself: give it fixed seeds"
                 )
             whole = first.whole
-        steps.append(Step(level, whole.clone(), output, sample.clone(), axis, halves))
+        first = not steps or len(steps) in starts or level < steps[-1].log_snr  # no sampler goes back to more noise
+        steps.append(Step(level, whole.clone(), output, sample.clone(), axis, halves, first))
         outputs.clear()
         return original(whole, timestep, sample, *args, **kwargs)
 
     def mark() -> Callable[[], None]:
         made = len(steps)
+        starts.add(made)
 
         def take_back() -> None:
             del steps[made:]
