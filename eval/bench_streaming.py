@@ -5,7 +5,8 @@
 
 The folder is a bare one of diffusers (config.json and bf16 shards), made tensor by tensor. Every command runs in a
 process of its own; its peak is the highest resident set, imports and pages of mapped files included. Every `apply` is
-killed once and started again. Figures go to eval/results/bench_streaming.json, one entry per model.
+killed after some seconds, once or (--slice) again and again, and started again until it is done: what all processes
+took together is what one would. Figures go to eval/results/bench_streaming.json, one entry per model.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -33,11 +35,15 @@ from tests.architectures import PUBLIC
 OUT = Path(__file__).parent / "results" / "bench_streaming.json"
 MODELS = {"sdxl": ("sdxl", ("uniform-channel-4", "kmeans-channel-4")), "flux": ("flux.1-dev", ("uniform-channel-4",))}
 COMMAND = [sys.executable, "-c", "from quantdm.cli.main import main; main()"]
+POOL = 2**25 + 1
 PATTERN, SHARD = "diffusion_pytorch_model{suffix}.safetensors", "10GB"
 
 
 def make(name: str, folder: Path) -> int:
-    """Write a denoiser with weights from N(0, 0.02^2) in bf16; return how many it has."""
+    """Write a denoiser with weights from N(0, 0.02^2) in bf16; return how many it has.
+
+    Every tensor is a window of one pool of draws: to draw twelve billion would take longer than to quantize them.
+    """
     kind, arguments = PUBLIC[name]
     with torch.device("meta"):
         model = getattr(diffusers, kind)(**arguments)
@@ -45,9 +51,9 @@ def make(name: str, folder: Path) -> int:
     if not (folder / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         shards = Shards(folder, state, PATTERN, SHARD, {"format": "pt"})
-        generator = torch.Generator().manual_seed(0)
-        for key, tensor in state.items():
-            shards.write(key, torch.randn(tensor.shape, generator=generator).mul_(0.02).to(torch.bfloat16))
+        pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+        for number, (key, tensor) in enumerate(state.items()):
+            shards.write(key, window(pool, 7919 * number, tensor.numel()).view(tensor.shape))
         shards.finish({"format": "pt"})
         if shards.is_sharded:
             write_json(
@@ -58,15 +64,26 @@ def make(name: str, folder: Path) -> int:
     return sum(tensor.numel() for tensor in state.values())
 
 
+def window(pool: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Return `count` entries of a pool from `start` on; after its end it begins again."""
+    start %= len(pool)
+    whole, rest = divmod(max(start + count - len(pool), 0), len(pool))
+    return torch.cat([pool[start : start + count], *[pool] * whole, pool[:rest]])
+
+
 def measure(arguments: list[str], kill_after: float | None = None) -> dict[str, float]:
     """Run a command of quantdm; return its seconds and its peak in GB. With `kill_after` it is killed then."""
     start = time.monotonic()
     process = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        process.send_signal(signal.SIGKILL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if kill_after is None and status != 0:
+    pid, status, usage = 0, 0, None
+    while pid == 0:
+        if kill_after is not None and time.monotonic() - start > kill_after:
+            process.send_signal(signal.SIGKILL)
+            kill_after = None
+        time.sleep(0.05)
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    assert usage is not None
+    if os.waitstatus_to_exitcode(status) not in (0, -signal.SIGKILL):
         raise SystemExit(f"quantdm {' '.join(arguments)} failed")
     return {
         "seconds": round(time.monotonic() - start, 1),
@@ -75,20 +92,22 @@ def measure(arguments: list[str], kill_after: float | None = None) -> dict[str, 
     }
 
 
-def export(folder: Path, scheme: str, out: Path, kill_after: float) -> dict[str, dict[str, float] | float]:
-    """Measure an export that is killed and started again; together the two processes do the work of one."""
+def export(folder: Path, scheme: str, out: Path, kill_after: float, slice_: float | None) -> dict[str, Any]:
+    """Measure an export that is killed and started again until it is done; the processes do the work of one."""
     recipe = out.with_suffix(".yaml")
     recipe.write_text(f"version: 1\nmodel: random\ndefault: {scheme}\nprovenance: {{source: bench}}\n")
     command = ["apply", str(folder), "--recipe", str(recipe), "-o", str(out)]
-    killed = measure(command, kill_after)
+    pieces = [measure(command, kill_after)]
     if out.exists():
         raise SystemExit(f"{out} was finished before it was killed; give a smaller --kill-after")
-    continued = measure(command)
+    while not out.exists():
+        pieces.append(measure(command, slice_))
     size = sum(path.stat().st_size for path in out.glob("*.safetensors")) / 1e9
     shutil.rmtree(out)
     recipe.unlink()
-    total = round(killed["seconds"] + continued["seconds"], 1)
-    return {"killed": killed, "continued": continued, "seconds": total, "file_gb": round(size, 3)}
+    totals = {key: round(sum(piece[key] for piece in pieces), 1) for key in ("seconds", "cpu_seconds")}
+    peak = max(piece["peak_gb"] for piece in pieces)
+    return {**totals, "peak_gb": peak, "killed": len(pieces) - 1, "file_gb": round(size, 3), "processes": pieces}
 
 
 def main() -> None:
@@ -99,6 +118,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="keep the model")
     parser.add_argument("--alone", action="store_true", help="nothing else runs on this machine")
     parser.add_argument("--kill-after", type=float, default=60, help="seconds after which every export is killed once")
+    parser.add_argument("--slice", type=float, help="and again after so many, until they are done")
     arguments = parser.parse_args()
     name, schemes = MODELS[arguments.model]
     folder = arguments.folder / arguments.model
@@ -116,7 +136,7 @@ def main() -> None:
     }
     for scheme in schemes:
         out = arguments.folder / f"{arguments.model}-small"
-        record["exports"][scheme] = export(folder, scheme, out, arguments.kill_after)
+        record["exports"][scheme] = export(folder, scheme, out, arguments.kill_after, arguments.slice)
         found = read_json(OUT) if OUT.is_file() else {}
         write_json(OUT, found | {arguments.model: record})
     print(json.dumps(record, indent=1))

@@ -1,6 +1,8 @@
-"""Write docs/support.md: what the tests cover, from a report of a real test run, and which classes are traced.
+"""Write docs/support.md: what the tests cover, from a report of a real test run; which kinds of pipelines were walked
+the whole way; which classes are traced.
 
 python eval/trace_matrix.py
+python eval/walk.py
 python -m pytest tests/test_families.py tests/test_lora.py tests/test_offload.py --junitxml=report.xml
 python eval/support_matrix.py report.xml
 """
@@ -16,6 +18,7 @@ from quantdm.files import atomic_path, read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TRACE_MATRIX = ROOT / "eval" / "results" / "trace_matrix.json"
+WALK = ROOT / "eval" / "results" / "walk.json"
 # Column -> the test functions that stand behind it; a test id begins with the family's name.
 COLUMNS = {
     "fp32": (r"test_an_export_opened.*-fp32-",),
@@ -39,10 +42,23 @@ answer as the one with the decoded weights. Nothing in quantdm names a class: wh
 layers can be listed, which `quantdm inspect` tells in seconds.
 No GPU was at hand: streams, CUDA offload and compiled GPU kernels are untested.
 
+## Which kinds of pipelines walk the whole way
+
+<!-- walk:begin -->
+{walked}
+<!-- walk:end -->
+
 ## Which classes are traced
 
 {traces}
 """
+WALKED = """Written from the results of `eval/walk.py` ({date}, diffusers {diffusers}, torch {torch}): {kinds} kinds of
+tiny pipelines with random weights, each with its own scheduler. Every stage of `quantdm run` was there, with few images
+and steps. *open*: plain diffusers in a new process, after `import quantdm`, makes the same images; *card*: the snippet
+of the model card runs there. *corrected*: whether the sampler's correction serves its scheduler; where it does not, the
+run says so and goes on.
+
+{table}{reasons}"""
 TRACES = """Written from the results of `eval/trace_matrix.py` ({date}, diffusers {diffusers}, torch {torch}): every
 transformer, U-Net and ControlNet class that diffusers exports, and every other one whose forward takes a noise level.
 **{traced} of these {count} classes are traced** from class and configuration alone, with default configurations of
@@ -98,9 +114,29 @@ def traces(record: Mapping[str, Any]) -> str:
     )
 
 
+def walked(record: Mapping[str, Any]) -> str:
+    """Return the section on whole walks from the record of `eval/walk.py`."""
+    kinds = record["kinds"]
+    steps = list(next(iter(kinds.values()))["steps"])
+    rows = ["| | pipeline | scheduler | corrected | " + " | ".join(steps) + " |", "|---|" + "---|" * (len(steps) + 3)]
+    reasons = []
+    for kind, found in kinds.items():
+        cells = ["yes" if found["steps"][step] == "yes" else "**no**" for step in steps]
+        reasons += [f"- {kind}, {step}: {said}" for step, said in found["steps"].items() if said != "yes"]
+        corrected = "yes" if found["corrected"] else "no"
+        rows.append(f"| {kind} | {found['pipeline']} | {found['scheduler']} | {corrected} | {' | '.join(cells)} |")
+    return WALKED.format(
+        date=record["date"],
+        **{name: record["versions"][name] for name in ("diffusers", "torch")},
+        kinds=len(kinds),
+        table="\n".join(rows),
+        reasons="".join(f"\n{line}" for line in ["", *reasons] if reasons),
+    )
+
+
 def page(cases: Mapping[str, bool]) -> str:
     """Return the whole page for the cases of a test run."""
-    return PAGE.format(table=table(cases), traces=traces(read_json(TRACE_MATRIX)))
+    return PAGE.format(table=table(cases), walked=walked(read_json(WALK)), traces=traces(read_json(TRACE_MATRIX)))
 
 
 def main() -> None:

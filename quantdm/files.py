@@ -1,4 +1,7 @@
-"""Records on disk: JSON, text and safetensors, written to a temporary name and renamed; what may be replaced."""
+"""Records on disk: JSON, text and safetensors, written to a temporary name and renamed; what may be replaced.
+
+torch is imported by what reads and writes tensors, not by what reads a record: it takes a second.
+"""
 
 import errno
 import hashlib
@@ -9,13 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING, Any
 
 from quantdm.errors import QuantDMError
+
+if TYPE_CHECKING:
+    import torch
 
 # How a text file says that it is as quantdm wrote it: a comment behind the text with the hash of all before it.
 SEAL = "written by quantdm, sha256 "
@@ -188,12 +190,14 @@ def read_json(path: str | Path, *, version: int | None = None) -> Any:
     return record
 
 
-def save_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, Any] | None = None) -> None:
+def save_tensors(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, Any] | None = None) -> None:
     """Write tensors atomically as safetensors; `metadata` travels as one JSON string in the header.
 
     Raises:
         QuantDMError: the file cannot be written, or would replace what is no such file of the same `kind`.
     """
+    from safetensors.torch import save_file
+
     if os.path.lexists(path):
         with open_tensors(path, remedy="move it away or choose another path") as file:
             found = (file.metadata() or {}).get("quantdm")
@@ -211,6 +215,8 @@ def open_tensors(path: str | Path, *, remedy: str = "") -> Iterator[Any]:
     Raises:
         QuantDMError: the file is missing or damaged.
     """
+    from safetensors import SafetensorError, safe_open
+
     then = f"; {remedy}" if remedy else ""
     try:
         with safe_open(path, framework="pt") as file:
@@ -221,7 +227,7 @@ def open_tensors(path: str | Path, *, remedy: str = "") -> Iterator[Any]:
         raise QuantDMError(f"{path}: damaged or not a safetensors file ({error}){then}") from None
 
 
-def load_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def load_tensors(path: str | Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]]":
     """Read a safetensors file (memory-mapped) and the metadata that `save_tensors` put into its header.
 
     Raises:
@@ -242,7 +248,9 @@ def digest(*parts: Any) -> str:
     """Return a 16-digit SHA-256 of JSON-serialisable parts and tensors, for content addresses."""
     sha = hashlib.sha256()
     for part in parts:
-        if isinstance(part, torch.Tensor):
+        if hasattr(part, "detach"):  # a tensor
+            import torch
+
             flat = part.detach().cpu().contiguous().reshape(-1)
             sha.update(f"{part.dtype}{tuple(part.shape)}".encode())
             sha.update(flat.view(torch.uint8).numpy().data)

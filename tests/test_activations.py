@@ -375,11 +375,15 @@ def test_quantized_weights_and_activations_combine_and_a_copy_is_independent() -
     assert torch.equal(run(model), changed)
 
 
-def test_a_layer_called_with_keywords_only_is_an_error_not_an_omission() -> None:
+def test_a_layer_that_is_called_by_keyword_is_quantized_as_any_other() -> None:
     model = make_transformer()
-    set_activation_bits_(model, ActivationSpec(default="token-8"))
-    with pytest.raises(QuantDMError, match=r"proj_out: was called with keywords"):
-        model.proj_out(input=torch.zeros(1, 16))
+    layer, x = model.proj_out, torch.randn(1, 16, generator=torch.Generator().manual_seed(0))
+    exact = layer(x)
+    set_activation_bits_(model, ActivationSpec(default="token-4"))
+    assert torch.equal(layer(input=x), layer(x))
+    assert not torch.equal(layer(input=x), exact)
+    with pytest.raises(QuantDMError, match=r"proj_out: was called with x, expected its input"):
+        layer(x=x)
 
 
 def test_a_rule_that_matches_nothing_changes_nothing() -> None:

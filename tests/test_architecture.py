@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import quantdm
+
 PROJECT = Path(__file__).resolve().parents[1]
 ROOT = PROJECT / "quantdm"
 
 # Rooms from the bottom to the top: a room may import from itself and from any lower row.
 ROWS = (
-    ("errors", "progress"),
+    ("errors", "progress", "registration"),
     ("files", "machine"),
     ("schemes",),
     ("recipe", "quantizers"),
@@ -30,7 +32,8 @@ ROWS = (
     ("runs",),
     ("report",),
     ("corridor",),
-    ("__init__", "cli"),
+    ("cli",),
+    ("__init__", "__main__"),
 )
 RANK = {room: rank for rank, row in enumerate(ROWS) for room in row}
 FILES = sorted(ROOT.rglob("*.py"))
@@ -129,24 +132,56 @@ def test_the_readme_names_every_room():
     assert not missing, missing
 
 
+HEAVY = ("torch", "numpy", "diffusers", "transformers", "safetensors")
+FURTHER = ("xgboost", "matplotlib", "sklearn", "torchmetrics", "quantdm.runs", "quantdm.surrogates", "quantdm.report")
 IMPORTS = """
-import builtins
-found, real = [], builtins.__import__
+import builtins, sys
+wanted, found, real = {wanted}, [], builtins.__import__
 def watch(name, globals=None, locals=None, fromlist=(), level=0):
-    importer = (globals or {}).get("__name__") or ""
-    if importer.startswith("quantdm") and name.split(".")[0] in ("xgboost", "matplotlib", "sklearn"):
+    importer = (globals or {{}}).get("__name__") or ""
+    if importer.startswith("quantdm") and any(name == w or name.startswith(w + ".") for w in wanted):
         found.append((importer, name))
     return real(name, globals, locals, fromlist, level)
 builtins.__import__ = watch
-import quantdm
-print(found)
+sys.argv = ["quantdm", *{arguments}]
+try:
+    {statement}
+except SystemExit:
+    pass
+loaded = [name for name in wanted if name in sys.modules] if {strict} else []
+print("FOUND", found, loaded)
 """
 
 
-def test_importing_quantdm_loads_nothing_heavy():
-    """What quantdm itself asks for: some releases of transformers load scikit-learn on their own."""
-    out = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, check=True, cwd=PROJECT)
-    assert out.stdout.strip() == "[]"
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], HEAVY),  # the package alone
+        (["--help"], HEAVY),
+        (["run", "--help"], HEAVY),
+        (["status", "RUN"], HEAVY),
+        (["inspect", "digits-dit"], FURTHER),
+    ],
+    ids=lambda found: " ".join(found) if isinstance(found, list) else "",
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(arguments, wanted, tmp_path):
+    """Of `inspect` only what quantdm asks for counts: some releases of transformers load scikit-learn themselves."""
+    (tmp_path / "run.json").write_text('{"version": 2, "trials": 30}')
+    arguments = [str(tmp_path) if each == "RUN" else each for each in arguments]
+    statement = "from quantdm.cli.main import main; main()" if arguments else "import quantdm"
+    code = IMPORTS.format(wanted=wanted, arguments=arguments, statement=statement, strict=wanted == HEAVY)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PROJECT)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.splitlines()[-1] == "FOUND [] []"
+
+
+def test_public_names_stand_where_they_are_imported_from():
+    """What type checkers read and what is imported when it is asked for are the same names."""
+    tree = tree_of(ROOT / "__init__.py")
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    read = {node.module: tuple(a.name for a in node.names) for node in block.body if isinstance(node, ast.ImportFrom)}
+    assert read == quantdm._HOMES
+    assert sorted(name for names in read.values() for name in names) == sorted(quantdm.__all__)
 
 
 def test_no_pickle_and_no_eval():

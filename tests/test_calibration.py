@@ -51,6 +51,23 @@ def test_moments_are_the_mean_of_xtx(name):
     torch.testing.assert_close(found.second.double(), X.mT @ X / X.shape[1], rtol=1e-5, atol=1e-6)
 
 
+class ByKeyword(nn.Module):
+    """Calls its layer as AnimateDiff's motion modules do."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj_in = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.proj_in(input=x)
+
+
+def test_inputs_that_are_given_by_keyword_are_seen():
+    model, x = ByKeyword(), torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
+    found = gather_moments(model, [Call((x,), {}, model(x))], ["proj_in"])["proj_in"]
+    torch.testing.assert_close(found.second[0], x.mT @ x / 7)
+
+
 @pytest.fixture(scope="module")
 def calls(dit):
     return calibration_calls(dit, load_protocol("digits-dit"), range(8), steps=8)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from diffusers import DDPMScheduler
+from peft import LoraConfig
 from typer.testing import CliRunner
 
 import quantdm
@@ -18,8 +19,10 @@ from quantdm.machine import fast_dtype
 from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.planning import example_call
 from quantdm.pipelines.sizes import image_size
-from quantdm.recipe import Rules
+from quantdm.recipe import Provenance, Rules
+from quantdm.runs.search import start_run
 from quantdm.runs.settings import make_settings
+from quantdm.schemes import Scheme
 from tests.pipeline_kinds import BarePipeline, make, unet
 from tests.two_denoisers import make_wan
 
@@ -139,6 +142,42 @@ def test_images_without_a_vae_are_made_in_float32(tmp_path: Path) -> None:
     settings = make_settings(look_at(str(tmp_path / "ddpm")), **asked, protocol=load_protocol("unconditional"))
     assert settings.dtype == "float32"
     assert make_settings(look_at("digits-dit"), **asked).dtype == fast_dtype()
+
+
+def test_a_loaded_adapter_is_told_to_be_fused_and_a_fused_one_is_the_truth_of_its_run(tmp_path: Path) -> None:
+    pipe, layer = quantdm.load_pipeline("digits-sd"), "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    base = pipe.unet.get_submodule(layer).weight.clone()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.raises(QuantDMError, match=r"an adapter is loaded .*fuse it first, pipe\.fuse_lora\(\)"):
+        look_at(pipe)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    fused = pipe.unet.get_submodule(layer).weight
+    assert not torch.equal(fused, base)
+    run, _ = start_run(look_at(pipe), tmp_path / "run", target_bits=4.0)
+    again = run.open_subject()  # as `correct`, `tune` and workers open it
+    assert torch.equal(again.pipe.unet.get_submodule(layer).weight, fused)
+    recipe = Recipe(
+        model="fused", default="uniform-channel-8", provenance=Provenance(weights=run.settings.seen.weights)
+    )
+    with pytest.raises(QuantDMError, match=r"other weights of unet .*fused LoRA"):
+        quantdm.apply_recipe(quantdm.load_pipeline("digits-sd"), recipe)
+
+
+def test_a_quantized_pipeline_is_refused_as_one_to_search_in_plain_words(tmp_path: Path) -> None:
+    recipe = Recipe(model="digits-dit", default="uniform-channel-4")
+    quantdm.export_pipeline("digits-dit", recipe, tmp_path / "small")
+    with pytest.raises(QuantDMError, match="quantized already"):
+        quantdm.search(str(tmp_path / "small"), target_bits=3.0, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("target", [2.01, 17.0])
+def test_a_target_out_of_reach_is_refused_before_anything_is_written(target: float, tmp_path: Path) -> None:
+    options = [Scheme.parse("uniform-channel-4"), Scheme.parse("uniform-channel-8")]
+    with pytest.raises(QuantDMError, match=r"these options reach 4\.\d+ to 8\.\d+"):
+        quantdm.run("digits-dit", target_bits=target, options=options, run_dir=tmp_path / "run", say=str)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_export_of_two_denoisers_can_be_inspected(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Every way into diffusers and transformers: single files, device maps, auto classes, pipelines with two components."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -167,3 +169,23 @@ def test_a_dequantized_model_is_saved_as_if_it_had_never_been_quantized(
     assert not packed_layers(dense)
     assert torch.equal(run(dense), run(pipe.unet))
     assert dense.to(torch.bfloat16).dtype == torch.bfloat16  # allowed again
+
+
+FIRST = """
+import sys, quantdm
+assert not {"torch", "diffusers", "transformers"} & set(sys.modules)
+import transformers.quantizers.auto as theirs
+from diffusers import PipelineQuantizationConfig
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+PipelineQuantizationConfig(quant_backend="quantdm", quant_kwargs={"avg_bits": 4.0}, components_to_quantize=["unet"])
+from quantdm.hub import QuantDMConfig, QuantDMHfQuantizer, QuantDMQuantizer
+assert AUTO_QUANTIZER_MAPPING["quantdm"] is QuantDMQuantizer
+assert theirs.AUTO_QUANTIZER_MAPPING["quantdm"] is QuantDMHfQuantizer
+assert theirs.AUTO_QUANTIZATION_CONFIG_MAPPING["quantdm"] is QuantDMConfig
+"""
+
+
+def test_quantdm_is_known_to_libraries_that_are_imported_after_it() -> None:
+    """The other order, and schedulers, stand in the tests of new processes."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

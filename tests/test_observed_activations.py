@@ -86,3 +86,14 @@ def test_an_input_that_is_not_finite_is_named_with_its_timestep() -> None:
     with pytest.raises(QuantDMError, match=r"transformer_blocks\.0\.attn1\.to_out\.0: .*not finite at timestep \d+"):
         choose_activations(pipe, ActivationSpec(default="token-6"), CALIBRATION)
     assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
+
+
+def test_ranges_of_layers_that_are_called_by_keyword_are_observed(pipe, monkeypatch) -> None:
+    layer = pipe.transformer.proj_out_1
+    spec = ActivationSpec(layers={"proj_out_1": "tensor-8-static"})
+    plain = observe_ranges(pipe, spec, CALIBRATION).ranges
+    call = type(layer).__call__
+    monkeypatch.setattr(
+        type(layer), "__call__", lambda self, x: call(self, input=x) if self is layer else call(self, x)
+    )
+    assert observe_ranges(pipe, spec, CALIBRATION).ranges == plain

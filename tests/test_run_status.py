@@ -28,7 +28,7 @@ def copied(finished, tmp_path: Path) -> Run:
 
 
 def test_a_finished_run_has_its_stages_and_one_in_work_its_rate_and_who_works(copied: Run) -> None:
-    found = status_of(copied)
+    found = status_of(copied.folder)
     assert found.stages["recipe"]
     assert (found.trials, found.planned, found.minutes_left) == (30, 30, None)
     store, now = copied.path("trials"), time.time()
@@ -40,7 +40,7 @@ def test_a_finished_run_has_its_stages_and_one_in_work_its_rate_and_who_works(co
     with Claims(store / CLAIMS) as claims:
         assert claims.take(files[25].stem)
         assert claims.take(files[5].stem)  # finished already: left behind by one that was killed
-        found = status_of(copied)
+        found = status_of(copied.folder)
         assert found.rate == pytest.approx(20)
         assert found.minutes_left == pytest.approx(0.5)
         assert [claim.key for claim in found.working["trials"]] == [files[25].stem]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 from quantdm.activations.moments import LazyMoments, gather_moments
 from quantdm.denoisers.calls import record_calls
@@ -30,6 +31,7 @@ def calibrate(
     layer_names: Mapping[str, Sequence[str]],
     *,
     folder: str | Path | None = None,
+    batch_size: int | Literal["auto"] = "auto",
 ) -> dict[str, Mapping[str, Moments]]:
     """Return the moments of layers of the denoisers: component name -> layer name -> `Moments`.
 
@@ -39,6 +41,7 @@ def calibrate(
         layer_names: component name -> its layers.
         folder: where moments are kept, one file per layer (see `gather_moments`). None: they are gathered group by
             group as they are asked for, so that memory holds one group.
+        batch_size: images at once at most ("auto": found from memory).
 
     Raises:
         QuantDMError: the pipeline cannot make these images, or they never run a layer.
@@ -47,7 +50,7 @@ def calibrate(
     denoisers = find_denoisers(pipe)
     with ExitStack() as stack:
         recorded = {name: stack.enter_context(record_calls(denoisers[name])) for name in layer_names}
-        generate(pipe, protocol_of(spec), seeds, steps=spec.steps)
+        generate(pipe, protocol_of(spec), seeds, steps=spec.steps, batch_size=batch_size)
     silent = [name for name, recording in recorded.items() if not recording.calls]
     if silent:
         raise QuantDMError(f"{', '.join(silent)}: was never called while calibrating; raise the steps of the protocol")

@@ -16,6 +16,7 @@ from torch import nn
 from quantdm.activations.attention import QuantizedAttention
 from quantdm.activations.equalisers import given_exponents
 from quantdm.activations.handover import input_for
+from quantdm.denoisers.calls import layer_input, with_input
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
 from quantdm.recipe import ActivationScheme, ActivationSpec
@@ -60,7 +61,7 @@ def timestep_reader(denoiser: nn.Module) -> Callable[[tuple[Any, ...], Mapping[s
 
 @dataclass(frozen=True)
 class _QuantizeInput:
-    """Forward pre-hook: quantize the first argument of a layer, to integers where the layer multiplies them."""
+    """Forward pre-hook: quantize the input of a layer, to integers where the layer multiplies them."""
 
     record: LayerRecord
     scheme: ActivationScheme
@@ -69,12 +70,14 @@ class _QuantizeInput:
     spec: ActivationSpec | None = field(default=None, compare=False)  # where bits change from step to step
     exponents: torch.Tensor | None = field(default=None, compare=False)  # of an equalised scheme, from the spec
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = first_input(self.record.name, args)
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = layer_input(self.record.name, args, kwargs)
         scheme = in_bucket(self.spec, self.scheme, self.clock)
         if scheme is None:
-            return args
-        return (input_for(module, x, self.record, scheme, self._given(), self.exponents), *rest)
+            return args, kwargs
+        return with_input(args, kwargs, input_for(module, x, self.record, scheme, self._given(), self.exponents))
 
     def _given(self) -> tuple[float, float] | None:
         return self.ranges[self.clock.bucket if self.clock else 0] if self.scheme.static else None
@@ -85,17 +88,6 @@ def in_bucket(
 ) -> ActivationScheme | None:
     """Return a scheme as it is at the timestep that the denoiser runs at; None: nothing is quantized there."""
     return scheme if spec is None else spec.in_bucket(scheme, clock.bucket if clock else 0)
-
-
-def first_input(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what a layer was called with.
-
-    Raises:
-        QuantDMError: with keywords only, which a hook cannot quantize.
-    """
-    if not args:
-        raise QuantDMError(f"{name}: was called with keywords only, expected the input first; unset activations")
-    return args
 
 
 def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> None:
@@ -124,7 +116,7 @@ def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> No
         if scheme is not None:
             ranges = spec.ranges.get(record.name, ())
             hook = _QuantizeInput(record, scheme, ranges, clock, spec, exponents.get(record.name))
-            handles.append(denoiser.get_submodule(record.name).register_forward_pre_hook(hook))
+            handles.append(denoiser.get_submodule(record.name).register_forward_pre_hook(hook, with_kwargs=True))
     if spec.attention is not None or spec.probabilities is not None:
         handles += _inside_attention(denoiser, spec, clock)
     denoiser.__dict__[_STATE] = _State(spec, tuple(handles))

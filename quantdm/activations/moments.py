@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantdm.denoisers.calls import Call, replay
+from quantdm.denoisers.calls import Call, layer_input, replay
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.quantizers import Moments
@@ -171,15 +171,18 @@ def _gather(
     sums: dict[str, Tensor] = {}
     counts = dict.fromkeys(layers, 0)
 
-    def hook(name: str, module: nn.Module, inputs: tuple) -> None:
-        for x in inputs[0].detach().split(max(1, _batch(module, inputs[0]))):
+    def hook(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        whole = layer_input(name, args, kwargs).detach()
+        for x in whole.split(max(1, _batch(module, whole))):
             vectors = input_vectors(module, x.float())
             for part in vectors.split(ROWS, dim=1):
                 product = part.mT @ part  # float32 over ROWS vectors, then float64: a sum of thousands keeps its digits
                 sums[name] = sums[name].add_(product) if name in sums else product.double()
             counts[name] += vectors.shape[1]
 
-    handles = [module.register_forward_pre_hook(partial(hook, name)) for name, module in layers.items()]
+    handles = [
+        module.register_forward_pre_hook(partial(hook, name), with_kwargs=True) for name, module in layers.items()
+    ]
     owners, ran = {name: name.rpartition(".")[0] for name in layers}, set[str]()
     for owner in set(owners.values()) - {""}:
         handles.append(denoiser.get_submodule(owner).register_forward_pre_hook(lambda *_, owner=owner: ran.add(owner)))

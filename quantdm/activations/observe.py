@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from quantdm.activations.calibration import protocol_of
 from quantdm.activations.equalisers import given_exponents, own_exponents
-from quantdm.activations.hooks import activation_spec, first_input, set_activation_bits_, timestep_reader
+from quantdm.activations.hooks import activation_spec, set_activation_bits_, timestep_reader
 from quantdm.activations.rounding import range_of, turned
+from quantdm.denoisers.calls import layer_input
 from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.errors import QuantDMError
 from quantdm.pipelines.generate import generate
@@ -83,9 +84,9 @@ class _Watcher:
         at = self.timestep_of(args, kwargs)
         self.at = 0.0 if at is None else at
 
-    def hook(self, record: LayerRecord) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def show(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            x = first_input(record.name, args)[0]
+    def hook(self, record: LayerRecord) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def show(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = layer_input(record.name, args, kwargs)
             if not torch.isfinite(x).all():
                 raise QuantDMError(
                     f"{record.name}: its input is not finite at timestep {self.at:g}; check the pipeline, or run it in "
@@ -103,7 +104,8 @@ def _watching(denoiser: nn.Module, watches: Mapping[str, Watch]) -> Iterator[Non
     try:
         for record in list_layers(denoiser):
             if record.name in watches:
-                handles.append(denoiser.get_submodule(record.name).register_forward_pre_hook(watcher.hook(record)))
+                layer = denoiser.get_submodule(record.name)
+                handles.append(layer.register_forward_pre_hook(watcher.hook(record), with_kwargs=True))
         yield
     finally:
         for handle in handles:

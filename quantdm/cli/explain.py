@@ -1,11 +1,12 @@
 """The sub-command that explains: what layers and schemes are worth, and why one recipe is better than another."""
 
 import json
+import math
 import textwrap
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -71,14 +72,12 @@ def _explain_recipe(run: Any, surrogate: Any, recipe: str, against: str, *, top:
         return
     typer.echo(f"{surrogate.name} surrogate, y = -log(fid_fp), larger is better")
     for name, value in ((f"{against} (base)", found.base), (recipe, found.predicted)):
-        typer.echo(f"  {_short(name, 44):<44} y {value:+7.3f}  fid_fp {np.exp(-value):.4f}")
+        typer.echo(f"  {_short(name, 44):<44} y {value:+7.3f}  fid_fp {math.exp(-value):.4f}")
     sd = float(surrogate.split_difference(choice, reference)[1:].sum(axis=1).std())
     typer.echo(f"difference predicted   {found.difference:+.3f}, sd over folds {sd:.3f}")
     if measured:
-        spread = (
-            f", sd {np.std(measured, ddof=1):.3f} over {len(measured)} draws" if len(measured) > 1 else ", one draw"
-        )
-        typer.echo(f"difference measured    {np.mean(measured):+.3f}{spread}")
+        spread = f", sd {stdev(measured):.3f} over {len(measured)} draws" if len(measured) > 1 else ", one draw"
+        typer.echo(f"difference measured    {fmean(measured):+.3f}{spread}")
     else:
         typer.echo("difference measured    not in this run: the two were not measured on the same noises")
     layers = found.ranked(top)
@@ -93,7 +92,7 @@ def _explain_recipe(run: Any, surrogate: Any, recipe: str, against: str, *, top:
     )
 
 
-def _show_layers(found: Any, layers: np.ndarray) -> None:
+def _show_layers(found: Any, layers: Any) -> None:
     """Print a table of layers, what they had and have, and what that contributes."""
     space = found.space
     table = Table(width=WIDTH, box=None, padding=(0, 1, 0, 0))

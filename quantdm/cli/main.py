@@ -19,6 +19,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 COMMANDS = (run, search, runs, explain, recipes, measure, evaluate, fid, look)  # importing registers sub-commands
 
 
+# Sub-commands that keep what they have finished, or a part of it, and go on with it.
+KEEPS = ("run", "demo", "search", "bank", "fit", "tune", "correct", "apply", "export", "evaluate")
+
+
 class Interrupted(BaseException):
     """Ctrl-C. typer would swallow a KeyboardInterrupt without a word."""
 
@@ -36,5 +40,7 @@ def main() -> None:
         typer.secho(f"error: {error}", err=True, fg="red")
         sys.exit(2)
     except Interrupted:
-        typer.echo("\ninterrupted: what is finished is kept; run the same command again to go on", err=True)
+        keeps = len(sys.argv) > 1 and sys.argv[1] in KEEPS
+        told = ": what is finished is kept; run the same command again to go on" if keeps else "; nothing was written"
+        typer.echo(f"\ninterrupted{told}", err=True)
         sys.exit(130)

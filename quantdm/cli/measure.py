@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import AsJson, Model, Out, ProtocolFile, RunDir, Seed, app
+from quantdm.cli.app import AsJson, BatchSize, Device, Model, Out, ProtocolFile, RunDir, Seed, app, batch_size_of
 
 
 @app.command(epilog="Example: quantdm generate digits-sd -o digits.png --images 40")
@@ -59,13 +59,15 @@ def correct(
     run_dir: RunDir,
     bits: Annotated[int, typer.Option(help="Activation bits: 3 to 8, or 16 (not quantized).")] = 6,
     images: Annotated[int, typer.Option(help="Trajectories for the noise statistics.")] = 128,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
 ) -> None:
     """Fit the correction of the sampler for a run's recipe and print which variant helps."""
     from quantdm.runs.correct import correct_recipe
     from quantdm.runs.run import Run
 
     run = Run.open(run_dir)
-    correction = correct_recipe(run, bits=bits, images=images)
+    correction = correct_recipe(run, bits=bits, images=images, batch_size=batch_size_of(batch_size), device=device)
     for variant, distances in correction.measured.items():
         mark = "  <- kept" if variant == correction.variant else ""
         typer.echo(f"{variant:<14} fid_fp {sum(distances) / len(distances):.4f}{mark}")

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +18,9 @@ from quantdm.cli.app import (
     app,
     given_inputs,
 )
-from quantdm.recipe.calibration import CalibrationSpec
+
+if TYPE_CHECKING:
+    from quantdm.recipe import CalibrationSpec
 
 Source = Annotated[
     str, typer.Argument(help="Embedded pipeline, directory of a pipeline or denoiser, safetensors file or hub id.")
@@ -79,9 +81,10 @@ def apply(
         typer.echo(f"model card: {write_card(out, source=model)}")
 
 
-def _told(spec: CalibrationSpec | None, protocol: str) -> CalibrationSpec:
+def _told(spec: "CalibrationSpec | None", protocol: str) -> "CalibrationSpec":
     """Return what to calibrate on: another protocol, the rest as the recipe has it; a file goes into the recipe."""
     from quantdm.pipelines.protocol import known_protocols, load_protocol
+    from quantdm.recipe import CalibrationSpec
 
     found = protocol if protocol in known_protocols() else load_protocol(protocol).model_dump(mode="json")
     return CalibrationSpec(**{**({} if spec is None else spec.model_dump()), "protocol": found})

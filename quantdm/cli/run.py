@@ -112,6 +112,8 @@ def tune(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
     images: Annotated[int, typer.Option(min=1, help="Full-precision trajectories to train on.")] = 128,
     rows: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
 ) -> None:
     """Train tables, scales, biases and norms of a run's recipe; kept if every draw says it helps."""
     from quantdm.files import read_json
@@ -121,7 +123,8 @@ def tune(
     from quantdm.tuning import TuneSettings
 
     run = Run.open(run_dir)
-    path = tune_recipe(run, TuneSettings(steps=steps, rows=rows), images=images)
+    settings = TuneSettings(steps=steps, rows=rows)
+    path = tune_recipe(run, settings, images=images, batch_size=batch_size_of(batch_size), device=device)
     record = read_json(run.path(TUNING_FILE))
     for part, curve in record["curve"].items():
         typer.echo(f"{part}: held-out error {curve[0][1]:.4g} -> {min(loss for _, loss in curve):.4g}")

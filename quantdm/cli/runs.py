@@ -18,10 +18,9 @@ def status(run_dir: RunFolder, as_json: AsJson = False) -> None:
     import json
     from dataclasses import asdict
 
-    from quantdm.runs.run import Run
     from quantdm.runs.status import status_of
 
-    found = status_of(Run.open(run_dir))
+    found = status_of(run_dir)
     if as_json:
         typer.echo(json.dumps(asdict(found) | {"minutes_left": found.minutes_left}, indent=1))
         return

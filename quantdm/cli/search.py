@@ -37,15 +37,22 @@ def bank(
     protocol: ProtocolFile = None,
     example_inputs: ExampleInputs = None,
     embeddings: Embeddings = TABLE_SCHEME.label,
+    batch_size: BatchSize = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Start a run and quantize every layer with every option (the first stage of `search`, alone)."""
+    from quantdm.machine import checked_device
     from quantdm.pipelines.protocol import load_protocol
     from quantdm.pipelines.subject import look_at
     from quantdm.runs.search import start_run
+    from quantdm.runs.settings import check_dtype
     from quantdm.runs.stages import build_bank, describe
 
+    place = None if device is None else checked_device(device)
+    check_dtype(dtype)
     run, subject = start_run(
-        look_at(model, example_inputs=given_inputs(example_inputs)),
+        look_at(model, example_inputs=given_inputs(example_inputs), device=place, dtype=dtype),
         run_dir,
         target_bits=target_bits,
         target_bytes=target_bytes,
@@ -53,9 +60,10 @@ def bank(
         seed=seed,
         protocol=None if protocol is None else load_protocol(protocol),
         embeddings=table_scheme(embeddings),
+        dtype=dtype,
     )
     describe(run, subject)
-    build_bank(run, subject)
+    build_bank(run, subject, batch_size=batch_size_of(batch_size))
     typer.echo(f"bank: {run.path('bank')}")
 
 

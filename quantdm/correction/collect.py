@@ -12,6 +12,7 @@ from torch import nn
 
 from quantdm.correction.levels import level_of
 from quantdm.correction.statistics import NoiseStatistics
+from quantdm.denoisers.calls import taken_back
 from quantdm.errors import QuantDMError
 from quantdm.files import digest
 from quantdm.pipelines.parts import find_denoisers, get_denoiser
@@ -43,6 +44,7 @@ class Step:
     sample: torch.Tensor
     axis: int
     halves: Halves | None
+    first: bool  # of a trajectory: a run that makes several calls of the pipeline has several
 
 
 @torch.no_grad()
@@ -82,8 +84,9 @@ def collect_(
         raise QuantDMError(
             f"fit_correction: a run made {len(recorded)} steps, then {len(steps_q)}; expected one that repeats itself"
         )
-    statistics.begin()
     for step, step_q in zip(steps, steps_q, strict=True):
+        if step.first:
+            statistics.begin()
         place = axis % step.output.ndim
         four = None
         if step.halves is not None and step_q.halves is not None:
@@ -135,6 +138,7 @@ def network(pipe: DiffusionPipeline, other: Network) -> Iterator[None]:
 def _watched_steps(pipe: DiffusionPipeline, recorded: Sequence[Step] | None = None) -> Iterator[list[Step]]:
     """Note what arrives at every step; with `recorded` steps the scheduler steps on with their outputs instead."""
     steps: list[Step] = []
+    starts: set[int] = set()  # of the calls that `generate` makes
     scheduler = pipe.scheduler
     original = scheduler.step
 
@@ -152,12 +156,24 @@ def _watched_steps(pipe: DiffusionPipeline, recorded: Sequence[Step] | None = No
                     f"{first.log_snr:.3f}); expected one that repeats itself: give it fixed seeds"
                 )
             whole = first.whole
-        steps.append(Step(level, whole.clone(), output, sample.clone(), axis, halves))
+        first = not steps or len(steps) in starts or level < steps[-1].log_snr  # no sampler goes back to more noise
+        steps.append(Step(level, whole.clone(), output, sample.clone(), axis, halves, first))
         outputs.clear()
         return original(whole, timestep, sample, *args, **kwargs)
 
+    def mark() -> Callable[[], None]:
+        made = len(steps)
+        starts.add(made)
+
+        def take_back() -> None:
+            del steps[made:]
+            outputs.clear()
+
+        return take_back
+
     with ExitStack() as stack:
         outputs = stack.enter_context(_heard_outputs(pipe))
+        stack.enter_context(taken_back(find_denoisers(pipe).values(), mark))
         scheduler.step = step  # an instance attribute that hides the method
         stack.callback(scheduler.__dict__.pop, "step")
         yield steps

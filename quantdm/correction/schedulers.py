@@ -12,6 +12,7 @@ from quantdm.correction.corrected import KEY, CorrectedScheduler, corrected_clas
 from quantdm.correction.levels import READERS, check_served, plain_name, prediction_of
 from quantdm.correction.record import Correction
 from quantdm.errors import QuantDMError
+from quantdm.registration import BEFORE
 
 _MARK = "_quantdm_corrects"
 
@@ -30,13 +31,14 @@ def register_schedulers() -> None:
     diffusers has no door for this: `from_pretrained`, which all schedulers share, is wrapped. Only what has our entry
     in its config is touched.
     """
-    plain: Any = SchedulerMixin.from_pretrained
-    if hasattr(plain.__func__, _MARK):
+    found: Any = SchedulerMixin.from_pretrained
+    if hasattr(found.__func__, _MARK):
         return
+    plain = getattr(found.__func__, BEFORE, found.__func__)
 
-    @functools.wraps(plain.__func__)
+    @functools.wraps(plain)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = plain.__func__(cls, *args, **kwargs)
+        loaded = plain(cls, *args, **kwargs)
         if isinstance(loaded, tuple):
             return (_as_saved(loaded[0]), *loaded[1:])
         return _as_saved(loaded)

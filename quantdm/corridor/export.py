@@ -10,8 +10,9 @@ from quantdm.errors import QuantDMError
 from quantdm.files import read_json, tensors_digest
 from quantdm.hub.export import export_pipeline
 from quantdm.hub.replace import CORRECTION_FILE, check_export_path
-from quantdm.recipe import Recipe, joint_config, load_recipe
+from quantdm.recipe import Recipe, load_recipe
 from quantdm.runs.bank import WeightBank
+from quantdm.runs.labels import weights_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 from quantdm.runs.tune import used_tuning
@@ -43,8 +44,7 @@ def export_run(
     """
     check_export_path(folder, run.location, apart_from=run.folder)
     recipe = load_recipe(run.path("recipe.yaml"))
-    layers, parts = load_space(run).layers, run.settings.seen.denoisers
-    labels = joint_config(recipe, layers, parts).to_labels()
+    labels = weights_of(run, recipe, load_space(run).layers)
     bank, recipe, tuning = _bank(run, recipe, labels, tuned=tuned)
     recipe, correction, note = _pair(run, recipe, labels, corrected)
     inputs = {part: parse_inputs(record) for part, record in run.settings.seen.example_inputs.items()}

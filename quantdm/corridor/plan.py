@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -11,10 +11,10 @@ from torch import nn
 from quantdm.corridor.levels import Level
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.machine import cores, same_devices
-from quantdm.pipelines.generate import generate
+from quantdm.pipelines.generate import generate, most_at_once
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
-from quantdm.pipelines.sizes import auto_batch, bytes_per_image
+from quantdm.pipelines.sizes import bytes_per_image
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import Moments, count_bits, quantize_options
 from quantdm.runs.evaluator import NOISE_CALLS
@@ -97,7 +97,15 @@ class Plan:
         return most
 
 
-def plan_run(subject: Subject, settings: RunSettings, level: Level, *, workers: int | None, tuned: bool) -> Plan:
+def plan_run(
+    subject: Subject,
+    settings: RunSettings,
+    level: Level,
+    *,
+    workers: int | None,
+    tuned: bool,
+    batch_size: int | Literal["auto"] = "auto",
+) -> Plan:
     """Estimate a run stage by stage; a few images are generated and some rows of one layer quantized for it.
 
     Raises:
@@ -105,12 +113,12 @@ def plan_run(subject: Subject, settings: RunSettings, level: Level, *, workers: 
     """
     many = (workers or cores()) if subject.device.type == "cpu" else len(same_devices(subject.device))
     pipe = subject.in_dtype(settings.torch_dtype)
-    exact = seconds_per_step(subject.pipe, settings.protocol)
-    fast = exact if pipe is subject.pipe else seconds_per_step(pipe, settings.protocol)
+    exact = seconds_per_step(subject.pipe, settings.protocol, batch_size)
+    fast = exact if pipe is subject.pipe else seconds_per_step(pipe, settings.protocol, batch_size)
     seconds = _seconds(subject, settings, level if tuned else replace(level, tune_images=0), exact, fast, many)
     weights = sum(map(_bytes, subject.denoisers.values()))
     held = weights + (0 if pipe is subject.pipe else weights * settings.torch_dtype.itemsize // 4)
-    held += bytes_per_image(pipe, settings.protocol) * auto_batch(pipe, settings.protocol)
+    held += bytes_per_image(pipe, settings.protocol) * most_at_once(pipe, settings.protocol, batch_size)
     disk = _disk(subject, settings)
     return Plan(
         tuple(
@@ -160,12 +168,12 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
-def seconds_per_step(pipe: DiffusionPipeline, protocol: Protocol) -> float:
+def seconds_per_step(pipe: DiffusionPipeline, protocol: Protocol, batch_size: int | Literal["auto"] = "auto") -> float:
     """Measure the seconds of one image's step: one image first, then twice as many while that stays short."""
     images = 1
     while True:
         start = time.monotonic()
-        generate(pipe, protocol, range(images), steps=2)
+        generate(pipe, protocol, range(images), steps=2, batch_size=batch_size)
         took = time.monotonic() - start
         if took > PROBE_SECONDS / 2 or images >= PROBE_IMAGES:
             return took / images / 2

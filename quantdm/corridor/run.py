@@ -32,7 +32,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
-from quantdm.runs.settings import make_settings
+from quantdm.runs.settings import check_dtype, make_settings
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.tune import tune_run
@@ -90,13 +90,15 @@ def run(
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
     start, level = time.monotonic(), level_of(effort, trials=trials)
-    subject = _look(pipe, run_dir, example_inputs, device, say)
+    subject = _look(pipe, run_dir, example_inputs, device, dtype, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
         "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
     }  # fmt: skip
     settings = make_settings(subject, **given)
-    plan = plan_run(subject, settings, level, workers=workers, tuned=tuned) if dry_run or minutes else None
+    plan = None
+    if dry_run or minutes:
+        plan = plan_run(subject, settings, level, workers=workers, tuned=tuned, batch_size=batch_size)
     if dry_run and plan is not None:
         return plan.said(say)
     folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
@@ -114,13 +116,16 @@ def _look(
     run_dir: str | Path | None,
     example_inputs: Mapping[str, Any] | None,
     device: str | None,
+    dtype: str | None,
     say: Say,
 ) -> Subject:
     """Open and look at what a run is of, on a device that is there."""
     if run_dir is not None:
         check_output(run_dir, folder=True)  # before anything is opened
+    check_dtype(dtype)
     say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
-    return look_at(pipe, example_inputs=example_inputs, device=None if device is None else checked_device(device))
+    place = None if device is None else checked_device(device)
+    return look_at(pipe, example_inputs=example_inputs, device=place, dtype=dtype)
 
 
 def _counted(subject: Subject) -> str:
@@ -160,7 +165,7 @@ class _Way:
         run, engine, say, subject = self.run, self.engine, self.say, self.engine.subject
         say(f"[2/10] quantize every layer with {len(run.settings.options)} options")
         describe(run, subject)
-        bank = build_bank(run, subject)
+        bank = build_bank(run, subject, batch_size=engine.batch_size)
         say("[3/10] how sensitive is each layer?")
         space = measure_space(run, engine, subject, bank)
         say(f"[4/10] measure {run.settings.trials} sampled configurations (processes: {engine.workers})")

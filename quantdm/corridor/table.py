@@ -26,6 +26,10 @@ def show_table(summary: dict[str, Any], console: Console | None = None) -> None:
         )
     console = console or Console(width=79)
     console.print(table)
+    for key, better in summary.get("metrics", {}).items():
+        shown = [f"{r['name']} {spread(r[key], r[f'{key}_sd'])}" for r in summary["rows"] if r.get(key) is not None]
+        if shown:
+            console.print(f"{key} ({better} is better): {'; '.join(shown)}.")
     protocol, noise = summary["protocol"], summary["fp_noise"]["mean"]
     lines = [f"{row['name']}: {row['note']}." for row in summary["rows"] if row["name"] == "uniform-next-width"]
     lines.append(f"{protocol['images']} images per draw, {protocol['steps']} steps.")

@@ -88,13 +88,21 @@ def _config(denoiser: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("quantization_config", "_name_or_path")}
 
 
+_ADAPTER = ".lora_"  # in the names of the layers that peft puts beside a layer
+
+
 def _check_modules(denoiser: nn.Module, layers: list[str]) -> None:
     """Refuse a denoiser whose layers are not those of its configuration."""
     present = {name for name, _ in denoiser.named_modules()}
     odd = [name for name in layers if name not in present]
     odd += sorted({s.name for s in weight_specs(denoiser)} - set(layers))
     if odd:
+        if any(_ADAPTER in name for name in odd):
+            raise QuantDMError(
+                f"{type(denoiser).__name__}: an adapter is loaded ({odd[0]}); fuse it first, pipe.fuse_lora() and then "
+                "pipe.unload_lora_weights(), or unload it"
+            )
         raise QuantDMError(
             f"{type(denoiser).__name__}: {len(odd)} layers do not follow from its configuration, the first is "
-            f"{odd[0]} ({nearest(odd[0], layers)}); undo fused projections (unfuse_qkv_projections) and unload adapters"
+            f"{odd[0]} ({nearest(odd[0], layers)}); undo fused projections (unfuse_qkv_projections)"
         )

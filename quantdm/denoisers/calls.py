@@ -1,12 +1,15 @@
 """Record the calls of a denoiser while a pipeline runs, and replay them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from quantdm.errors import QuantDMError
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,45 @@ class Recording:
     calls: list[Call] = field(default_factory=list)
     seen: int = 0
 
+    def mark(self) -> Callable[[], None]:
+        """Return what takes back all that is recorded from now on."""
+        calls, seen = len(self.calls), self.seen
+
+        def take_back() -> None:
+            del self.calls[calls:]
+            self.seen = seen
+
+        return take_back
+
+
+# Denoiser -> what marks the place of each recording of it that is open now.
+_OPEN: WeakKeyDictionary[nn.Module, list[Callable[[], Callable[[], None]]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def taken_back(denoisers: Iterable[nn.Module], mark: Callable[[], Callable[[], None]]) -> Iterator[None]:
+    """Let what is recorded of some denoisers be taken back while the context is open; `mark` as of `Recording`."""
+    opened = [_OPEN.setdefault(denoiser, []) for denoiser in denoisers]
+    for each in opened:
+        each.append(mark)
+    try:
+        yield
+    finally:
+        for each in opened:
+            each.remove(mark)
+
+
+def mark_recordings(denoisers: Iterable[nn.Module]) -> Callable[[], None]:
+    """Return what makes every recording forget the call that begins now: it ran out of memory and is made anew."""
+    marks = {id(mark): mark for denoiser in denoisers for mark in _OPEN.get(denoiser, ())}
+    undo = [mark() for mark in marks.values()]
+
+    def take_back() -> None:
+        for each in undo:
+            each()
+
+    return take_back
+
 
 @contextmanager
 def record_calls(denoiser: nn.Module, steps: Sequence[int] | None = None) -> Iterator[Recording]:
@@ -38,7 +80,8 @@ def record_calls(denoiser: nn.Module, steps: Sequence[int] | None = None) -> Ite
 
     handle = denoiser.register_forward_hook(hook, with_kwargs=True)
     try:
-        yield recording
+        with taken_back([denoiser], recording.mark):
+            yield recording
     finally:
         handle.remove()
 
@@ -52,3 +95,19 @@ def first_tensor(output: Any) -> torch.Tensor:
 def replay(denoiser: nn.Module, calls: Sequence[Call]) -> list[torch.Tensor]:
     """Run a denoiser on recorded inputs and return its outputs."""
     return [first_tensor(denoiser(*call.args, **call.kwargs)) for call in calls]
+
+
+def layer_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return what a Linear or Conv layer was called with; some networks (AnimateDiff's) name it.
+
+    Raises:
+        QuantDMError: a call of another kind.
+    """
+    if not args and "input" not in kwargs:
+        raise QuantDMError(f"{name}: was called with {', '.join(kwargs) or 'nothing'}, expected its input first")
+    return args[0] if args else kwargs["input"]
+
+
+def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of such a call with another input."""
+    return ((x, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, "input": x})

@@ -6,3 +6,5 @@ from quantdm.hub.diffusers_plugin import QuantDMQuantizer
 from quantdm.hub.transformers_plugin import QuantDMHfQuantizer
 
 __all__ = ["QuantDMConfig", "QuantDMHfQuantizer", "QuantDMQuantizer", "apply_recipe", "register"]
+
+register()  # whoever has imported this has imported diffusers and transformers

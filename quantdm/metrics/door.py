@@ -1,6 +1,7 @@
 """The one door to everything that measures: can this pipeline make, and can these features see, what is asked for?"""
 
 from quantdm.errors import QuantDMError
+from quantdm.metrics.chosen import check_chosen
 from quantdm.metrics.features import check_extractor
 from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.loading import DiffusionPipeline
@@ -13,10 +14,11 @@ def check_measures(pipe: DiffusionPipeline, protocol: Protocol) -> None:
     """Check, before anything is computed, that a pipeline can be measured by a protocol.
 
     Raises:
-        QuantDMError: it makes no such images (see `check_generates`), there are no such features, or they are not of
-            what is made.
+        QuantDMError: it makes no such images (see `check_generates`), there are no such features or metrics, or they
+            are not of what is made.
     """
     check_extractor(protocol.features)
+    check_chosen(protocol)
     check_generates(pipe, protocol)
     if protocol.output == "latent" and protocol.features != OF_LATENTS:
         raise QuantDMError(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
 from quantdm.metrics import load_extractor
+from quantdm.metrics.chosen import chosen_figures
 from quantdm.metrics.door import check_measures
 from quantdm.metrics.samples import Draw, compare, compare_real, count_blank, draw_samples
 from quantdm.metrics.statistics import mean_and_sd, totals
@@ -35,10 +36,10 @@ def evaluate(
         batch_size: images at once at most ("auto": found from memory); figures do not depend on it.
 
     Returns:
-        `rows`: one record per seed with fid_fp, psnr_fp, fid_real, agreement, seconds (those that apply), flagged and
-        constant; `mean` and `sd` of each (`sd` is None with one seed); `flagged` and `constant`: how many of all images
-        a safety checker blanked, and how many else have one colour only, here or in the reference; `protocol`: how it
-        was measured.
+        `rows`: one record per seed with fid_fp, psnr_fp, fid_real, agreement, seconds (those that apply), the metrics
+        of the protocol, flagged and constant; `mean` and `sd` of each (`sd` is None with one seed); `flagged` and
+        `constant`: how many of all images a safety checker blanked, and how many else have one colour only, here or in
+        the reference; `protocol`: how it was measured.
 
     Raises:
         QuantDMError: fewer than two images, no seeds, a pipeline that cannot be measured by this protocol, NaN or
@@ -54,10 +55,12 @@ def evaluate(
         draw = Draw(seed, num_images, steps or protocol.steps)
         samples = draw_samples(pipe, protocol, extractor, draw, batch_size=batch_size)
         row: dict[str, float | None] = {"seconds": samples.seconds, **count_blank(samples)}
+        full = None
         if reference is not None:
             full = draw_samples(reference, protocol, extractor, draw, batch_size=batch_size, what="the reference")
             row |= compare(samples, full)
-        rows.append(row | compare_real(samples, protocol))
+        row |= compare_real(samples, protocol)
+        rows.append(row | chosen_figures(samples, full, protocol))
     return {
         "rows": rows,
         **mean_and_sd(rows),

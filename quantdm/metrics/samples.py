@@ -172,7 +172,7 @@ def compare_real(samples: Samples, protocol: Protocol) -> dict[str, float]:
     if protocol.real is None:
         return {}
     height, width = samples.images.shape[-2:]
-    real = _real_features(protocol.features, protocol.real, (width, height))
+    real = real_features(protocol.features, protocol.real, (width, height))
     figures = {"fid_real": frechet_distance(samples.features, real)}
     digits = [digit_of(value) if isinstance(value, (str, int)) else None for value in protocol.conditions]
     if protocol.real == DIGITS and digits and None not in digits:
@@ -184,7 +184,7 @@ def compare_real(samples: Samples, protocol: Protocol) -> dict[str, float]:
 
 
 @cache
-def _real_features(extractor_name: str, real: str, size: tuple[int, int] | None) -> torch.Tensor:
+def real_features(extractor_name: str, real: str, size: tuple[int, int] | None) -> torch.Tensor:
     """Return the features of the real images; a folder's pictures at `size`, None: that of the first of them."""
     extractor = load_extractor(extractor_name)
     if real == DIGITS:
@@ -204,7 +204,7 @@ def real_floor(protocol: Protocol) -> float:
     assert protocol.real is not None
     if protocol.real == DIGITS:
         train = batched(load_extractor(protocol.features), load_digit_images("train")[0])
-        return frechet_distance(train, _real_features(protocol.features, DIGITS, None))
+        return frechet_distance(train, real_features(protocol.features, DIGITS, None))
     side = protocol.resolution
-    features = _real_features(protocol.features, protocol.real, None if side is None else (side, side))
+    features = real_features(protocol.features, protocol.real, None if side is None else (side, side))
     return frechet_distance(features[::2], features[1::2])

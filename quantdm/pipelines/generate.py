@@ -8,11 +8,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from quantdm.denoisers.calls import Call, record_calls
+from quantdm.denoisers.calls import Call, mark_recordings, record_calls
 from quantdm.errors import QuantDMError
 from quantdm.machine import seeded
 from quantdm.pipelines.checks import check_generates, results_of
-from quantdm.pipelines.parts import get_denoiser
+from quantdm.pipelines.parts import find_denoisers, get_denoiser
 from quantdm.pipelines.planning import arguments_of, plan, stands_alone
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.signature import CallSignature, output_of
@@ -91,7 +91,7 @@ def generate_batches(
     signature = CallSignature.of(pipe)
     output = output_of(signature, protocol)
     alone = stands_alone(signature, protocol, output)
-    most = 1 if alone else auto_batch(pipe, protocol) if batch_size == "auto" else held(pipe, batch_size)
+    most = most_at_once(pipe, protocol, batch_size)
     if most < 1:
         raise QuantDMError(f"batch_size: got {most}, expected one image or more, or 'auto'")
     shape, start = None, 0
@@ -102,8 +102,10 @@ def generate_batches(
             pipe, signature, protocol, call, generators=image_generators(batch), steps=steps or protocol.steps,
             output=output, alone=alone,
         )  # fmt: skip
+        take_back = mark_recordings(find_denoisers(pipe).values())
         out = _call(pipe, settings, batch)
         if out is None:
+            take_back()
             most = halve_batch(pipe, call.count)
             continue
         start += call.count
@@ -125,11 +127,20 @@ def _same_shape(images: torch.Tensor, before: torch.Size | None, seed: int) -> t
     return images.shape[1:]
 
 
-def count_calls(pipe: DiffusionPipeline, protocol: Protocol, images: int) -> int:
-    """Return how many calls of the pipeline make that many images: one batch is one call."""
+def most_at_once(pipe: DiffusionPipeline, protocol: Protocol, batch_size: int | Literal["auto"] = "auto") -> int:
+    """Return how many images one call of a pipeline makes at most."""
     signature = CallSignature.of(pipe)
-    alone = stands_alone(signature, protocol, output_of(signature, protocol))
-    return len(list(plan(signature, protocol, images, first=0, most=1 if alone else auto_batch(pipe, protocol))))
+    if stands_alone(signature, protocol, output_of(signature, protocol)):
+        return 1
+    return auto_batch(pipe, protocol) if batch_size == "auto" else held(pipe, batch_size)
+
+
+def count_calls(
+    pipe: DiffusionPipeline, protocol: Protocol, images: int, *, batch_size: int | Literal["auto"] = "auto"
+) -> int:
+    """Return how many calls of the pipeline make that many images: one batch is one call."""
+    most = most_at_once(pipe, protocol, batch_size)
+    return len(list(plan(CallSignature.of(pipe), protocol, images, first=0, most=most)))
 
 
 @torch.no_grad()

@@ -11,10 +11,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -59,7 +61,13 @@ class Protocol(BaseModel):
     resolution: int | None = Field(None, strict=True, ge=1, description="height and width in pixels")
     output: Literal["image", "video", "latent"] | None = Field(None, description="none: what the pipeline makes")
     features: str = Field(description="extractor of the Frechet distance")
+    metrics: tuple[str, ...] = Field((), description="further figures by name: see `quantdm evaluate fid metrics`")
     real: str | None = Field(None, description="real images of the same kind: digits, or a folder of pictures")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what protocols before 0.4 did not have, so that what was recorded of theirs stays theirs."""
+        return {key: value for key, value in dump(self).items() if key != "metrics" or value}
 
     def __init__(self, **data: Any) -> None:  # one clear error also where a protocol is written in Python
         try:
@@ -75,6 +83,11 @@ class Protocol(BaseModel):
                 f"got {argument!r}, expected {' or '.join(FIRST_ARGUMENTS)}; for others write `version: 2`"
             )
         return None if argument == "none" else argument
+
+    @field_validator("metrics")
+    @classmethod
+    def _once(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(metrics))
 
     @field_validator("values", "rows", mode="after")
     @classmethod
@@ -105,7 +118,7 @@ class Protocol(BaseModel):
         return self
 
     def _check_first(self) -> None:
-        new = [name for name in ("call", "rows", "output", "steps_argument") if getattr(self, name)]
+        new = [name for name in ("call", "rows", "output", "steps_argument", "metrics") if getattr(self, name)]
         if new:
             raise QuantDMError(f"{', '.join(new)}: known from version 2 on; write `version: 2`")
         if self.argument is None or self.guidance_scale is None or self.real not in (None, "digits"):

@@ -21,9 +21,11 @@ from quantdm.denoisers.tables import TableRecord, list_tables
 from quantdm.errors import QuantDMError
 from quantdm.machine import best_device
 from quantdm.pipelines.casting import in_dtype
-from quantdm.pipelines.loading import load_pipeline, model_name
-from quantdm.pipelines.parts import find_denoisers, inputs_by_part
+from quantdm.pipelines.loading import load_pipeline, model_name, pipeline_path
+from quantdm.pipelines.parts import DENOISER_NAMES, find_denoisers, inputs_by_part
 from quantdm.pipelines.seen import Seen, differences, see
+from quantdm.pipelines.stored import stored_variant, weight_files
+from quantdm.pipelines.tensor_files import floats_are
 from quantdm.recipe.joint import split_name
 
 Inputs = Mapping[str, Any]
@@ -124,6 +126,7 @@ def look_at(
     example_inputs: Inputs | None = None,
     device: str | torch.device | None = None,
     location: str | None = None,
+    dtype: str | None = None,
 ) -> Subject:
     """Look at a pipeline: find its denoisers, trace them, take the fingerprint of every part.
 
@@ -133,12 +136,18 @@ def look_at(
             configuration; of several denoisers: component name -> keyword arguments. See `capture_inputs`.
         device: where a named pipeline is put (None: CUDA if there is any).
         location: where a live pipeline is known to lie; None: the place it says is opened again and compared.
+        dtype: in which a named pipeline is opened if its denoisers are stored in it, which halves the memory of what is
+            stored in 16 bits (None, or stored otherwise: float32).
 
     Raises:
         QuantDMError: unknown name, no denoiser, or one that cannot be traced.
     """
     named = isinstance(pipe, (str, Path))
-    live = load_pipeline(pipe, device=device or best_device()) if isinstance(pipe, (str, Path)) else pipe
+    live = (
+        load_pipeline(pipe, device=device or best_device(), torch_dtype=_opened_in(pipe, dtype))
+        if isinstance(pipe, (str, Path))
+        else pipe
+    )
     denoisers = find_denoisers(live)
     inputs = {
         name: given
@@ -159,6 +168,14 @@ def look_at(
         seen=seen,
         dtype_is_free=named,
     )
+
+
+def _opened_in(name: str | Path, dtype: str | None) -> torch.dtype:
+    """Return the dtype in which a pipeline is opened when images are to be generated in `dtype`."""
+    folder, wanted = Path(pipeline_path(name)), getattr(torch, dtype or "float32")
+    files = [[*weight_files(folder / part, stored_variant(folder))] for part in DENOISER_NAMES]
+    stored = [group for group in files if group]
+    return wanted if stored and all(floats_are(group, wanted) for group in stored) else torch.float32
 
 
 def reopen(

@@ -54,6 +54,16 @@ def tensors_in(files: Iterable[Path]) -> dict[str, LazyTensor]:
     return found
 
 
+def floats_are(files: Iterable[Path], dtype: torch.dtype) -> bool:
+    """Tell whether all floating tensors of a checkpoint have this dtype, so that opening it in that one loses nothing.
+
+    Raises:
+        QuantDMError: a file is missing or damaged.
+    """
+    found = {t.meta.dtype for t in tensors_in(files).values() if t.meta.is_floating_point()}
+    return found == {dtype}
+
+
 def _tensors_of(path: Path) -> dict[str, LazyTensor]:
     try:
         with path.open("rb") as file:

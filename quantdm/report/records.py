@@ -11,12 +11,14 @@ import torch
 from quantdm.correction.record import Correction, is_current, load_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
-from quantdm.recipe import Recipe, joint_config, load_recipe
+from quantdm.recipe import Recipe, load_recipe
+from quantdm.runs.labels import weights_of
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import own_trials
 from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
 from quantdm.runs.why import WHY_FILE
+from quantdm.schemes import QuantConfig
 from quantdm.surrogates import Attribution, SearchSpace
 
 # Record -> the command that makes it (MODEL and RUN_DIR as they were given: a report carries no machine's paths).
@@ -47,6 +49,7 @@ class Records:
     selection: dict[str, Any] | None
     why: dict[str, Any] | None
     recipe: Recipe | None
+    labels: dict[str, str | None]  # of the recipe's layers
     tuning: dict[str, Any] | None
     correction: Correction | None
     steps: tuple[dict[str, float], ...]
@@ -63,8 +66,7 @@ class Records:
         """The recipe as positions on the option axis, in the order of the space's layers."""
         if self.space is None or self.recipe is None:
             return None
-        config = joint_config(self.recipe, self.space.layers, self.settings.seen.denoisers)
-        return self.space.choice_of(config)
+        return self.space.choice_of(QuantConfig.from_labels(self.labels))
 
     @cached_property
     def explanation(self) -> tuple[str, Attribution] | None:
@@ -92,8 +94,6 @@ def read_records(run_dir: str | Path) -> Records:
 
     space = optional("space.json", SearchSpace.load)
     recipe = optional("recipe.yaml", load_recipe)
-    if space is not None and recipe is not None:
-        joint_config(recipe, space.layers, run.settings.seen.denoisers)
     attributions = optional("attribution.json", _read_attributions)
     for name, attribution in (attributions or {}).items():
         if space is not None and (attribution.layers, attribution.options) != (space.layer_names, space.labels):
@@ -117,6 +117,7 @@ def read_records(run_dir: str | Path) -> Records:
         selection=optional("selection.json", lambda path: read_json(path, version=1)),
         why=optional(WHY_FILE, lambda path: read_json(path, version=1)),
         recipe=recipe,
+        labels={} if space is None or recipe is None else weights_of(run, recipe, space.layers),
         tuning=optional(TUNING_FILE, lambda path: read_json(path, version=TUNING_VERSION)),
         correction=optional("correction.safetensors", lambda path: load_correction(path) if is_current(path) else None),
         steps=tuple((optional("correction_steps.json", partial(read_json, version=2)) or {}).get("steps", ())),

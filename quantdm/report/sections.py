@@ -41,6 +41,8 @@ def results(records: Records) -> str:
         return missing("summary.json", "No result table")
     rows = records.summary["rows"]
     real, agreement = "fid_real" in rows[0], "agreement" in rows[0]
+    asked = records.summary.get("metrics", {})
+    metrics = {key: better for key, better in asked.items() if key != "agreement" and rows[0].get(key) is not None}
     head = [
         ("", ""),
         ("Bits", "per weight"),
@@ -49,6 +51,7 @@ def results(records: Records) -> str:
         ("PSNR", "dB"),
         *[("FID to real", "images")] * real,
         *[("Agreement", "with request")] * agreement,
+        *((key, f"{better} is better") for key, better in metrics.items()),
         ("Time", "s per draw"),
     ]
     fp_digits, real_digits = (column_decimals(rows, key) for key in ("fid_fp", "fid_real"))
@@ -62,6 +65,7 @@ def results(records: Records) -> str:
             "–" if row.get("psnr_fp") is None else f"{row['psnr_fp']:.1f}",
             *[spread_cell(row, "fid_real", real_digits)] * real,
             *[f"{100 * row.get('agreement', 0):.1f}\u00a0%"] * agreement,
+            *(spread_cell(row, key, column_decimals(rows, key)) for key in metrics),
             f"{row['seconds']:.1f}",
         ]
 

@@ -15,7 +15,7 @@ from quantdm.pipelines.seen import Seen
 from quantdm.recipe import Provenance, Recipe, joint_rules, load_recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import is_current
-from quantdm.runs.labels import calibration_of, label_bits, labels_of
+from quantdm.runs.labels import calibration_of, label_bits, labels_of, tables_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.trials import load_trials
@@ -114,8 +114,8 @@ def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
 
 def _as_it_is(run: Run, recipe: Recipe, space: SearchSpace, chosen: dict[str, str | None]) -> Recipe:
     """Return a run's recipe; one that was changed by hand loses the figures that were measured of the chosen one."""
-    labels = labels_of(recipe, space.layers, run.settings.seen.denoisers)
-    if labels == chosen and recipe.embeddings == run.settings.embeddings:
+    labels = labels_of(run, recipe, space.layers)
+    if labels == chosen and tables_of(run, recipe, space.layers) == run.settings.embeddings:
         return recipe
     provenance = recipe.provenance.model_copy(
         update={"source": f"{recipe.provenance.source}; then changed by hand, not measured", "measured": {}}

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -12,6 +13,7 @@ from quantdm.correction import VARIANTS, Correction, fit_correction, load_correc
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, tensors_digest, write_json
+from quantdm.machine import checked_device
 from quantdm.metrics import batched, frechet_distance
 from quantdm.metrics.features import Extractor
 from quantdm.metrics.samples import Draw
@@ -22,12 +24,14 @@ from quantdm.recipe import ActivationSpec, Recipe, load_recipe, weights_digest
 from quantdm.recipe.activations import MAX_ACTIVATION_BITS, MIN_ACTIVATION_BITS
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Evaluator, Job, configured
-from quantdm.runs.labels import labels_of
+from quantdm.runs.labels import labels_of, tables_of
 from quantdm.runs.run import Run
 from quantdm.runs.tune import own_tuning
 
 
-def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
+def correct_recipe(
+    run: Run, *, bits: int, images: int, batch_size: int | Literal["auto"] = "auto", device: str | None = None
+) -> Correction:
     """Fit the correction of a run's recipe at activations of 3 to 8 bits (16: not quantized), anew."""
     if bits != 16 and not MIN_ACTIVATION_BITS <= bits <= MAX_ACTIVATION_BITS:
         raise QuantDMError(
@@ -36,10 +40,10 @@ def correct_recipe(run: Run, *, bits: int, images: int) -> Correction:
     if images < 2 * FIT_DRAWS:
         raise QuantDMError(f"images: got {images}, expected {2 * FIT_DRAWS} or more, {FIT_DRAWS} draws of two")
     recipe = load_recipe(run.path("recipe.yaml"))
-    subject = run.open_subject()
+    subject = run.open_subject(device=None if device is None else checked_device(device))
     spec = None if bits == 16 else usual_activations(subject.denoiser, bits)
-    with Engine(run, subject) as engine:
-        tuned = own_tuning(run, labels_of(recipe, subject.layers, subject.part_names))
+    with Engine(run, subject, batch_size=batch_size) as engine:
+        tuned = own_tuning(run, labels_of(run, recipe, subject.layers))
         return load_correction(correct_run(run, engine, recipe, spec, images=images, anew=True, tuned=tuned))
 
 
@@ -71,17 +75,18 @@ def correct_run(
     Raises:
         QuantDMError: the recipe does not fit the denoiser or quantizes further parts of the pipeline; images are NaN.
     """
-    labels = labels_of(recipe, engine.subject.layers, engine.subject.part_names)
+    layers = engine.subject.layers
+    labels, tables = labels_of(run, recipe, layers), tables_of(run, recipe, layers)
     path, record = run.path("correction.safetensors"), run.path("correction_steps.json")
     spec = None if activations is None else activations.model_dump(mode="json")
     tuning = None if tuned is None else tensors_digest(tuned)
-    key = digest(CORRECTION_VERSION, weights_digest(labels), spec, images, *([] if tuning is None else [tuning]))
+    own = [] if tables == run.settings.embeddings else [tables]
+    key = digest(CORRECTION_VERSION, weights_digest(labels), spec, images, *([] if tuning is None else [tuning]), *own)
     unfinished = run.path(f"correction-{key[:12]}.json")
     whole = path.is_file() and record.is_file()
     if not anew and whole and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
-    tables, file = run.settings.embeddings, None if tuned is None else str(tuned)
-    job = Job(Draw(0, 0, 0), labels, spec, tuned=file, embeddings=tables)
+    job = Job(Draw(0, 0, 0), labels, spec, tuned=None if tuned is None else str(tuned), embeddings=tables)
     joint = Recipe(model=recipe.model, layers=labels, activations=activations)
     with told(f"correction of {job.description}"):
         correction = _fit(run, engine.local, job, joint, images, unfinished)
@@ -99,8 +104,8 @@ def _fit(run: Run, evaluator: Evaluator, job: Job, recipe: Recipe, images: int, 
     return fit_correction(
         pipe,
         lambda: configured(pipe, evaluator.bank, job, evaluator.tables),
-        fit_runs=_runs_of(run, 50, FIT_DRAWS, images // FIT_DRAWS),
-        test_runs=_runs_of(run, 60, TEST_DRAWS, images),
+        fit_runs=_runs_of(run, 50, FIT_DRAWS, images // FIT_DRAWS, evaluator.batch_size),
+        test_runs=_runs_of(run, 60, TEST_DRAWS, images, evaluator.batch_size),
         distance=partial(_distance, evaluator.extractor),
         # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
         # noise is explained (docs/method.md, When not to correct).
@@ -118,14 +123,16 @@ def _distance(extractor: Extractor, images_a: torch.Tensor, images_b: torch.Tens
     return frechet_distance(*(batched(extractor, images) for images in (images_a, images_b)))
 
 
-def _runs_of(run: Run, first: int, count: int, images: int) -> list[Callable[[DiffusionPipeline], torch.Tensor]]:
+def _runs_of(
+    run: Run, first: int, count: int, images: int, batch_size: int | Literal["auto"]
+) -> list[Callable[[DiffusionPipeline], torch.Tensor]]:
     """Return what generates each of `count` draws from that one on."""
     protocol = run.settings.protocol
 
     def runner(draw: Draw) -> Callable[[DiffusionPipeline], torch.Tensor]:
         def run_once(pipe: DiffusionPipeline) -> torch.Tensor:
             with told(f"draw {draw.base_seed}"), memoized_text_encoders(pipe):
-                return generate(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=draw.images)
+                return generate(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size)
 
         return run_once
 

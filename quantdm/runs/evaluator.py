@@ -1,6 +1,6 @@
 """What one worker does: measure a configuration on a draw, measure the sensitivity of one layer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -14,6 +14,7 @@ from quantdm.denoisers.ensemble import join_weights
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
+from quantdm.metrics.chosen import chosen_figures
 from quantdm.metrics.influence import frechet_influence
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
 from quantdm.pipelines.generate import count_calls, generate
@@ -34,7 +35,8 @@ NOISE_CALLS = 4  # timesteps of the one-layer noise error: from the middle, the 
 class Job:
     """One measurement: a configuration (None: full precision), activations and correction, on one draw.
 
-    `embeddings` is the scheme of the embedding tables (None: they stay as they are).
+    `embeddings` is the scheme of the embedding tables (None: they stay as they are), or table -> scheme, where not all
+    have the same.
     """
 
     draw: Draw
@@ -42,7 +44,7 @@ class Job:
     activations: dict[str, Any] | None = None
     correction: str | None = None
     tuned: str | None = None
-    embeddings: str | None = None
+    embeddings: str | dict[str, str] | None = None
 
     @property
     def key(self) -> str:
@@ -67,7 +69,9 @@ class Job:
         spec = None if self.activations is None else ActivationSpec.model_validate(self.activations)
         activations = "" if spec is None else f", {spec.description}"
         tuned = "" if self.tuned is None else ", tuned"
-        tuned += "" if self.embeddings is None else f", embedding tables {self.embeddings}"
+        if self.embeddings is not None:
+            tables = self.embeddings if isinstance(self.embeddings, str) else "each by a rule of its own"
+            tuned += f", embedding tables {tables}"
         return weights + tuned + activations + ("" if self.correction is None else ", corrected sampler")
 
 
@@ -80,7 +84,7 @@ class Probe:
 
 
 def job_of(run: Run, draw: Draw, labels: dict[str, str | None]) -> Job:
-    """Return the measurement of a configuration of a run; its embedding tables are those of the run's results."""
+    """Return the measurement of a configuration of a run; its embedding tables are as the run was asked for."""
     return Job(draw, labels, embeddings=run.settings.embeddings)
 
 
@@ -116,8 +120,13 @@ class Evaluator:
     def measure_paired(self, job: Job) -> dict[str, Any]:
         """Return the figures of one job, and what every image adds to fid_fp: "influence", one number per image."""
         figures, samples, reference = self._measured(job)
-        own, other = frechet_influence(samples.features, reference.features)
-        return {**figures, "influence": [float(f"{value:.6g}") for value in (own + other).tolist()]}
+        return {**figures, "influence": _influence(samples, reference)}
+
+    def measure_final(self, job: Job) -> dict[str, Any]:
+        """Return what `measure_paired` does, and the metrics that the protocol asks for by name."""
+        figures, samples, reference = self._measured(job)
+        chosen = chosen_figures(samples, reference, self.protocol)
+        return {**figures, **chosen, "influence": _influence(samples, reference)}
 
     def _measured(self, job: Job) -> tuple[dict[str, Any], Samples, Samples]:
         reference = self.reference(job.draw)
@@ -196,13 +205,13 @@ class Evaluator:
             draw = Draw(settings.seed * 1000 + 1, settings.noise_images, settings.label_steps)
             with subject.recording(subject.pipe, dict.fromkeys(subject.part_names, ())) as counted:
                 generate(subject.pipe, self.protocol, draw.seeds[:1], steps=draw.steps)
-            calls = count_calls(subject.pipe, self.protocol, len(draw.seeds))
+            calls = count_calls(subject.pipe, self.protocol, len(draw.seeds), batch_size=self.batch_size)
             wanted = {
                 part: [call * recording.seen + i for call in range(calls) for i in _middle(recording.seen)]
                 for part, recording in counted.items()
             }
             with subject.recording(subject.pipe, wanted) as recorded:
-                generate(subject.pipe, self.protocol, draw.seeds, steps=draw.steps)
+                generate(subject.pipe, self.protocol, draw.seeds, steps=draw.steps, batch_size=self.batch_size)
             self._calls = {part: recording.calls for part, recording in recorded.items()}
             silent = [part for part, calls in self._calls.items() if not calls]
             if silent:
@@ -211,6 +220,11 @@ class Evaluator:
                     "that every denoiser works"
                 )
         return self._calls
+
+
+def _influence(samples: Samples, reference: Samples) -> list[float]:
+    own, other = frechet_influence(samples.features, reference.features)
+    return [float(f"{value:.6g}") for value in (own + other).tolist()]
 
 
 def _middle(count: int) -> list[int]:
@@ -223,17 +237,19 @@ class Tables:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
-        self._found: dict[str, dict[str, QuantizedWeight]] = {}
+        self._found: dict[tuple[str, str], QuantizedWeight] = {}
 
-    def of(self, label: str) -> dict[str, QuantizedWeight]:
-        """Return joint name -> table under a scheme."""
-        if label not in self._found:
-            weights, scheme = self._subject.weights, Scheme.parse(label)
-            self._found[label] = {
-                table.name: quantize_weight(weights.get_parameter(f"{table.name}.weight"), scheme, name=table.name)
-                for table in self._subject.tables
-            }
-        return self._found[label]
+    def of(self, labels: str | Mapping[str, str]) -> dict[str, QuantizedWeight]:
+        """Return joint name -> table under a scheme, or under its own."""
+        if isinstance(labels, str):
+            labels = {table.name: labels for table in self._subject.tables}
+        return {name: self._under(name, label) for name, label in labels.items()}
+
+    def _under(self, name: str, label: str) -> QuantizedWeight:
+        if (name, label) not in self._found:
+            weight = self._subject.weights.get_parameter(f"{name}.weight")
+            self._found[name, label] = quantize_weight(weight, Scheme.parse(label), name=name)
+        return self._found[name, label]
 
 
 @contextmanager

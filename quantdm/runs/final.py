@@ -15,6 +15,7 @@ from quantdm.hub.export import configuration_digest
 from quantdm.hub.size import ExportSize
 from quantdm.machine import versions
 from quantdm.metrics import frechet_distance
+from quantdm.metrics.registry import METRICS
 from quantdm.metrics.samples import Draw, real_floor
 from quantdm.metrics.statistics import mean_and_sd, totals
 from quantdm.progress import bar
@@ -22,7 +23,7 @@ from quantdm.recipe import ActivationSpec, Recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.jobs import measure_jobs
-from quantdm.runs.labels import label_bits, labels_of
+from quantdm.runs.labels import label_bits, labels_of, tables_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
@@ -33,7 +34,7 @@ from quantdm.surrogates import SearchSpace
 
 GRID_IMAGES = 40
 ALWAYS = 2  # draws that every row runs: fewer have no spread
-FIGURES = ("fid_real", "fid_fp", "psnr_fp", "agreement")
+OTHERWISE = ("seconds",)  # what a row says in its own way; all else that was measured has a mean and a deviation
 GRID_ROWS = ("fp", "uniform-next-width", "recipe", "recipe+a6+correction")
 
 
@@ -64,7 +65,7 @@ def final_jobs(
     most = max(figures[name].get("draws", 0) for name in uniforms)  # one that was left out ran fewer, perhaps easy ones
     finished = [name for name in uniforms if figures[name].get("draws", 0) == most]
     uniform = min(finished, key=lambda name: figures[name]["fid_fp_mean"])
-    chosen = labels_of(recipe, space.layers, run.settings.seen.denoisers)
+    chosen, tables = labels_of(run, recipe, space.layers), tables_of(run, recipe, space.layers)
     note = selection["chosen"] if chosen == configs[selection["chosen"]] else "changed by hand"
     uniform_4, kmeans_4 = COMPARED
     draw = Draw(0, 0, 0)  # replaced by every final draw
@@ -84,11 +85,14 @@ def final_jobs(
         "recipe+a6": (Job(draw, chosen, spec, tuned=tuned), "6-bit activations"),
         **({} if correction is None else {"recipe+a6+correction": corrected}),
     }
-    return with_tables(jobs, run.settings.embeddings)
+    usual, own = with_tables(jobs, run.settings.embeddings), with_tables(jobs, tables)
+    return {name: (own if name.startswith("recipe") else usual)[name] for name in jobs}
 
 
-def with_tables(jobs: dict[str, tuple[Job, str]], embeddings: str | None) -> dict[str, tuple[Job, str]]:
-    """Return jobs whose quantized configurations also have their embedding tables under a scheme."""
+def with_tables(
+    jobs: dict[str, tuple[Job, str]], embeddings: str | dict[str, str] | None
+) -> dict[str, tuple[Job, str]]:
+    """Return jobs whose quantized configurations also have their embedding tables under a scheme, or each its own."""
     return {
         name: (job if job.labels is None else replace(job, embeddings=embeddings), note)
         for name, (job, note) in jobs.items()
@@ -121,7 +125,7 @@ def measure_rows(
     with bar(len(_distinct(run, jobs, running, draws)), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
         for heat in [draws] if against is None else [draws[:ALWAYS], draws[ALWAYS:]]:
             work = _distinct(run, jobs, running, heat)
-            found = measure_jobs(engine, store, work, progress=progress, method="measure_paired")
+            found = measure_jobs(engine, store, work, progress=progress, method="measure_final")
             for name in running:
                 measured[name] += [found[run_key(run, replace(jobs[name][0], draw=draw))] for draw in heat]
             running = [n for n in running if n == against or not _apart(measured, n, against)]
@@ -150,38 +154,49 @@ def _row(
     space: SearchSpace, name: str, job: Job, note: str, measured: Sequence[dict[str, Any]], size: ExportSize
 ) -> dict[str, Any]:
     """Return one result row from its figures on every draw."""
-    figures, bits = mean_and_sd(measured), row_bits(space, job)
+    figures, bits, labels = mean_and_sd(measured), row_bits(space, job), _with_own_tables(job, size)
     return {
         "name": name,
         "note": note,
         "configuration": _configuration(job, size),
         "avg_bits": bits / int(space.num_weights.sum()),
-        "denoiser_bytes": size.of(job.labels),
-        "left": {} if job.labels is None else dict(size.left(job.labels)),
-        **{key: figures["mean"][key] for key in FIGURES if key in figures["mean"]},
-        **{f"{key}_sd": figures["sd"][key] for key in FIGURES if key in figures["sd"]},
+        "denoiser_bytes": size.of(labels),
+        "left": {} if labels is None else dict(size.left(labels)),
+        **{key: mean for key, mean in figures["mean"].items() if key not in OTHERWISE},
+        **{f"{key}_sd": sd for key, sd in figures["sd"].items() if key not in OTHERWISE},
         **totals(measured),
         "draws": len(measured),
         "seconds": round(figures["mean"]["seconds"] or 0.0, 3),
     }
 
 
+def _with_own_tables(job: Job, size: ExportSize) -> dict[str, str | None] | None:
+    """Return the labels of a job, those of its embedding tables too where they are not what the size takes for all."""
+    if job.labels is None or not isinstance(job.embeddings, dict):
+        return job.labels
+    others = dict.fromkeys(name for name in size.with_tables(job.labels) if name not in job.labels)
+    return {**others, **job.embeddings, **job.labels}
+
+
 def _configuration(job: Job, size: ExportSize) -> str | None:
     """Return what a row measured as one hash, so that an export finds its own figures; None: full precision."""
-    if job.labels is None:
+    labels = _with_own_tables(job, size)
+    if labels is None:
         return None
     tuning = None if job.tuned is None else tensors_digest(job.tuned)
-    return configuration_digest(size.with_tables(job.labels), job.activations, job.correction, tuning)
+    return configuration_digest(size.with_tables(labels), job.activations, job.correction, tuning)
 
 
 def run_key(run: Run, job: Job) -> str:
     """Return the key of a final measurement; a correction and a tuning count by content, wherever the run lies.
 
-    A correction that found nothing to do counts as none.
+    A correction that found nothing to do counts as none; metrics count that the protocol asks for.
     """
     used = {"tuned": job.tuned, "correction": None if _is_idle(job.correction) else job.correction}
     files = {kind: tensors_digest(path) for kind, path in used.items() if path is not None}
-    return digest(replace(job, correction=None, tuned=None).key, files) if files else job.key
+    own = [files] if files else []
+    own += [run.settings.protocol.metrics] if run.settings.protocol.metrics else []
+    return digest(replace(job, correction=None, tuned=None).key, *own) if own else job.key
 
 
 def _is_idle(correction: str | None) -> bool:
@@ -234,6 +249,7 @@ def write_summary(
         "version": RECORD_VERSION,
         **summary_of(run),
         "target_bits": run.settings.target_bits,
+        "metrics": {f"{n}{end}": METRICS[n].better for n in protocol.metrics for end in ("_fp", "_real", "")},
         "protocol": {
             "images": draws[0].images,
             "draws": [draw.base_seed for draw in draws],

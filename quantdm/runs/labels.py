@@ -1,32 +1,68 @@
 """A recipe as it is measured: one scheme for every layer of the denoisers."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
+from quantdm.denoisers.tables import TableRecord
 from quantdm.errors import QuantDMError
+from quantdm.files import read_json
 from quantdm.quantizers import count_bits
 from quantdm.recipe import CalibrationSpec, Layer, Recipe, joint_config
-from quantdm.runs.run import RunSettings
+from quantdm.runs.run import Run, RunSettings
 from quantdm.schemes import ORIGINAL_BITS, Scheme
 from quantdm.surrogates import SearchSpace
 
 
-def labels_of(recipe: Recipe, layers: Iterable[Layer], parts: Sequence[str]) -> dict[str, str | None]:
-    """Return layer name -> label of a recipe, its patterns, types and default resolved (None: stays as it is).
-
-    Args:
-        layers: those of all denoisers, under joint names.
-        parts: the denoisers, the main one first.
+def labels_of(run: Run, recipe: Recipe, layers: Iterable[Layer]) -> dict[str, str | None]:
+    """Return what `weights_of` does, of a recipe that a run can measure.
 
     Raises:
-        QuantDMError: the recipe does not fit the layers, or quantizes further parts of the pipeline.
+        QuantDMError: it also quantizes further parts of the pipeline; as `weights_of`.
     """
-    further = [name for name in recipe.components if name not in parts]
+    further = [name for name in recipe.components if name not in run.settings.seen.denoisers]
     if further:
         raise QuantDMError(
             f"recipe for {recipe.model}: also quantizes {', '.join(further)}, which a run does not measure; expected "
             "rules for the denoiser alone: take its components out"
         )
-    return joint_config(recipe, layers, parts).to_labels()
+    return weights_of(run, recipe, layers)
+
+
+def weights_of(run: Run, recipe: Recipe, layers: Iterable[Layer]) -> dict[str, str | None]:
+    """Return layer name -> label of a recipe, its patterns, types and default resolved (None: stays as it is).
+
+    Args:
+        run: whose recipe it is.
+        recipe: its rules for embedding tables are checked, and left to `tables_of`.
+        layers: Linear and Conv layers of all denoisers, under joint names.
+
+    Raises:
+        QuantDMError: the recipe does not fit the layers and tables.
+    """
+    layers = list(layers)
+    found = _joint(run, recipe, layers)
+    return {layer.name: found[layer.name] for layer in layers}
+
+
+def tables_of(run: Run, recipe: Recipe, layers: Iterable[Layer]) -> str | dict[str, str] | None:
+    """Return what the embedding tables of a run take under a recipe, as a `Job` has it.
+
+    One label where every table has that of the run (None: they stay as they are); else table -> label.
+    """
+    found = _joint(run, recipe, layers)
+    names, usual = [table.name for table in _tables(run)], run.settings.embeddings
+    own = {name: label for name in names if (label := found.get(name)) is not None}
+    return usual if own == ({} if usual is None else dict.fromkeys(names, usual)) else own
+
+
+def _joint(run: Run, recipe: Recipe, layers: Iterable[Layer]) -> dict[str, str | None]:
+    return joint_config(recipe, [*layers, *_tables(run)], run.settings.seen.denoisers).to_labels()
+
+
+def _tables(run: Run) -> list[TableRecord]:
+    """Return the embedding tables of a run's denoisers; runs before 0.4 do not know them until they go on."""
+    path = run.path("layers.json")
+    records = read_json(path).get("tables", ()) if path.is_file() else ()
+    return [TableRecord(**{**record, "shape": tuple(record["shape"])}) for record in records]
 
 
 def calibration_of(settings: RunSettings, labels: Mapping[str, str | None]) -> CalibrationSpec | None:

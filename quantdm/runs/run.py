@@ -10,19 +10,19 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, Valid
 
 from quantdm.denoisers.given_inputs import parse_inputs
 from quantdm.errors import QuantDMError
-from quantdm.files import check_output, read_json, write_json
+from quantdm.files import check_output, write_json
 from quantdm.pipelines.inputs import PATH_KEYS
 from quantdm.pipelines.protocol import Protocol, known_protocols, load_protocol
 from quantdm.pipelines.seen import Seen, differences
 from quantdm.pipelines.subject import Subject, reopen
 from quantdm.recipe import CalibrationSpec
 from quantdm.runs.claims import CLAIMS, Claims
+from quantdm.runs.manifest import MANIFEST, RUN_VERSION, read_manifest
 from quantdm.schemes import COMPARED, TABLE_SCHEME, Scheme
 
-RUN_VERSION = 2
 CALIBRATION_SEED = 900  # base seed of the trajectories that calibrate: outside those of every draw
 MIN_TRIALS = 30  # the fewest that a search is asked for: surrogates learn nothing from fewer
-MANIFEST, SNAPSHOT = "run.json", "subject"
+SNAPSHOT = "subject"
 # Settings that may change while a run goes on: what was measured under others stays true, and counts where it applies.
 GROWS = (
     "target_bits", "trials", "options", "label_images", "verify_images", "verify_draws",
@@ -177,14 +177,14 @@ class Run:
         Raises:
             QuantDMError: no run there, or one of another version.
         """
-        manifest = Path(folder) / MANIFEST
-        if not os.path.isfile(manifest):
-            raise QuantDMError(f"no run in {folder}: {manifest.name} is missing; start one with `quantdm search`")
+        record = read_manifest(folder)
         try:
-            return cls(folder, RunSettings.model_validate(read_json(manifest, version=RUN_VERSION)))
+            return cls(folder, RunSettings.model_validate(record))
         except ValidationError as error:
             first = error.errors()[0]
-            raise QuantDMError(f"{manifest}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise QuantDMError(
+                f"{Path(folder) / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from None
 
 
 def _differences(first: RunSettings, second: RunSettings) -> list[str]:
@@ -200,9 +200,9 @@ def _differences(first: RunSettings, second: RunSettings) -> list[str]:
     ]
     before, after = (_placeless(settings.protocol.model_dump(mode="json")) for settings in (first, second))
     found += [
-        f"protocol.{key} is {_short(before[key])}, asked for {_short(after[key])}"
-        for key in before
-        if before[key] != after[key]
+        f"protocol.{key} is {_short(before.get(key))}, asked for {_short(after.get(key))}"
+        for key in {**before, **after}
+        if key != "metrics" and before.get(key) != after.get(key)  # metrics are computed anew, nothing else is
     ]
     return found + other
 

@@ -15,7 +15,7 @@ from quantdm.runs.choose import choose
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.run import MANIFEST, Run
-from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, make_settings
+from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_dtype, make_settings
 from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
@@ -61,7 +61,7 @@ def search(
         batch_size: images at once at most ("auto": found from memory); halved where memory runs out.
         device: where a pipeline that is named is put (None: CUDA if there is any).
         dtype: in which images are generated: bfloat16, float16 or float32 (None: what is fast here, a live pipeline's
-            own).
+            own). A pipeline that is stored in it is opened in it, and calibrated in it.
         embeddings: scheme of embedding tables, which are not searched (None: they stay as they are). A run that goes on
             keeps its own if it is not asked for another than the default.
 
@@ -73,7 +73,10 @@ def search(
             belongs to another run or to another pipeline (the difference is named).
     """
     check_output(run_dir, folder=True)  # before anything is opened
-    subject = look_at(pipe, example_inputs=example_inputs, device=None if device is None else checked_device(device))
+    check_dtype(dtype)
+    subject = look_at(
+        pipe, example_inputs=example_inputs, device=None if device is None else checked_device(device), dtype=dtype
+    )
     run, subject = start_run(
         subject,
         run_dir,
@@ -131,7 +134,7 @@ def start_run(
 def find_recipe(run: Run, engine: Engine, subject: Subject) -> Recipe:
     """Run every stage of the search that has no record of the same inputs yet."""
     describe(run, subject)
-    bank = build_bank(run, subject)
+    bank = build_bank(run, subject, batch_size=engine.batch_size)
     space = measure_space(run, engine, subject, bank)
     run_trials(run, engine, space)
     fitted = fit_surrogates(run, space, *load_trials(run, space))

@@ -10,6 +10,7 @@ from quantdm.errors import QuantDMError, nearest
 from quantdm.hub.size import ExportSize
 from quantdm.machine import fast_dtype
 from quantdm.metrics.door import check_measures
+from quantdm.modules import packed_layers
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
@@ -65,6 +66,9 @@ def make_settings(
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     _check_given(trials, options, dtype)
+    packed = [part for part, module in subject.denoisers.items() if packed_layers(module)]
+    if packed:
+        raise QuantDMError(f"{subject.name}: its {packed[0]} is quantized already; give the full-precision pipeline")
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
@@ -105,6 +109,15 @@ def _check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> N
     least = max(MIN_TRIALS, 2 * len(options))
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
+    check_dtype(dtype)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Check that images can be generated in a dtype (None: nobody says).
+
+    Raises:
+        QuantDMError: they cannot.
+    """
     if dtype not in (None, *DTYPES):
         raise QuantDMError(f"dtype: got {dtype!r}; {nearest(str(dtype), DTYPES)}")
 

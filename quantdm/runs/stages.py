@@ -1,6 +1,7 @@
 """The first stages of a search: layers, bank, search space."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -25,19 +26,26 @@ SENSITIVITY_FILE = "sensitivity.json"
 
 
 def describe(run: Run, subject: Subject) -> None:
-    """Write layers.json and graph.json."""
+    """Write layers.json (with embedding tables) and graph.json."""
     layers = [{**vars(layer), "shape": list(layer.shape)} for layer in subject.layers]
-    write_json(run.path("layers.json"), {"version": RECORD_VERSION, "layers": layers})
+    tables = [{**vars(table), "shape": list(table.shape)} for table in subject.tables]
+    write_json(run.path("layers.json"), {"version": RECORD_VERSION, "layers": layers, "tables": tables})
     write_json(run.path("graph.json"), subject.graph.to_dict())
 
 
-def build_bank(run: Run, subject: Subject) -> WeightBank:
-    """Write bank/: every layer under every option, and under the schemes that results are compared with."""
+def build_bank(run: Run, subject: Subject, *, batch_size: int | Literal["auto"] = "auto") -> WeightBank:
+    """Write bank/: every layer under every option, and under the schemes that results are compared with.
+
+    Calibrated options are calibrated on `batch_size` images at once at most.
+    """
     bank = WeightBank(run.path("bank"), subject.layers, run.settings.bank_schemes, sweeps=run.settings.sweeps)
     names = {part: [layer.name for layer in layers] for part, layers in subject.part_layers.items()}
     moments = None
     if bank.calibrated:
-        moments = JointMoments(calibrate(subject.pipe, run.settings.calibration, names, folder=run.path("moments")))
+        found = calibrate(
+            subject.pipe, run.settings.calibration, names, folder=run.path("moments"), batch_size=batch_size
+        )
+        moments = JointMoments(found)
     with bar(sum(layer.num_weights for layer in subject.layers), "bank: weights x options") as progress:
         return bank.build(subject.weights, moments=moments, progress=progress.update)
 

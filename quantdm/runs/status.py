@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantdm.runs.claims import CLAIMS, Claim, Claims
-from quantdm.runs.run import Run
+from quantdm.runs.manifest import read_manifest
 
 # What every stage leaves, in their order.
 STAGES = {
@@ -43,22 +43,27 @@ class Status:
         return (self.planned - self.trials) / self.rate
 
 
-def status_of(run: Run) -> Status:
-    """Return how far a run is; nothing is opened but its folders, so it costs nothing while others work on it."""
-    finished = {name: _times(run.path(name)) for name in STORES}
+def status_of(folder: str | Path) -> Status:
+    """Return how far a run is; nothing is opened but its folders, so it costs nothing while others work on it.
+
+    Raises:
+        QuantDMError: no run there, or one of another version.
+    """
+    folder, planned = Path(folder), read_manifest(folder)["trials"]
+    finished = {name: _times(folder / name) for name in STORES}
     recent = finished["trials"][-RECENT:]
     span = recent[-1] - recent[0] if len(recent) > 1 else 0.0
     working = {}
     for name in STORES:
-        claims = Claims(run.path(name) / CLAIMS)
-        done = {path.stem for path in run.path(name).glob("*.json")}
+        claims = Claims(folder / name / CLAIMS)
+        done = {path.stem for path in (folder / name).glob("*.json")}
         found = [claim for claim in claims.living() if claim.key not in done]
         if found:
             working[name] = found
     return Status(
-        stages={stage: run.path(name).exists() for stage, name in STAGES.items()},
+        stages={stage: (folder / name).exists() for stage, name in STAGES.items()},
         trials=len(finished["trials"]),
-        planned=run.settings.trials,
+        planned=planned,
         rate=60 * (len(recent) - 1) / span if span > 0 else None,
         last=time.time() - recent[-1] if recent else None,
         measurements={name: len(times) for name, times in finished.items()},

@@ -4,13 +4,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from quantdm.denoisers.calls import Call
 from quantdm.files import digest, read_json, tensors_digest, write_json
 from quantdm.hub.export import lossless_dtype
+from quantdm.machine import checked_device
+from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
@@ -22,11 +24,13 @@ from quantdm.recipe import Recipe, load_recipe, weights_digest
 from quantdm.recipe.joint import joint_prefix, split_name
 from quantdm.runs.choose import verification_draws
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import job_of
-from quantdm.runs.labels import labels_of
+from quantdm.runs.evaluator import Job
+from quantdm.runs.jobs import measure_jobs
+from quantdm.runs.labels import labels_of, tables_of
 from quantdm.runs.run import Run
+from quantdm.runs.store import TrialStore
 from quantdm.runs.tuned import TUNED_FILE, TunedWeights
-from quantdm.runs.verify import verify
+from quantdm.runs.verify import plain
 from quantdm.schemes import Scheme
 from quantdm.tuning import Tuned, TuneSettings, tune
 
@@ -52,17 +56,18 @@ def tune_run(
         QuantDMError: the recipe does not fit the denoiser or quantizes further parts of the pipeline.
     """
     subject = engine.subject
-    labels = labels_of(recipe, subject.layers, subject.part_names)
+    labels, tables = labels_of(run, recipe, subject.layers), tables_of(run, recipe, subject.layers)
     folder = folder or run.folder
     path, record = folder / TUNED_FILE, folder / TUNING_FILE
-    inputs = digest(weights_digest(labels), vars(settings), images, run.settings.sweeps)
+    own = [] if tables == run.settings.embeddings else [tables]  # under which both are compared
+    inputs = digest(weights_digest(labels), vars(settings), images, run.settings.sweeps, *own)
     if not (record.is_file() and read_json(record, version=TUNING_VERSION)["inputs"] == inputs and path.is_file()):
         start = time.monotonic()
         found = _train(run, engine, labels, settings, images, folder, inputs)
         seconds = round(time.monotonic() - start, 1)
         record.unlink(missing_ok=True)  # first: what it says is of the weights before
         _joined(found).save(path)
-        figures = _compare(run, engine, labels, path)
+        figures = _compare(run, engine, Job(Draw(0, 0, 0), labels, embeddings=tables), path)
         better = all(b["fid_fp"] < a["fid_fp"] for a, b in zip(figures["untuned"], figures["tuned"], strict=True))
         write_json(
             record,
@@ -82,10 +87,18 @@ def tune_run(
     return _used(folder)
 
 
-def tune_recipe(run: Run, settings: TuneSettings, *, images: int) -> Path | None:
+def tune_recipe(
+    run: Run,
+    settings: TuneSettings,
+    *,
+    images: int,
+    batch_size: int | Literal["auto"] = "auto",
+    device: str | None = None,
+) -> Path | None:
     """Tune the recipe of a run that has chosen one, see `tune_run`."""
     recipe = load_recipe(run.path("recipe.yaml"))
-    with Engine(run, run.open_subject()) as engine:
+    subject = run.open_subject(device=None if device is None else checked_device(device))
+    with Engine(run, subject, batch_size=batch_size) as engine:
         return tune_run(run, engine, recipe, settings, images=images)
 
 
@@ -122,7 +135,7 @@ def _train(
     exact = subject.in_dtype(torch.float32)
     denoisers = find_denoisers(exact)
     calls, held_out = (
-        _record(run, subject, exact, seed, count)
+        _record(run, subject, exact, seed, count, engine.batch_size)
         for seed, count in ((TRAIN_SEED, images), (HELD_OUT_SEED, HELD_OUT_IMAGES))
     )
     found: dict[str, Tuned] = {}
@@ -146,11 +159,13 @@ def _train(
     return found
 
 
-def _record(run: Run, subject: Subject, exact: DiffusionPipeline, seed: int, images: int) -> dict[str, list[Call]]:
+def _record(
+    run: Run, subject: Subject, exact: DiffusionPipeline, seed: int, images: int, batch_size: int | Literal["auto"]
+) -> dict[str, list[Call]]:
     """Return every denoiser's calls along full-precision trajectories."""
     first = (run.settings.seed * 1000 + seed) * 10**6
     with subject.recording(exact) as recorded:
-        generate(exact, run.settings.protocol, range(first, first + images))
+        generate(exact, run.settings.protocol, range(first, first + images), batch_size=batch_size)
     return {part: recording.calls for part, recording in recorded.items()}
 
 
@@ -164,15 +179,15 @@ def _joined(found: Mapping[str, Tuned]) -> TunedWeights:
     return TunedWeights(weights, others)
 
 
-def _compare(run: Run, engine: Engine, labels: dict[str, str | None], path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Measure the recipe with its tuning on the draws of the verification, which has measured it without."""
-    draws = verification_draws(run)
-    untuned = verify(run, engine, {"untuned": labels}, draws, "tune: compare, untuned")
+def _compare(run: Run, engine: Engine, job: Job, path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Measure the recipe with and without its tuning on the draws of the verification; what it has measured is kept."""
+    draws, store = verification_draws(run), TrialStore(run.path("verified"))
+    untuned = {each.key: each for draw in draws if (each := replace(job, draw=draw))}
+    with bar(len(draws), "tune: compare, untuned") as progress:
+        found = measure_jobs(engine, store, untuned, progress=progress, method="measure_paired")
     rows: list[dict[str, Any]] = [{}] * len(draws)
     with bar(len(draws), "tune: compare, tuned") as progress:
-        for index, result in engine.map(
-            "measure", [replace(job_of(run, draw, labels), tuned=str(path)) for draw in draws]
-        ):
+        for index, result in engine.map("measure", [replace(job, draw=draw, tuned=str(path)) for draw in draws]):
             rows[index] = result
             progress.update()
-    return untuned | {"tuned": rows}
+    return {"untuned": [plain(found[key]) for key in untuned], "tuned": rows}

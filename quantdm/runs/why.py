@@ -8,14 +8,16 @@ import numpy as np
 from quantdm.allocation.candidates import BASELINE
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, read_json, write_json
-from quantdm.recipe import joint_config, load_recipe
+from quantdm.recipe import load_recipe
 from quantdm.runs.choose import verification_draws
 from quantdm.runs.evaluator import job_of
 from quantdm.runs.explain import is_current
+from quantdm.runs.labels import weights_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import label_draw, label_of
+from quantdm.schemes import QuantConfig
 from quantdm.surrogates import SearchSpace, explain_one
 
 WHY_FILE = "why.json"
@@ -36,7 +38,7 @@ def choice_of(run: Run, space: SearchSpace, given: str | Path) -> np.ndarray:
         )
     recipe = load_recipe(given)
     try:
-        return space.choice_of(joint_config(recipe, space.layers, run.settings.seen.denoisers))
+        return space.choice_of(QuantConfig.from_labels(weights_of(run, recipe, space.layers)))
     except QuantDMError as error:
         raise QuantDMError(f"{given}: not a configuration of the run in {run.folder}: {error}") from None
 

@@ -21,7 +21,7 @@ from quantdm.metrics.samples import Draw
 from quantdm.runs.evaluator import Evaluator, Job, Probe
 from quantdm.runs.run import Run
 
-ARGUMENTS: dict[str, Any] = {"measure": Job.from_dict, "measure_paired": Job.from_dict}
+ARGUMENTS: dict[str, Any] = {"measure": Job.from_dict, "measure_paired": Job.from_dict, "measure_final": Job.from_dict}
 ARGUMENTS |= {"prepare": lambda record: Draw(**record)}
 ARGUMENTS |= {"sensitivity": lambda record: Probe(record["layer"], tuple(record["options"]))}
 

@@ -1,0 +1,5 @@
+"""python -m quantdm"""
+
+from quantdm.cli.main import main
+
+main()
