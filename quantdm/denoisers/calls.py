@@ -52,3 +52,17 @@ def first_tensor(output: Any) -> torch.Tensor:
 def replay(denoiser: nn.Module, calls: Sequence[Call]) -> list[torch.Tensor]:
     """Run a denoiser on recorded inputs and return its outputs."""
     return [first_tensor(denoiser(*call.args, **call.kwargs)) for call in calls]
+
+
+@contextmanager
+def scoped(model: nn.Module, scope: list[str]) -> Iterator[None]:
+    """Keep in `scope` the names of the modules that are running, the innermost last."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: scope.append(name)))
+        handles.append(module.register_forward_hook(lambda _m, _a, _o: (scope.pop(), None)[1], always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -12,6 +12,7 @@ from quantdm.correction.record import Correction, is_current, load_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
 from quantdm.recipe import Recipe, joint_config, load_recipe
+from quantdm.runs.paths import PATHS_FILE
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import own_trials
@@ -28,6 +29,7 @@ MADE_BY = {
     "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
     "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
     "why.json": "quantdm search MODEL --run-dir RUN_DIR",
+    "paths.json": "quantdm explain --run-dir RUN_DIR --paths",
     "tuning.json": "quantdm tune --run-dir RUN_DIR",
     "correction.safetensors": "quantdm correct --run-dir RUN_DIR",
     "summary.json": "quantdm run MODEL --run-dir RUN_DIR",
@@ -46,6 +48,7 @@ class Records:
     attributions: dict[str, Attribution] | None
     selection: dict[str, Any] | None
     why: dict[str, Any] | None
+    paths: dict[str, Any] | None
     recipe: Recipe | None
     tuning: dict[str, Any] | None
     correction: Correction | None
@@ -116,6 +119,7 @@ def read_records(run_dir: str | Path) -> Records:
         attributions=attributions,
         selection=optional("selection.json", lambda path: read_json(path, version=1)),
         why=optional(WHY_FILE, lambda path: read_json(path, version=1)),
+        paths=optional(PATHS_FILE, lambda path: read_json(path, version=1)),
         recipe=recipe,
         tuning=optional(TUNING_FILE, lambda path: read_json(path, version=TUNING_VERSION)),
         correction=optional("correction.safetensors", lambda path: load_correction(path) if is_current(path) else None),
