@@ -5,7 +5,8 @@
 Planted labels (`tests.planted.MeetingTruth`, label noise 0.1) of random configurations of a traced denoiser, or of the
 measured space of a run; judged by the noiseless truth on configurations near 3 bits, and by the true value of what is
 chosen at 3.0 bits (by single layers, the graph surrogate also by whole blocks, mean - kappa · sd). Three seeds each,
-and the same labels shuffled. Writes eval/results/planted_kinds.json (spaces that are not asked for stay as they are).
+and the same labels shuffled. Writes eval/results/planted_kinds.json, of PixArt's graph (28 blocks, 287 layers)
+planted_pixart.json; what is not asked for stays as it is.
 """
 
 import argparse
@@ -30,7 +31,8 @@ from quantdm.surrogates import (
 from quantdm.surrogates.ranking import spearman
 from tests.planted import MeetingTruth, planted_space
 
-OUT = Path(__file__).parent / "results" / "planted_kinds.json"
+RESULTS = Path(__file__).parent / "results"
+FILES = {"pixart-xl-2": "planted_pixart.json"}  # planted_kinds.json elsewhere
 KINDS = ("none", "coherent", "worst", "amplified")
 MODELS = {"graph": GraphSurrogate, "additive": AdditiveSurrogate, "tree": TreeSurrogate, "ridge": RidgeSurrogate}
 KAPPAS = (0.0, 0.5, 1.0, 2.0, 4.0)
@@ -88,9 +90,10 @@ def main() -> None:
     parser.add_argument("spaces", nargs="*", help="names of traced denoisers, or run directories")
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
     arguments = parser.parse_args()
-    record = read_json(OUT, version=1) if OUT.exists() else {"version": 1, "spaces": {}}
-    record |= {"seeds": SEEDS, "held_out": HELD_OUT, "target_bits": TARGET, "versions": versions()}
     for name in arguments.spaces or ["digits-dit", "pixart-xl-2"]:
+        path = RESULTS / FILES.get(name, "planted_kinds.json")
+        record = read_json(path, version=1) if path.exists() else {"version": 1, "spaces": {}}
+        record |= {"seeds": SEEDS, "held_out": HELD_OUT, "target_bits": TARGET, "versions": versions()}
         measured = (Path(name) / "space.json").is_file()
         space = SearchSpace.load(Path(name) / "space.json") if measured else planted_space(model=name)
         label = f"{Path(name).name}, measured errors" if measured else name
@@ -100,7 +103,7 @@ def main() -> None:
             kinds[kind] = summarise([judge(space, kind, seed, count) for seed in range(SEEDS)])
             record["spaces"][label]["date"] = datetime.date.today().isoformat()
             print(label, kind, *(f"\n  {key} {row}" for key, row in kinds[kind].items()), flush=True)
-            write_json(OUT, record)
+            write_json(path, record)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,16 @@ def make_run(folder: Path, space: SearchSpace, *, model: str = "digits-dit") -> 
         {"version": 1, "chosen": "tree", "against": "baseline: kmeans-channel-3", "measured": [0.3, 0.4],
          "explanations": explanations},
     )  # fmt: skip
+    names = [node.name for node in space.graph.nodes]
+    edges = [
+        {"source": names[a], "target": names[b], "drawn": [[a, b]], "undoes": 1 / (1 + index)}
+        for index, (a, b) in enumerate(space.graph.edges)
+    ]
+    write_json(
+        run.path("paths.json"),
+        {"version": 1, "configuration": "the recipe", "labels": configs["tree"], "calls": 2, "images": 4, "share": 0.8,
+         "edges": edges, "carrying": [0, 1, 3], "undone": 0.9, "missing": 0.05},
+    )  # fmt: skip
     provenance = Provenance(source="measured: tree", seed=0, trials=24)
     Recipe(model=model, layers=configs["tree"], avg_bits=candidates["tree"]["avg_bits"], provenance=provenance).save(
         run.path("recipe.yaml")

@@ -113,7 +113,7 @@ def test_ids_are_unique_so_that_charts_do_not_borrow_each_others_parts(page: str
 
 def test_every_chart_is_xml_with_a_label_and_hover_titles(page: str) -> None:
     charts = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(charts) == 15  # 1 at a glance, 2 of sizes, map, 2 of bits, 3 of sensitivity, tuning, 5 of noise
+    assert len(charts) == 16  # 1 at a glance, 2 of sizes, map, path, 2 of bits, 3 of sensitivity, tuning, 5 of noise
     for chart in charts:
         root = ElementTree.fromstring(chart)
         assert root.get("aria-label") or root.get("preserveAspectRatio") == "none"  # said beside it
@@ -223,6 +223,7 @@ def test_strings_of_records_cannot_become_markup_and_no_directory_is_told(tmp_pa
         ("selection", "selection.json", "quantdm search", {"frontier"}),
         ("recipe", "recipe.yaml", "quantdm search", {"insights", "layers", "map", "next", "unknown"}),
         ("why", "why.json", "quantdm search", {"why"}),
+        ("paths", "paths.json", "quantdm explain", {"paths"}),
         ("correction", "correction.safetensors", "quantdm correct", {"noise"}),
         ("tuning", "tuning.json", "quantdm tune", {"tuning"}),
         ("summary", "summary.json", "quantdm run", {"result", "ablation"}),

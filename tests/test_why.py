@@ -103,6 +103,32 @@ def test_the_report_tells_it(run):
     assert "No comparison with a rival" in write_report(run.folder).read_text()
 
 
+def test_the_path_of_the_damage_is_measured_once_and_drawn(run):
+    arguments = ["explain", "--run-dir", str(run.folder), "--paths", "--top", "3"]
+    text = command(*arguments)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "edges of the data flow" in text
+    record = read_json(run.path("paths.json"))
+    assert record["undone"] - record["missing"] >= 0.8
+    assert 0 < len(record["carrying"]) < len(record["edges"])
+    drawn = [pair for index in record["carrying"] for pair in record["edges"][index]["drawn"]]
+    assert {tuple(pair) for pair in drawn} <= set(load_space(run).graph.edges)
+    assert write_report(run.folder).read_text().count('class="trail"') == len(drawn)
+    before = run.path("paths.json").stat().st_mtime_ns
+    assert json.loads(command(*arguments, "--json")) == record
+    assert run.path("paths.json").stat().st_mtime_ns == before
+    with pytest.raises(QuantDMError, match="--paths goes with --recipe alone"):
+        command(*arguments, "--recipe", "uniform-channel-4", "--against", "kmeans-channel-4")
+
+
+def test_too_few_trials_are_one_clear_error(run, tmp_path):
+    copy = shutil.copytree(run.folder, tmp_path / "run")
+    for path in sorted((copy / "trials").glob("*.json"))[8:]:
+        path.unlink()
+    with pytest.raises(QuantDMError, match="got 8 trials, expected at least 10"):
+        command("explain", "--run-dir", str(copy))
+
+
 # ------------------------------------------------------------------------------------------------------------- advice
 
 

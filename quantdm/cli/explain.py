@@ -24,9 +24,13 @@ def explain(
     against: Annotated[str | None, typer.Option(help="...held against this one.")] = None,
     by: Annotated[str, typer.Option(help="Whose prediction: graph, additive or tree.")] = "graph",
     top: Annotated[int, typer.Option(min=1, help="How many layers to list.")] = 12,
+    paths: Annotated[bool, typer.Option("--paths", help="Measure which edges carry a recipe's damage.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Attribute quality to every layer and scheme, or say why one recipe is better than another."""
+    """Attribute quality to every layer and scheme, or say why one recipe is better than another.
+
+    With --paths: which edges of the denoiser's data flow carry the damage of the run's recipe (or of --recipe).
+    """
     from quantdm.cli.tables import show_attribution
     from quantdm.runs.explain import SURROGATES, fit_surrogates
     from quantdm.runs.explain import explain as explain_run
@@ -34,9 +38,13 @@ def explain(
     from quantdm.runs.stages import load_space
     from quantdm.runs.trials import load_trials
 
-    if (recipe is None) != (against is None):
+    if paths and against is None:
+        _show_paths(run_dir, recipe, top=top, as_json=as_json)
+        return
+    if paths or (recipe is None) != (against is None):
         raise QuantDMError(
-            "explain: give both --recipe and --against, or neither; a recipe is explained by a difference"
+            "explain: give both --recipe and --against, or neither; a recipe is explained by a difference. --paths "
+            "goes with --recipe alone"
         )
     if by not in SURROGATES:
         raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(SURROGATES)}")
@@ -48,6 +56,34 @@ def explain(
         _show_advice(run_dir)
         return
     _explain_recipe(run, fitted[by], recipe, against, top=top, as_json=as_json)
+
+
+def _show_paths(run_dir: Path, recipe: str | None, *, top: int, as_json: bool) -> None:
+    """Measure and print which edges carry the damage."""
+    from quantdm.report.paths import say_paths
+    from quantdm.runs.paths import find_paths
+    from quantdm.runs.run import Run
+    from quantdm.runs.stages import load_space
+    from quantdm.runs.why import choice_of
+
+    run = Run.open(run_dir)
+    space = load_space(run)
+    given = recipe or run.path("recipe.yaml")
+    name = "the recipe" if recipe is None else Path(recipe).name
+    labels = {layer: str(label) for layer, label in space.config(choice_of(run, space, given)).to_labels().items()}
+    record = find_paths(run, labels, name)
+    if as_json:
+        typer.echo(json.dumps(record, indent=1))
+        return
+    typer.echo(textwrap.fill(say_paths(record).replace("\u00a0", " "), WIDTH))
+    table = Table(width=WIDTH, box=None, padding=(0, 1, 0, 0))
+    for title in ("from", "to"):
+        table.add_column(title, overflow="fold")
+    table.add_column("undoes alone", justify="right", no_wrap=True)
+    for index in record["carrying"][:top]:
+        edge = record["edges"][index]
+        table.add_row(edge["source"], edge["target"], f"{100 * edge['undoes']:.1f} %")
+    Console(width=WIDTH).print(table)
 
 
 def _show_advice(run_dir: Path) -> None:

@@ -2,19 +2,51 @@
 
 import heapq
 from collections import Counter
+from dataclasses import dataclass
 
 from quantdm.denoisers.blocks import Dag, Group, partition, settle_blocks
 from quantdm.denoisers.graph import Block, Graph, Node
 from quantdm.denoisers.names import op_type_of, stage_of, weights_below
 from quantdm.denoisers.trace import Trace
 
+Edge = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A graph, and where in it the edges of the raw trace lie.
+
+    `into`: a raw node that was merged -> the node that it became part of. `drawn`: every edge between raw nodes that
+    were left then -> the edges of the graph that stand for it.
+    """
+
+    graph: Graph
+    into: dict[int, int]
+    drawn: dict[Edge, tuple[Edge, ...]]
+
+    def place(self, edge: Edge) -> Edge | None:
+        """Return the edge that a raw edge became, or None where it lies inside a node or leads nowhere."""
+        a, b = (self._left(node) for node in edge)
+        return (a, b) if (a, b) in self.drawn else None
+
+    def _left(self, node: int) -> int:
+        while node in self.into:
+            node = self.into[node]
+        return node
+
 
 def build_graph(trace: Trace) -> Graph:
     """Reduce a raw trace to the graph and partition its weights."""
+    return assemble(trace).graph
+
+
+def assemble(trace: Trace) -> Assembly:
+    """Build the graph and remember which of its edges came from which of the trace."""
     layers = [s.name for s in trace.specs]
     below = weights_below(layers)
     dag = Dag(trace)
     groups = partition(dag, layers)
+    before = {i: list(sources) for i, sources in dag.inputs.items()}
     settle_blocks(dag, groups)
     reached = dag.weights()
     order = _topological(dag)
@@ -22,17 +54,8 @@ def build_graph(trace: Trace) -> Graph:
     idle = [name for name in layers if name not in reached]
     new = {old: i for i, old in enumerate(order)}
     groups = sorted(groups, key=lambda g: new[g.root])
-    block_of = _blocks_of_nodes(dag, groups)
     last = max(len(order) + len(idle) - 1, 1)
-    nodes, named = [], Counter()
-    for i, old in enumerate(order):
-        op = dag.ops[old]
-        kind = "weight" if op.layer is not None else "combine"
-        op_type = op_type_of(op.layer, below) if op.layer is not None else _combine_type(dag.kinds[old])
-        name = op.layer or f"{op.path or 'denoiser'}/{op_type}"
-        named[name] += 1
-        name = name if named[name] == 1 else f"{name}.{named[name]}"
-        nodes.append(Node(i, name, kind, op_type, op.layer, block_of.get(old, -1), i / last, stage_of(op.path)))
+    nodes = _nodes(dag, order, _blocks_of_nodes(dag, groups), below, last)
     blocks = [
         Block(
             b,
@@ -48,7 +71,51 @@ def build_graph(trace: Trace) -> Graph:
         nodes.append(Node(i, name, "weight", op_type_of(name, below), name, b, i / last, stage_of(name)))
         blocks.append(Block(b, name, i, 0, (name,)))
     edges = sorted((new[source], new[i]) for i, sources in dag.inputs.items() for source in sources)
-    return Graph(tuple(nodes), tuple(edges), tuple(blocks))
+    drawn = {
+        edge: tuple((new[a], new[b]) for a, b in found) for edge, found in _settled_edges(dag, before).items() if found
+    }
+    return Assembly(Graph(tuple(nodes), tuple(edges), tuple(blocks)), dag.into, drawn)
+
+
+def _nodes(dag: Dag, order: list[int], block_of: dict[int, int], below: Counter[str], last: int) -> list[Node]:
+    """Return the nodes in order, every one with a name of its own."""
+    nodes: list[Node] = []
+    named: Counter[str] = Counter()
+    for i, old in enumerate(order):
+        op = dag.ops[old]
+        kind = "weight" if op.layer is not None else "combine"
+        op_type = op_type_of(op.layer, below) if op.layer is not None else _combine_type(dag.kinds[old])
+        name = op.layer or f"{op.path or 'denoiser'}/{op_type}"
+        named[name] += 1
+        name = name if named[name] == 1 else f"{name}.{named[name]}"
+        nodes.append(Node(i, name, kind, op_type, op.layer, block_of.get(old, -1), i / last, stage_of(op.path)))
+    return nodes
+
+
+def _settled_edges(dag: Dag, before: dict[int, list[int]]) -> dict[Edge, list[Edge]]:
+    """Return for every edge from before the blocks were settled those that stand for it: past borders and removals."""
+    readers: dict[int, list[int]] = {}
+    for i, sources in before.items():
+        for source in sources:
+            readers.setdefault(source, []).append(i)
+
+    def ends(node: int, further: dict[int, list[int]]) -> list[int]:
+        if node in dag.inputs:
+            return [node]
+        return [end for other in further.get(node, []) for end in ends(other, further)]
+
+    def between(a: int, b: int) -> list[Edge]:
+        if a in dag.inputs[b]:
+            return [(a, b)]
+        borders = [n for n in dag.inputs[b] if dag.kinds[n] == ("border",) and dag.inputs[n] == [a]]
+        return [edge for n in borders for edge in ((a, n), (n, b))]
+
+    found: dict[Edge, list[Edge]] = {}
+    for target, sources in before.items():
+        for source in sources:
+            pairs = [(a, b) for a in ends(source, before) for b in ends(target, readers)]
+            found[source, target] = list(dict.fromkeys(edge for a, b in pairs for edge in between(a, b)))
+    return found
 
 
 def _topological(dag: Dag) -> list[int]:

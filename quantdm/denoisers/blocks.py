@@ -31,6 +31,7 @@ class Dag:
         self.inputs: dict[int, list[int]] = {i: list(op.inputs) for i, op in enumerate(self.ops)}
         self.outputs: dict[int, list[int]] = {i: [] for i in self.inputs}
         self.kept = trace.outputs
+        self.into: dict[int, int] = {}  # a merged node -> the node that it is part of
         for i, sources in self.inputs.items():
             for source in sources:
                 self.outputs[source].append(i)
@@ -90,6 +91,7 @@ class Dag:
             reader = self.outputs[i][0]
             self.kinds[reader] = tuple(dict.fromkeys((*self.kinds[i], *self.kinds[reader])))
             self.reconnect(reader, i, self.inputs[i])
+            self.into[i] = reader
             self.remove(i)
 
     def _merges(self, i: int) -> bool:

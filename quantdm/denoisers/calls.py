@@ -111,3 +111,17 @@ def layer_input(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 def with_input(args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments of such a call with another input."""
     return ((x, *args[1:]), dict(kwargs)) if args else (args, {**kwargs, "input": x})
+
+
+@contextmanager
+def scoped(model: nn.Module, scope: list[str]) -> Iterator[None]:
+    """Keep in `scope` the names of the modules that are running, the innermost last."""
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: scope.append(name)))
+        handles.append(module.register_forward_hook(lambda _m, _a, _o: (scope.pop(), None)[1], always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantdm.denoisers.aten import COMBINES, NORMS, PRODUCTS, carried_dim
+from quantdm.denoisers.calls import scoped
 from quantdm.denoisers.constants import MAX_ELEMENTS, Constants, map_tensors, tensors_of
 from quantdm.denoisers.input_rules import batch_of
 from quantdm.denoisers.on_meta import friendly_to_meta
@@ -43,7 +44,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class _Value:
+class Value:
     """What is known of a tensor: the node that made it (None: no weight upstream), or the parameter it is a view of."""
 
     source: int | None = None
@@ -52,7 +53,7 @@ class _Value:
     seam: tuple[int, int] | None = None  # (dimension, position) of a long-skip concatenation
 
 
-_UNKNOWN = _Value()
+UNKNOWN = Value()
 
 
 class ForwardError(Exception):
@@ -74,30 +75,21 @@ def trace_forward(model: nn.Module, inputs: dict[str, Any]) -> Trace:
         ForwardError: from what the forward raised.
     """
     specs = weight_specs(model)
-    tracer = _Tracer(model, specs)
-    scope: list[str] = tracer.scope
-    handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: scope.append(name)))
-        handles.append(module.register_forward_hook(lambda _m, _a, _o: (scope.pop(), None)[1], always_call=True))
+    tracer = Tracer(model, specs)
     inputs = map_tensors(inputs, tracer.valued)
     try:
-        with torch.no_grad(), friendly_to_meta(), tracer:
+        with torch.no_grad(), friendly_to_meta(), scoped(model, tracer.scope), tracer:
             result = model(**inputs)
     except Exception as error:  # whatever foreign code raises
         raise ForwardError(tracer.reached(error)) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    sources = (tracer.values.get(id(t), _UNKNOWN).source for t in tensors_of(_plain(result)))
-    outputs = frozenset(source for source in sources if source is not None)
+    outputs = tracer.outputs_of(result)
     if not outputs:
         raise ForwardError((0, [])) from ValueError("its output depends on none of its layers")
     macs = {name: -(-count // batch_of(inputs)) for name, count in tracer.macs.items()}
     return Trace(specs, tuple(tracer.ops), outputs, tracer.seams, macs)
 
 
-class _Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):
     """Tags every tensor with the node that produced it; aten level, so it sees through any Python of the model."""
 
     def __init__(self, model: nn.Module, specs: Iterable[WeightSpec]) -> None:
@@ -107,7 +99,7 @@ class _Tracer(TorchDispatchMode):
         self.macs: dict[str, int] = {}
         self.scope: list[str] = []
         self.constants = Constants()
-        self.values: dict[int, _Value] = {id(p): _Value(param=True) for p in model.parameters()}
+        self.values: dict[int, Value] = {id(p): Value(param=True) for p in model.parameters()}
         self.shapes = {s.name: s.shape for s in specs}
         self._node_of: dict[str, int] = {}
         self._called_again = False
@@ -115,7 +107,7 @@ class _Tracer(TorchDispatchMode):
         self._alive: list[Any] = list(model.parameters())  # ids stay unique while their tensors live
         for spec in specs:
             weight = model.get_submodule(spec.name).weight
-            self.values[id(weight)] = _Value(param=True, weight=spec.name)
+            self.values[id(weight)] = Value(param=True, weight=spec.name)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -131,6 +123,11 @@ class _Tracer(TorchDispatchMode):
         """Say how far a forward came: after how many layers, and at which lines of code, from the outside inwards."""
         return len(self._node_of), [line for _, line in walk_tb(error.__traceback__)]
 
+    def outputs_of(self, result: Any) -> frozenset[int]:
+        """Return the nodes that made what a forward returned."""
+        sources = (self.values.get(id(t), UNKNOWN).source for t in tensors_of(_plain(result)))
+        return frozenset(source for source in sources if source is not None)
+
     def valued(self, tensor: Tensor) -> Tensor:
         """Return an input on the meta device; masks, ids and positions that came without values are ones."""
         if tensor.is_meta and not tensor.is_floating_point() and tensor.numel() <= MAX_ELEMENTS:
@@ -138,25 +135,25 @@ class _Tracer(TorchDispatchMode):
         return tensor if tensor.is_meta else self.constants.lift(tensor)
 
     def _record(self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], outs: list[Tensor]) -> None:
-        values = [self.values.get(id(t), _UNKNOWN) for t in operands]
+        values = [self.values.get(id(t), UNKNOWN) for t in operands]
         layers = list(dict.fromkeys(v.weight for v in values if v.weight is not None))
         only_params = bool(values) and all(v.param for v in values)
         if only_params and not (layers and name in PRODUCTS):
-            result = _Value(param=True, weight=layers[0] if len(layers) == 1 else None)
+            result = Value(param=True, weight=layers[0] if len(layers) == 1 else None)
         elif layers:
             self._find_seam(name, args)
             self._count(name, layers, outs)
             nodes = [self._call_weight(layer, values) for layer in layers]
-            result = _Value(nodes[0] if len(nodes) == 1 else self._combine(("other",), nodes))
+            result = Value(nodes[0] if len(nodes) == 1 else self._combine(("other",), nodes))
         else:
-            result = _Value(self._data_op(name, values, args))
+            result = Value(self._data_op(name, values, args))
         for out in outs:
             seam = None if result.param or layers else self._seam_after(name, func, args, operands, values, out)
             self._tag(out, replace(result, seam=seam))
         if func._schema.is_mutable and not result.param:
             self._write_through(func, args, result)
 
-    def _call_weight(self, layer: str, values: list[_Value]) -> int:
+    def _call_weight(self, layer: str, values: list[Value]) -> int:
         """Return the node of a weight layer (one per layer, however often it is called) with its inputs added."""
         node = self._node_of.get(layer)
         if node is None:
@@ -169,10 +166,10 @@ class _Tracer(TorchDispatchMode):
                 self.ops[node].inputs.append(source)
         return node
 
-    def _data_op(self, name: str, values: list[_Value], args: tuple[Any, ...]) -> int | None:
+    def _data_op(self, name: str, values: list[Value], args: tuple[Any, ...]) -> int | None:
         sources = _sources(values)
         if "scaled_dot_product" in name and len(sources) > 1:
-            q, k, v = (self.values.get(id(t), _UNKNOWN).source for t in args[:3])
+            q, k, v = (self.values.get(id(t), UNKNOWN).source for t in args[:3])
             others = [s for s in sources if s not in (q, k, v)]
             scores = self._combine(("product",), _unique([q, k, *others]))
             return self._combine(("product",), _unique([scores, v]))
@@ -191,8 +188,8 @@ class _Tracer(TorchDispatchMode):
             return
         operands = [args[i] for i in PRODUCTS[name]]
         for x, weight, from_end in ((operands[0], operands[1], 1), (operands[1], operands[0], 2)):
-            layer = self.values.get(id(weight), _UNKNOWN).weight
-            seam = self.values.get(id(x), _UNKNOWN).seam
+            layer = self.values.get(id(weight), UNKNOWN).weight
+            seam = self.values.get(id(x), UNKNOWN).seam
             if layer is None or seam is None:
                 continue
             shape = self.shapes[layer]
@@ -207,7 +204,7 @@ class _Tracer(TorchDispatchMode):
             self.macs[layer] = self.macs.get(layer, 0) + outs[0].numel() * row
 
     def _seam_after(
-        self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], values: list[_Value], out: Tensor
+        self, name: str, func: Any, args: tuple[Any, ...], operands: list[Tensor], values: list[Value], out: Tensor
     ) -> tuple[int, int] | None:
         if name == "cat":
             parts, *rest = args
@@ -232,7 +229,7 @@ class _Tracer(TorchDispatchMode):
         That is what tells a skip from the other concatenations: tokens of two modalities, sine with cosine, text with
         size embeddings or the two branches of a parallel block are siblings, none is made from the other.
         """
-        sources = [self.values.get(id(t), _UNKNOWN).source for t in parts]
+        sources = [self.values.get(id(t), UNKNOWN).source for t in parts]
         position = 0
         for left, right, part in zip(sources, sources[1:], parts, strict=False):
             position += part.shape[dim]
@@ -261,14 +258,14 @@ class _Tracer(TorchDispatchMode):
             todo.extend((i, passed) for i in self.ops[node].inputs)
         return False
 
-    def _write_through(self, func: Any, args: tuple[Any, ...], result: _Value) -> None:
+    def _write_through(self, func: Any, args: tuple[Any, ...], result: Value) -> None:
         for argument, target in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(target, Tensor):
                 for other in self._aliases.get(target.untyped_storage()._cdata, []):
                     known = self.values[other]
                     self.values[other] = replace(result, seam=known.seam)
 
-    def _tag(self, tensor: Tensor, value: _Value) -> None:
+    def _tag(self, tensor: Tensor, value: Value) -> None:
         if id(tensor) not in self.values:
             self._alive.append(tensor)
             self._aliases.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
@@ -282,7 +279,7 @@ class _Tracer(TorchDispatchMode):
         return self.scope[-1] if self.scope else ""
 
 
-def _sources(values: Iterable[_Value]) -> list[int]:
+def _sources(values: Iterable[Value]) -> list[int]:
     return _unique(v.source for v in values)
 
 

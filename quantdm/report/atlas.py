@@ -1,11 +1,11 @@
 """The map: the traced graph of the denoiser with the bits of every layer in its node, and what each one is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from quantdm.denoisers.graph import Graph, Node
-from quantdm.report.drawing import RADIUS, SMALL, boxes, edges, layout
+from quantdm.report.drawing import RADIUS, SMALL, Layout, boxes, edges, layout
 from quantdm.report.figures import describe
 from quantdm.report.markup import esc, figure, missing
 from quantdm.report.records import Records
@@ -35,8 +35,10 @@ def atlas(records: Records) -> str:
     return figure(svg, "Where the bits are.", caption)
 
 
-def drawn(space: SearchSpace, bits: np.ndarray, tips: Sequence[str]) -> str:
-    """Return the graph as an SVG with bits [L] in its nodes and a tip per layer."""
+def drawn(
+    space: SearchSpace, bits: np.ndarray, tips: Sequence[str], *, over: Callable[[Layout], str] = lambda place: ""
+) -> str:
+    """Return the graph as an SVG with bits [L] in its nodes and a tip per layer; `over` draws on its edges."""
     graph = space.graph
     place = layout(graph)
     marks = "".join(_mark(graph, node, place.xy[node.id], space, bits, tips) for node in graph.nodes)
@@ -45,7 +47,7 @@ def drawn(space: SearchSpace, bits: np.ndarray, tips: Sequence[str]) -> str:
     label = f"Data-flow graph of {len(space.layers)} layers in {len(graph.blocks)} blocks"
     return (
         f'<svg class="map" viewBox="0 {TOP:g} {width} {height}" role="img" aria-label="{esc(label)}" '
-        f'style="min-width:{min(width, 1400) // 2}px">{ground}{marks}</svg>'
+        f'style="min-width:{min(width, 1400) // 2}px">{ground}{over(place)}{marks}</svg>'
     )
 
 

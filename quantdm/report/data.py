@@ -21,8 +21,9 @@ def report_data(records: Records) -> dict[str, Any]:
     Keys: `model`, `target_bits`, `answers` (question -> sentence), `settings` (of the search), `rows` and `protocol`
     (of the final figures), `fp_noise`, `fid_floor`, `layers` (name, type, block, weights, scheme, bits, error alone),
     `graph` (edges between names), `trials` (bits, fid_fp), `sizes` (predicted, not measured), `candidates`, `chosen`,
-    `surrogate` (held-out figures), `why` (against its rival), `sentences` (to act on), `correction` (per step,
-    variants, and whether it is worth it), `tuning`, `recipe`, `versions`.
+    `surrogate` (held-out figures), `why` (against its rival), `paths` (edges that carry the damage),
+    `sentences` (to act on), `correction` (per step, variants, and whether it is worth it), `tuning`, `recipe`,
+    `versions`.
     """
     settings, summary, selection = records.settings, records.summary or {}, records.selection or {}
     return {
@@ -41,6 +42,7 @@ def report_data(records: Records) -> dict[str, Any]:
         "chosen": selection.get("chosen"),
         "surrogate": records.surrogate,
         "why": records.why,
+        "paths": records.paths,
         "sentences": sentences_of(records),
         "correction": _correction(records),
         "tuning": records.tuning,

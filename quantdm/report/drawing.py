@@ -186,20 +186,26 @@ def edges(graph: Graph, place: Layout) -> list[str]:
     """Draw edges as curves; what would run through other nodes of its lane bends above them."""
     near, far = [], []
     for source, target in graph.edges:
-        (x1, y1), (x2, y2) = place.xy[source], place.xy[target]
-        same_row = place.row[source] == place.row[target]
-        span = (x2 - x1) / STEP
-        if same_row and abs(y1 - y2) < 1 and span > 1.5:
-            lift = min(8 + 4 * span, 34.0)
-            curve = f"M{x1:.1f} {y1:.1f}C{x1 + 14:.1f} {y1 - lift:.1f} {x2 - 14:.1f} {y2 - lift:.1f} {x2:.1f} {y2:.1f}"
-        else:
-            bend = STEP * 0.5 if same_row else STEP
-            curve = f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
-        (near if same_row and span <= LONG else far).append(curve)
+        path, long = curve(place, source, target)
+        (far if long else near).append(path)
     return [
         f'<path d="{"".join(far)}" fill="none" stroke="{FAINT}" stroke-width="0.6" stroke-opacity="0.55"/>',
         f'<path d="{"".join(near)}" fill="none" stroke="{MUTED}" stroke-width="0.9" stroke-opacity="0.8"/>',
     ]
+
+
+def curve(place: Layout, source: int, target: int) -> tuple[str, bool]:
+    """Return the path of an edge between two nodes, and whether it reaches far."""
+    (x1, y1), (x2, y2) = place.xy[source], place.xy[target]
+    same_row = place.row[source] == place.row[target]
+    span = (x2 - x1) / STEP
+    if same_row and abs(y1 - y2) < 1 and span > 1.5:
+        lift = min(8 + 4 * span, 34.0)
+        path = f"M{x1:.1f} {y1:.1f}C{x1 + 14:.1f} {y1 - lift:.1f} {x2 - 14:.1f} {y2 - lift:.1f} {x2:.1f} {y2:.1f}"
+    else:
+        bend = STEP * 0.5 if same_row else STEP
+        path = f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
+    return path, not (same_row and span <= LONG)
 
 
 def _mark(node: Node, xy: np.ndarray, given: dict[str, float], low: float, high: float, log: bool) -> str:

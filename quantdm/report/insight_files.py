@@ -14,6 +14,7 @@ from quantdm.report.advice import advice, cheapest_savings, doubts, read_names, 
 from quantdm.report.drawing import draw_graph
 from quantdm.report.explanations import ordered_groups
 from quantdm.report.insights import Group, group_layers, insights, one_more_bit, width_value, widths
+from quantdm.report.published import compare_published, say_published
 from quantdm.report.records import MADE_BY, Records, read_records
 from quantdm.surrogates import SearchSpace
 
@@ -64,6 +65,7 @@ def save_insights(run_dir: str | Path) -> list[Path]:
         "names": asdict(read_names(space, values)),
         "one_bit_less": [asdict(step) for step in cheapest_savings(space, values, choice)],
         "shared_schemes": [asdict(item) for item in shared_schemes(space, values, choice)],
+        "published": [asdict(item) for item in compare_published(space, values)],
         "doubts": [asdict(item) for item in doubts(space, explanation[1], choice)],
         "one_more_bit": [asdict(step) for step in one_more_bit(space, values, choice)],
         "by_op_type": [_row(space, choice, learned, group) for group in group_layers(space, "op_type", choice)],
@@ -80,7 +82,13 @@ def sentences_of(records: Records) -> list[str]:
         return []
     attribution = explanation[1]
     names = read_names(space, attribution.values)
-    return [*insights(space, choice, attribution.values), *advice(space, attribution, choice), say_names(names)]
+    published = say_published(space, attribution.values)
+    return [
+        *insights(space, choice, attribution.values),
+        *advice(space, attribution, choice),
+        say_names(names),
+        *([] if published is None else [published]),
+    ]
 
 
 def _drawings(space: SearchSpace, choice: NDArray[np.int64], values: Floats, learned: Floats) -> dict[str, str]:

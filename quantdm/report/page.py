@@ -17,6 +17,7 @@ from quantdm.report.frontier import frontier
 from quantdm.report.markup import esc
 from quantdm.report.noise import noise
 from quantdm.report.paste import markdown
+from quantdm.report.paths import paths
 from quantdm.report.records import Records, read_records
 from quantdm.report.samples import samples
 from quantdm.report.sections import actions, masthead, protocol, results
@@ -35,6 +36,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Records], str]], ...] = (
     ("layers", "Bits per layer", allocation),
     ("sensitivity", "Sensitivity", sensitivities),
     ("why", "Why this recipe", why),
+    ("paths", "Which path carries the damage", paths),
     ("next", "What one more bit would buy", next_bits),
     ("unknown", "Names and gaps", unknowns),
     ("surrogates", "Surrogates", surrogates),

@@ -13,6 +13,7 @@ from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
 from quantdm.recipe import Recipe, load_recipe
 from quantdm.runs.labels import weights_of
+from quantdm.runs.paths import PATHS_FILE
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import own_trials
@@ -30,6 +31,7 @@ MADE_BY = {
     "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
     "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
     "why.json": "quantdm search MODEL --run-dir RUN_DIR",
+    "paths.json": "quantdm explain --run-dir RUN_DIR --paths",
     "tuning.json": "quantdm tune --run-dir RUN_DIR",
     "correction.safetensors": "quantdm correct --run-dir RUN_DIR",
     "summary.json": "quantdm run MODEL --run-dir RUN_DIR",
@@ -48,6 +50,7 @@ class Records:
     attributions: dict[str, Attribution] | None
     selection: dict[str, Any] | None
     why: dict[str, Any] | None
+    paths: dict[str, Any] | None
     recipe: Recipe | None
     labels: dict[str, str | None]  # of the recipe's layers
     tuning: dict[str, Any] | None
@@ -116,6 +119,7 @@ def read_records(run_dir: str | Path) -> Records:
         attributions=attributions,
         selection=optional("selection.json", lambda path: read_json(path, version=1)),
         why=optional(WHY_FILE, lambda path: read_json(path, version=1)),
+        paths=optional(PATHS_FILE, lambda path: read_json(path, version=1)),
         recipe=recipe,
         labels={} if space is None or recipe is None else weights_of(run, recipe, space.layers),
         tuning=optional(TUNING_FILE, lambda path: read_json(path, version=TUNING_VERSION)),

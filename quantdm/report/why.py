@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from quantdm.report.advice import Names, advice, doubts, read_names, shared_schemes
 from quantdm.report.figures import describe
 from quantdm.report.markup import dotted, esc, missing, paragraph, table
+from quantdm.report.published import compare_published
 from quantdm.report.records import Records
 from quantdm.report.wording import percent
 from quantdm.surrogates import Attribution, SearchSpace
@@ -93,7 +94,17 @@ def unknowns(records: Records) -> str:
         "them, 1 on average. y as at the median trial.",
         "caption",
     )
-    return html + _sharing(space, explained, choice) + _doubts(space, explained, choice)
+    return html + _published(space, explained) + _sharing(space, explained, choice) + _doubts(space, explained, choice)
+
+
+def _published(space: SearchSpace, explained: Attribution) -> str:
+    rows = [
+        ("", [esc(item.published), "yes" if item.agrees else "no", esc(item.found)])
+        for item in compare_published(space, explained.values)
+    ]
+    head = [("Published of such architectures", ""), ("Here too", ""), ("This run", "")]
+    listing = table(head, rows, text_columns=(1, 2)) if rows else paragraph("Nothing was published of such a network.")
+    return f"<details><summary>Compared with published insights</summary>{listing}</details>"
 
 
 def _sharing(space: SearchSpace, explained: Attribution, choice: Ints) -> str:

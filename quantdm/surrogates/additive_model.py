@@ -1,5 +1,6 @@
 """The additive model: positive learned weights on one-layer noise errors, and how its curve bends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +32,17 @@ class Design:
     parts: dict[str, slice]  # where the columns of `option` lie: method, width, option
 
 
-def make_design(space: SearchSpace) -> Design:
-    """Build the columns, each scaled by the prior standard deviation of its effect."""
+def make_design(space: SearchSpace, *, kinds: Sequence[str] | None = None) -> Design:
+    """Build the columns, each scaled by the prior standard deviation of its effect.
+
+    Args:
+        space: sizes and errors.
+        kinds: what every layer counts as [L] (None: its operation type).
+    """
     _, type_of = type_index(space)
+    if kinds is not None:
+        names = list(dict.fromkeys(kinds))
+        type_of = np.array([names.index(kind) for kind in kinds], dtype=np.int64)
     band_of = band_index(space)
     cells = np.unique(type_of * (band_of.max() + 1) + band_of, return_inverse=True)[1]
     methods = [(option.method, option.granularity, option.group_size) for option in space.options]
