@@ -22,7 +22,9 @@ _LABEL = re.compile(
     r"(?P<method>[a-z0-9]+)-(?P<granularity>tensor|channel|group|shared)(?P<group>\d*)-(?P<bits>\d+)"
     r"(?P<symmetric>-symmetric)?(?P<half_steps>-halfsteps)?(?P<p>-p2)?"
     r"(?:-(?P<table>int8|fp16))?(?P<hadamard>-hadamard)?"
-    r"(?:-equalised(?P<equalised>25|50|75|100))?(?:-(?P<calibration>importance|feedback))?"
+    r"(?:-equalised(?P<equalised>25|50|75|100))?"
+    r"(?:-lowrank-(?P<lowrank>[1-9]\d*))?(?:-lora-(?P<lora>[1-9]\d*)(?P<wide>-fp32)?)?"
+    r"(?:-(?P<calibration>importance|feedback))?"
 )
 
 
@@ -48,6 +50,12 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     by: s = rms(x)^a / max|w|^(1 - a), a in per cent (SmoothQuant). It costs a byte for every input channel, and what is
     decoded is divided again. The inputs are known by their moments, so it needs a calibration.
 
+    `lowrank` quantizes what a product of two thin factors leaves of the weight, which is added to what is decoded:
+    W ~ Q(W - AB) + AB, A [C_out, rank] and B [rank, n] in 8 bits (SVDQuant, arXiv 2411.05007; LQER, arXiv 2402.02446).
+
+    `lora` is such a product that was fused into the layer later, in 16 bits or, `wide`, in 32. No weight is quantized
+    to it: `quantdm.fuse_lora` gives it and `quantdm.unfuse_lora` takes it off.
+
     `calibration` says how the second moments of the layer's inputs are used: "importance" weights the error of every
     weight by E[x^2] of its input, "feedback" moves the error of every column on to those still to be quantized as well.
     What is stored, and how it is decoded, does not depend on it.
@@ -63,6 +71,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     table: Table | None = None
     hadamard: bool = False
     equalised: Share | None = None
+    lowrank: int | None = None
+    lora: int | None = None
+    wide: bool = False
     calibration: Calibration | None = None
 
     @model_validator(mode="before")
@@ -87,6 +98,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"group_size: got {self.group_size}, expected 2 or more")
         if self.p not in (ERROR_POWER, 2):
             raise ValueError(f"p: got {self.p}, expected {ERROR_POWER} or 2")
+        for name, rank in (("lowrank", self.lowrank), ("lora", self.lora)):
+            if rank is not None and rank < 1:
+                raise ValueError(f"{name}: got the rank {rank}, expected 1 or more")
         uses = (
             ("granularity='shared'", self.granularity == "shared", self.method == "kmeans"),
             (f"table={self.table!r}", self.table is not None, self.method == "kmeans"),
@@ -94,6 +108,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             ("symmetric", self.symmetric, self.method == "uniform"),
             ("half_steps", self.half_steps, self.method == "log2"),
             ("equalised", self.equalised is not None, self.calibration is not None and not self.hadamard),
+            ("wide", self.wide, self.lora is not None),
             ("p=2", self.p == 2, self.method != "kmeans" and self.calibration is None),
         )
         for option, given, fits in uses:
@@ -105,8 +120,23 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def in_place(self) -> "Scheme":
-        """The scheme of the weight as it lies in the codes: not turned, not equalised."""
-        return self.model_copy(update={"hadamard": False, "equalised": None})
+        """The scheme of the weight as it lies in the codes: not turned, not equalised, without branches."""
+        return self.without_branches.model_copy(update={"hadamard": False, "equalised": None})
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether a weight decodes to what lies in its codes."""
+        return not self.hadamard and self.equalised is None and not self.branch_rank
+
+    @property
+    def without_branches(self) -> "Scheme":
+        """The scheme of what is quantized beside a low-rank branch and a fused LoRA."""
+        return self.model_copy(update={"lowrank": None, "lora": None, "wide": False})
+
+    @property
+    def branch_rank(self) -> int:
+        """The rank of all that is added to what is decoded."""
+        return (self.lowrank or 0) + (self.lora or 0)
 
     @property
     def label(self) -> str:
@@ -121,6 +151,8 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             None if self.table == _default_table(self.granularity) else self.table,
             "hadamard" if self.hadamard else None,
             None if self.equalised is None else f"equalised{self.equalised}",
+            None if self.lowrank is None else f"lowrank-{self.lowrank}",
+            None if self.lora is None else f"lora-{self.lora}{'-fp32' if self.wide else ''}",
             self.calibration,
         )
         parts = (self.method, f"{self.granularity}{self.group_size or ''}", str(self.bits), *options)
@@ -153,6 +185,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
                 "table": match["table"],
                 "hadamard": match["hadamard"] is not None,
                 "equalised": int(match["equalised"]) if match["equalised"] else None,
+                "lowrank": int(match["lowrank"]) if match["lowrank"] else None,
+                "lora": int(match["lora"]) if match["lora"] else None,
+                "wide": match["wide"] is not None,
                 "calibration": match["calibration"],
             }
             return cls.model_validate(fields)

@@ -16,7 +16,7 @@ from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
 from quantdm.machine import IN_FLIGHT, Gate, cores, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, weight_error
-from quantdm.quantizers.fit import SWEEPS
+from quantdm.quantizers.options import SWEEPS
 from quantdm.runs.weights import weight_reader
 from quantdm.schemes import Scheme
 

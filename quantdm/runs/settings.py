@@ -14,7 +14,7 @@ from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
-from quantdm.quantizers.fit import SWEEPS
+from quantdm.quantizers.options import SWEEPS
 from quantdm.runs.run import MIN_TRIALS, RunSettings
 from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
