@@ -19,6 +19,7 @@ from quantdm.denoisers.tables import TableRecord, list_tables
 from quantdm.errors import QuantDMError
 from quantdm.hub import QuantDMConfig, apply_recipe, register
 from quantdm.hub.export import export_pipeline
+from quantdm.hub.lora import fuse_lora, unfuse_lora
 from quantdm.metrics.evaluate import evaluate
 from quantdm.modules import set_residency
 from quantdm.pipelines.capture import capture_inputs
@@ -64,6 +65,7 @@ __all__ = [
     "evaluate",
     "export_pipeline",
     "fit_correction",
+    "fuse_lora",
     "generate",
     "get_denoiser",
     "list_layers",
@@ -83,6 +85,7 @@ __all__ = [
     "set_activation_bits_",
     "set_residency",
     "trace_graph",
+    "unfuse_lora",
     "usual_activations",
     "write_report",
 ]

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
-from pydantic import BaseModel, field_validator, model_validator
+from pydantic import BaseModel, ValidationInfo, field_validator, model_validator
 
 from quantdm.errors import QuantDMError, nearest
 
-Method = Literal["uniform", "kmeans", "log2"]
+Method = Literal["uniform", "kmeans", "log2", "original"]
+QUANTIZED = ("uniform", "kmeans", "log2")  # methods that a label can name
 Granularity = Literal["tensor", "channel", "group", "shared"]
 MIN_BITS, MAX_BITS = 2, 8
 ERROR_POWER = 2.4  # of the papers: the range of a row minimises mean|w - w_hat|^p
@@ -85,7 +86,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
 
     @field_validator("bits")
     @classmethod
-    def _check_bits(cls, bits: int) -> int:
+    def _check_bits(cls, bits: int, info: ValidationInfo) -> int:
+        if info.data.get("method") == "original":
+            return ORIGINAL_BITS
         if not MIN_BITS <= bits <= MAX_BITS:
             raise ValueError(f"got {bits}, expected {MIN_BITS} to {MAX_BITS}")
         return bits
@@ -142,8 +145,11 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     def label(self) -> str:
         """The scheme as one word: METHOD-GRANULARITY-BITS, then what is not the default, in the order of the fields.
 
-        E.g. `kmeans-channel-4`, `uniform-group64-3-symmetric`, `kmeans-channel-3-fp16-feedback`, `kmeans-shared64-4`.
+        E.g. `kmeans-channel-4`, `uniform-group64-3-symmetric`, `kmeans-channel-3-fp16-feedback`, `kmeans-shared64-4`;
+        `original` for the option to leave a layer as it is.
         """
+        if self.method == "original":
+            return "original"
         options = (
             "symmetric" if self.symmetric else None,
             "halfsteps" if self.half_steps else None,
@@ -169,8 +175,8 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
         if match is None:
             raise QuantDMError(f"scheme: got {label!r}, expected METHOD-GRANULARITY-BITS such as 'kmeans-channel-4'")
         method, bits = match["method"], int(match["bits"])
-        if method not in get_args(Method):
-            raise QuantDMError(f"scheme {label!r}: method {method!r} is unknown; {nearest(method, get_args(Method))}")
+        if method not in QUANTIZED:
+            raise QuantDMError(f"scheme {label!r}: method {method!r} is unknown; {nearest(method, QUANTIZED)}")
         if not MIN_BITS <= bits <= MAX_BITS:
             raise QuantDMError(f"scheme {label!r}: {bits} bits, expected {MIN_BITS} to {MAX_BITS}")
         try:
@@ -202,23 +208,39 @@ def _default_table(granularity: str) -> Table:
     return "fp16" if granularity in ("tensor", "shared") else "int8"
 
 
+# The option of a search to leave a layer as it is: no weight is quantized under it, in recipes it is no scheme at all.
+ORIGINAL = Scheme(method="original", bits=ORIGINAL_BITS, granularity="tensor")
+
+
+def parse_option(label: str) -> Scheme:
+    """Read an option of a search from its label: a scheme, or `original`.
+
+    Raises:
+        QuantDMError: as `Scheme.parse`.
+    """
+    return ORIGINAL if label == ORIGINAL.label else Scheme.parse(label)
+
+
 # The search space of the paper at 2, 3 and 4 bits, which needs no calibration.
 PAPER_OPTIONS: tuple[Scheme, ...] = tuple(
     Scheme(method=method, bits=bits, granularity=granularity)  # pyright: ignore[reportArgumentType]
     for method, granularity in (("uniform", "channel"), ("kmeans", "channel"), ("kmeans", "tensor"))
     for bits in (2, 3, 4)
 )
-# What is searched by default: the same with error feedback, one table per tensor under the scales of its channels, and
-# more bits for the few layers that need them.
-DEFAULT_OPTIONS: tuple[Scheme, ...] = tuple(
-    Scheme(method=method, bits=bits, granularity=granularity, calibration="feedback")  # pyright: ignore
-    for method, granularity, widths in (
-        ("uniform", "channel", (2, 3, 4, 5, 6, 8)),
-        ("kmeans", "channel", (2, 3, 4)),
-        ("kmeans", "tensor", (2, 3, 4)),
-        ("kmeans", "shared", (2, 3, 4)),
-    )
-    for bits in widths
+# What is searched by default: the same with error feedback, one table per tensor under the scales of its channels, more
+# bits for the few layers that need them, and their original precision.
+DEFAULT_OPTIONS: tuple[Scheme, ...] = (
+    *(
+        Scheme(method=method, bits=bits, granularity=granularity, calibration="feedback")  # pyright: ignore
+        for method, granularity, widths in (
+            ("uniform", "channel", (2, 3, 4, 5, 6, 7, 8)),
+            ("kmeans", "channel", (2, 3, 4)),
+            ("kmeans", "tensor", (2, 3, 4)),
+            ("kmeans", "shared", (2, 3, 4)),
+        )
+        for bits in widths
+    ),
+    ORIGINAL,
 )
 # Of embedding tables where nothing else is asked for: nearly free, and no row that is never seen can be lost by it.
 TABLE_SCHEME = Scheme(method="uniform", bits=8)

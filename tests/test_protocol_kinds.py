@@ -141,7 +141,7 @@ def test_sensitivities_see_every_image_where_calls_make_one(tmp_path):
     evaluator = Evaluator(run, subject)
     rough, fine = evaluator.sensitivity(Probe("conv_in", settings.options))
     assert rough > 10 * fine > 0
-    calls = evaluator._recorded()["unet"]
+    calls = evaluator.recorded()["unet"]
     assert len(calls) % 3 == 0
     assert 3 <= len(calls) <= 3 * NOISE_CALLS
     assert len({float(call.args[0].sum()) for call in calls}) == len(calls)

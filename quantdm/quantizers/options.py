@@ -61,21 +61,7 @@ def quantize_options(
         QuantDMError: as `quantize_weight`.
     """
     matrix = _check_weight(weight, split, name)
-    calibrated = [scheme for scheme in schemes if scheme.calibration is not None]
-    if calibrated and moments is None:
-        raise QuantDMError(
-            f"{name}: got {calibrated[0]} without moments, expected those of the layer's inputs; calibrate"
-        )
-    if calibrated and moments is not None:
-        check_moments(moments, weight.shape, name)
-    fused = [scheme for scheme in schemes if scheme.lora is not None]
-    if fused:
-        raise QuantDMError(
-            f"{name}: got {fused[0]}, but a LoRA is fused into a layer that is quantized (quantdm.fuse_lora), no "
-            "weight is quantized to it; drop -lora"
-        )
-    for scheme in schemes:
-        check_rank(weight.shape, scheme, name)
+    _check_schemes(weight, schemes, moments, name)
     found: dict[int, QuantizedWeight] = {}
     kinds = [(scheme.hadamard, scheme.equalised) for scheme in schemes]
     for kind in dict.fromkeys(kinds):
@@ -169,3 +155,24 @@ def _check_weight(weight: Tensor, split: int | None, name: str) -> Tensor:
     if bad:
         raise QuantDMError(f"{name}: got {bad} NaN or infinite weights of {weight.numel()}, expected finite ones")
     return matrix
+
+
+def _check_schemes(weight: Tensor, schemes: Sequence[Scheme], moments: Moments | None, name: str) -> None:
+    """Check that a weight can be quantized under these schemes with these moments."""
+    calibrated = [scheme for scheme in schemes if scheme.calibration is not None]
+    if calibrated and moments is None:
+        raise QuantDMError(
+            f"{name}: got {calibrated[0]} without moments, expected those of the layer's inputs; calibrate"
+        )
+    if calibrated and moments is not None:
+        check_moments(moments, weight.shape, name)
+    if any(scheme.method == "original" for scheme in schemes):
+        raise QuantDMError(f"{name}: got original, which is no scheme: leave the layer out of what is quantized")
+    fused = [scheme for scheme in schemes if scheme.lora is not None]
+    if fused:
+        raise QuantDMError(
+            f"{name}: got {fused[0]}, but a LoRA is fused into a layer that is quantized (quantdm.fuse_lora), no "
+            "weight is quantized to it; drop -lora"
+        )
+    for scheme in schemes:
+        check_rank(weight.shape, scheme, name)

@@ -163,8 +163,11 @@ def count_bits(shape: Sequence[int], scheme: Scheme, split: int | None = None) -
     A row has a scale of 16 bits, asymmetric uniform a zero point of 16 more, k-means a codebook of 8·k (int8 table; an
     fp16 table takes 16·k and no scale). A shared codebook has 16·k bits once, and scales of 16 bits per channel or 8
     per group with a step of 16 for every 256. The 32 bits of each quantizer's factor are counted, and 8 for every input
-    channel of an equalised weight, and the factors of a branch; padding is not.
+    channel of an equalised weight, and the factors of a branch; padding is not. A weight that is left as it is has 16 a
+    weight.
     """
+    if scheme.method == "original":
+        return math.prod(shape) * scheme.bits
     overhead = sum(
         math.prod(size) * dtype.itemsize * 8
         for key, (size, dtype) in stored_tensors(shape, scheme, split).items()

@@ -164,7 +164,7 @@ class Evaluator:
         """
         layer_name = probe.layer
         part = self.subject.part_of(layer_name)
-        denoiser, calls = self.subject.denoisers[part], self._recorded()[part]
+        denoiser, calls = self.subject.denoisers[part], self.recorded()[part]
         errors = []
         for scheme in map(Scheme.parse, probe.options):
             with self.bank.applied(self.subject.weights, {layer_name: scheme}):
@@ -177,7 +177,7 @@ class Evaluator:
     def input_sensitivity(self, layer_name: str, labels: Sequence[str]) -> list[float]:
         """Return, per activation scheme, the same error when only this layer's input is quantized."""
         part = self.subject.part_of(layer_name)
-        denoiser, calls = self.subject.denoisers[part], self._recorded()[part]
+        denoiser, calls = self.subject.denoisers[part], self.recorded()[part]
         own = split_name(layer_name, self.subject.part_names)[1]
         errors = []
         try:
@@ -189,7 +189,7 @@ class Evaluator:
             set_activation_bits_(denoiser, None)
         return errors
 
-    def _recorded(self) -> dict[str, list[Call]]:
+    def recorded(self) -> dict[str, list[Call]]:
         """Return NOISE_CALLS calls of every denoiser, from the middle of its own."""
         if self._calls is None:
             settings, subject = self.run.settings, self.subject

@@ -15,6 +15,7 @@ from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Probe
 from quantdm.runs.run import Run
+from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
 
 RECORD_VERSION = 1
@@ -59,7 +60,9 @@ def measure_space(run: Run, engine: Engine, subject: Subject, bank: WeightBank) 
         graph=subject.graph,
         options=options,
         bits=np.array([[count_bits(la.shape, scheme, la.split) for scheme in options] for la in layers]),
-        weight_error=np.array([[bank.weight_error(la.name, scheme) for scheme in options] for la in layers]),
+        weight_error=np.array(
+            [[0 if scheme == ORIGINAL else bank.weight_error(la.name, scheme) for scheme in options] for la in layers]
+        ),
         noise_error=np.array([[errors[la.name][label] for label in labels] for la in layers]),
     )
     if not path.is_file() or tuple(SearchSpace.load(path).labels) != labels:
@@ -71,13 +74,15 @@ def _one_layer_errors(run: Run, engine: Engine, names: Sequence[str]) -> dict[st
     """Return layer -> label -> one-layer noise error; what sensitivity.json has is not measured again."""
     measured, labels = run.path(SENSITIVITY_FILE), run.settings.options
     errors = _known_errors(run)
-    missing = {name: tuple(label for label in labels if label not in errors.get(name, {})) for name in names}
+    for name in names:
+        errors.setdefault(name, {})[ORIGINAL.label] = 0.0
+    missing = {name: tuple(label for label in labels if label not in errors[name]) for name in names}
     todo = [Probe(name, left) for name, left in missing.items() if left]
     with bar(len(names), "sensitivity: one layer a time") as progress:
         progress.update(len(names) - len(todo))
         for count, (index, result) in enumerate(engine.map("sensitivity", todo), 1):
             probe = todo[index]
-            errors.setdefault(probe.layer, {}).update(zip(probe.options, result, strict=True))
+            errors[probe.layer].update(zip(probe.options, result, strict=True))
             progress.update()
             if count % 8 == 0 or count == len(todo):
                 write_json(measured, {"version": RECORD_VERSION, "noise_error": errors})

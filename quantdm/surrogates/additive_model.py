@@ -36,7 +36,7 @@ def make_design(space: SearchSpace) -> Design:
     _, type_of = type_index(space)
     band_of = band_index(space)
     cells = np.unique(type_of * (band_of.max() + 1) + band_of, return_inverse=True)[1]
-    methods = [(option.method, option.granularity, option.group_size) for option in space.options]
+    methods = [(o.method, o.granularity, o.group_size, o.hadamard, o.equalised, o.lowrank) for o in space.options]
     method_of = np.array([methods.index(method) for method in methods])
     width_of = np.unique([option.bits for option in space.options], return_inverse=True)[1]
     layer = {"type": type_of, "band": band_of, "cell": cells, "layer": np.arange(len(type_of))}

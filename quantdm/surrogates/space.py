@@ -12,7 +12,7 @@ from quantdm.denoisers.graph import Graph
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, read_json, write_json
-from quantdm.schemes import QuantConfig, Scheme
+from quantdm.schemes import ORIGINAL, QuantConfig, Scheme, parse_option
 
 SPACE_VERSION = 1
 
@@ -120,7 +120,8 @@ class SearchSpace:
     def config(self, choice: ArrayLike) -> QuantConfig:
         """Turn one choice [L] into a config."""
         (row,) = self.check(choice)
-        return QuantConfig({name: self.options[o] for name, o in zip(self.layer_names, row, strict=True)})
+        chosen = {name: self.options[o] for name, o in zip(self.layer_names, row, strict=True)}
+        return QuantConfig({name: None if scheme == ORIGINAL else scheme for name, scheme in chosen.items()})
 
     def choice_of(self, config: QuantConfig) -> NDArray[np.int64]:
         """Turn a config into one choice [L].
@@ -136,7 +137,7 @@ class SearchSpace:
                 f"config: {len(unknown)} unknown and {len(missing)} missing layers, first {name!r}; "
                 f"{nearest(name, self.layer_names)}"
             )
-        position: dict[Scheme | None, int] = {option: index for index, option in enumerate(self.options)}
+        position = {None if option == ORIGINAL else option: index for index, option in enumerate(self.options)}
         for name in self.layer_names:
             if config[name] not in position:
                 raise QuantDMError(f"config: {name!r} is {config[name]}, which is no option; {', '.join(self.labels)}")
@@ -167,7 +168,7 @@ class SearchSpace:
             return cls(
                 layers=tuple(LayerRecord(**_tuples(layer)) for layer in record["layers"]),
                 graph=Graph.from_dict(record["graph"]),
-                options=tuple(Scheme.parse(label) for label in record["options"]),
+                options=tuple(parse_option(label) for label in record["options"]),
                 bits=np.array(record["bits"], dtype=np.int64),
                 weight_error=np.array(record["weight_error"]),
                 noise_error=np.array(record["noise_error"]),

@@ -1,0 +1,65 @@
+"""Gradient sensitivities: the derivative that they claim to be, and that they stand for what is measured."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from quantdm import Scheme, load_pipeline, look_at
+from quantdm.denoisers.calls import replay
+from quantdm.runs import gradients as gradients_module
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.gradients import load_gradients, measure_gradients
+from quantdm.runs.search import start_run
+from quantdm.runs.settings import Effort
+from quantdm.runs.stages import build_bank, measure_space
+from quantdm.schemes import ORIGINAL
+
+OPTIONS = (Scheme.parse("uniform-channel-4"), Scheme.parse("kmeans-tensor-3"), ORIGINAL)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A run of digits-dit up to its search space, and its gradient scores."""
+    run, subject = start_run(
+        look_at(load_pipeline("digits-dit")),
+        tmp_path_factory.mktemp("gradients") / "run",
+        target_bits=4.0,
+        options=OPTIONS,
+        effort=Effort(label_images=2, label_steps=4, noise_images=8),
+    )
+    with Engine(run, subject, workers=1) as engine:
+        space = measure_space(run, engine, subject, build_bank(run, subject))
+        scores = measure_gradients(run, engine.local, space)
+        yield run, engine.local, space, scores
+
+
+def test_the_gradient_is_the_derivative_of_the_output(measured):
+    _, evaluator, space, _ = measured
+    denoiser, call = evaluator.subject.denoiser, evaluator.recorded()["transformer"][0]
+    name = space.layer_names[7]
+    weight = denoiser.get_parameter(f"{name}.weight")
+    (gradient,) = gradients_module._gradients(denoiser, call, {name: weight}, seed=3).values()
+    change = 1e-3 * weight.detach() * torch.randn(weight.shape, generator=torch.manual_seed(0))
+    rows = call.output[: gradients_module.ROWS]
+    signs = torch.randint(0, 2, rows.shape, generator=torch.Generator().manual_seed(3)) * 2.0 - 1
+
+    def product(step: float) -> float:
+        weight.data += step * change
+        try:
+            return float((replay(denoiser, [call])[0][: len(rows)].double() * signs).sum() / rows.double().norm())
+        finally:
+            weight.data -= step * change
+
+    assert float((gradient * change).sum()) == pytest.approx((product(1.0) - product(-1.0)) / 2, rel=0.02)
+    assert not weight.requires_grad
+
+
+def test_scores_stand_for_one_layer_errors(measured):
+    run, _, space, scores = measured
+    stays = OPTIONS.index(ORIGINAL)
+    assert (scores[:, stays] == 0).all()
+    assert (scores[:, :stays] > 0).all()
+    for option in range(stays):
+        assert spearmanr(scores[:, option], space.noise_error[:, option]).statistic > 0.4
+    assert np.array_equal(load_gradients(run, space), scores)
