@@ -5,7 +5,7 @@
 Every layer is quantized with calibrated schemes with and without branches of several ranks. A branch is compared with
 what its bits buy otherwise: the lower convex hull, in log error over bits, of k-means per channel alone ("wider": the
 next width takes over by and by), and of all default options of a search. Then knapsacks at several sizes choose among
-the default options with and without branches, by the sum of relative output errors. Writes
+the default options, with branches or with fp16 tables as well, by the sum of relative output errors. Writes
 eval/results/lowrank_MODEL.json.
 """
 
@@ -38,6 +38,7 @@ BASES = tuple(
     for granularity in ("channel",)
     for bits in WIDTHS
 )
+TABLES = tuple(base.model_copy(update={"table": "fp16"}) for base in BASES)
 BRANCHED = tuple(base.model_copy(update={"lowrank": rank}) for base in BASES for rank in RANKS)
 
 
@@ -53,7 +54,7 @@ def measure(model: str) -> dict[str, dict[str, tuple[float, float]]]:
         for layer in layers:
             weight, own = denoiser.get_parameter(f"{layer.name}.weight").detach().float(), moments[layer.name]
             rank = min(layer.shape[0], weight[0].numel())
-            schemes = [s for s in (*PLAIN, *BRANCHED) if (s.lowrank or 0) <= rank]
+            schemes = [s for s in (*PLAIN, *TABLES, *BRANCHED) if (s.lowrank or 0) <= rank]
             schemes = [s for s in schemes if not is_wasteful(layer.shape, s, layer.split)]
             error = OutputError(weight.flatten(1), own.second)
             power = float(error.of_rows(torch.zeros_like(weight.flatten(1))).sum())
@@ -95,7 +96,7 @@ def at_equal_bits(found: dict[str, dict[str, tuple[float, float]]]) -> dict[str,
             if scheme.label not in row:
                 continue
             bits, error = row[scheme.label]
-            plain = {label: point for label, point in row.items() if "lowrank" not in label}
+            plain = {label: point for label, point in row.items() if "lowrank" not in label and "fp16" not in label}
             for kind, points in (("wider", [plain[k] for k in alike if k in plain]), ("options", [*plain.values()])):
                 other = hull_at(points, bits) if points else None
                 if other is not None:
@@ -118,7 +119,7 @@ def knapsacks(found: dict[str, dict[str, tuple[float, float]]], weights: dict[st
     rows = []
     for target in TARGETS:
         row: dict[str, Any] = {"target_bits": target}
-        for kind, allowed in (("without", ()), ("with", BRANCHED)):
+        for kind, allowed in (("without", ()), ("fp16_tables", TABLES), ("with", BRANCHED)):
             labels = [s.label for s in (*PLAIN, *allowed)]
             own = {name: [label for label in labels if label in found[name]] for name in found}
             bits = [np.array([round(found[n][k][0] * weights[n]) for k in own[n]], dtype=np.int64) for n in found]
@@ -128,8 +129,9 @@ def knapsacks(found: dict[str, dict[str, tuple[float, float]]], weights: dict[st
                 continue
             picked = solve_knapsack(values, bits, budget)
             row[kind] = round(-sum(float(v[i]) for v, i in zip(values, picked, strict=True)), 6)
+            chosen = [own[name][i] for name, i in zip(found, picked, strict=True)]
+            row["layers_with_fp16_tables"] = row.get("layers_with_fp16_tables", 0) + sum("fp16" in k for k in chosen)
             if kind == "with":
-                chosen = [own[name][i] for name, i in zip(found, picked, strict=True)]
                 row["layers_with_branches"] = sum("lowrank" in label for label in chosen)
                 row["branches"] = sorted({label for label in chosen if "lowrank" in label})
         rows.append(row)

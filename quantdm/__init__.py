@@ -33,6 +33,7 @@ from quantdm.recipe import ActivationScheme, ActivationSpec, CalibrationSpec, Re
 from quantdm.report import write_report
 from quantdm.runs.search import search
 from quantdm.runs.settings import Effort
+from quantdm.runs.whole import select_pipeline
 from quantdm.schemes import QuantConfig, Scheme
 
 try:
@@ -82,6 +83,7 @@ __all__ = [
     "run",
     "search",
     "select",
+    "select_pipeline",
     "set_activation_bits_",
     "set_residency",
     "trace_graph",

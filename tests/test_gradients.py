@@ -5,17 +5,22 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from quantdm import Scheme, load_pipeline, look_at
+from quantdm import QuantDMError, Scheme, load_pipeline, look_at
+from quantdm.allocation.candidates import baseline_choices
+from quantdm.allocation.pruning import dominated
 from quantdm.denoisers.calls import replay
+from quantdm.hub.size import ExportSize
 from quantdm.runs import gradients as gradients_module
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.gradients import load_gradients, measure_gradients
 from quantdm.runs.search import start_run
 from quantdm.runs.settings import Effort
 from quantdm.runs.stages import build_bank, measure_space
+from quantdm.runs.trials import first_trials
 from quantdm.schemes import ORIGINAL
 
-OPTIONS = (Scheme.parse("uniform-channel-4"), Scheme.parse("kmeans-tensor-3"), ORIGINAL)
+BRANCHED = Scheme.parse("uniform-channel-4-lowrank-20")
+OPTIONS = (Scheme.parse("uniform-channel-4"), Scheme.parse("kmeans-tensor-3"), BRANCHED, ORIGINAL)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,22 @@ def test_scores_stand_for_one_layer_errors(measured):
     stays = OPTIONS.index(ORIGINAL)
     assert (scores[:, stays] == 0).all()
     assert (scores[:, :stays] > 0).all()
-    for option in range(stays):
+    for option in range(2):
         assert spearmanr(scores[:, option], space.noise_error[:, option]).statistic > 0.4
     assert np.array_equal(load_gradients(run, space), scores)
+
+
+def test_a_layer_without_the_rank_of_an_option_is_never_given_it(measured):
+    _, evaluator, space, _ = measured
+    small = space.layer_index["pos_embed.proj"]  # rows of 16 weights
+    option = OPTIONS.index(BRANCHED)
+    assert BRANCHED.label in dominated(space)["pos_embed.proj"]
+    choices = first_trials(space, 40, targets=[4.0], seed=0)
+    assert option not in choices[:, small]
+    assert (choices == option).any()
+    assert f"baseline: {BRANCHED.label}" not in baseline_choices(space, 4.0)
+    with pytest.raises(QuantDMError, match=f"no option {BRANCHED.label}"):
+        evaluator.bank.get("pos_embed.proj", BRANCHED)
+    size = ExportSize(evaluator.subject.pipe)
+    least, most = size.extremes(OPTIONS)
+    assert least < size.of(space.config(choices[-1])) < most

@@ -27,7 +27,7 @@ def quantized(family: str) -> nn.Module:
     model = make(family)
     names = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     layers = {name: LABELS[i % len(LABELS)] for i, name in enumerate(names)}
-    apply_recipe(model, Recipe(model=family, layers=layers)).requires_grad_(False)
+    apply_recipe(model, Recipe(model=family, layers=layers), insist=True).requires_grad_(False)
     return model
 
 
@@ -120,7 +120,9 @@ def test_a_lora_on_a_text_encoder_comes_off_exactly() -> None:
 def test_the_weights_of_a_lora_are_saved_and_loaded_as_always(tmp_path: Path) -> None:
     pipe = quantdm.load_pipeline("digits-sd")
     names = [record.name for record in quantdm.list_layers(pipe.unet)]
-    quantdm.apply_recipe(pipe, quantdm.QuantConfig.uniform(names, quantdm.Scheme.parse("uniform-channel-4")))
+    quantdm.apply_recipe(
+        pipe, quantdm.QuantConfig.uniform(names, quantdm.Scheme.parse("uniform-channel-4")), insist=True
+    )
     pipe.set_progress_bar_config(disable=True)
 
     def image(scale: float = 1.0) -> torch.Tensor:
@@ -211,7 +213,7 @@ def test_a_fused_lora_is_saved_and_opened_with_the_pipeline(tmp_path: Path, trai
     scheme = quantdm.Scheme.parse("kmeans-channel-4-lowrank-2")
     names = [record.name for record in quantdm.list_layers(pipe.unet) if "attn" in record.name]
     rules = dict.fromkeys(names, scheme.label)
-    quantdm.apply_recipe(pipe, Recipe(model="digits-sd", layers=rules, default="original"))
+    quantdm.apply_recipe(pipe, Recipe(model="digits-sd", layers=rules, default="original"), insist=True)
     y = answer(pipe.unet)
     attention = LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False)
     torch.manual_seed(2)

@@ -70,7 +70,7 @@ def test_no_trial_is_the_reference_itself(space) -> None:
     stays = OPTIONS.index(ORIGINAL)
     assert (choices == stays).mean(axis=1).max() < 0.5
     assert {*choices[(choices == choices[:, :1]).all(axis=1)][:, 0]} == set(range(len(OPTIONS))) - {stays}
-    assert float(space.avg_bits(choices).max()) <= 8.1
+    assert float(space.avg_bits(choices).max()) < 8.5
     assert not any(name.endswith("original") for name in baseline_choices(space, 3.0))
 
 

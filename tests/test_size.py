@@ -107,7 +107,7 @@ def test_weights_from_a_bank_give_a_file_of_the_same_size(tmp_path, tiny):
 def test_every_shard_is_counted_with_its_header(tmp_path, monkeypatch):
     recipe = mixed("digits-dit", MIXES["all kinds"])
     pipe = load_pipeline("digits-dit", torch_dtype=torch.float16)
-    apply_recipe(pipe, recipe)
+    apply_recipe(pipe, recipe, insist=True)
     pipe.transformer.save_pretrained(tmp_path / "transformer", max_shard_size="300KB")
     monkeypatch.setattr(size_module, "SHARD_SIZE", "300KB")
     files = list((tmp_path / "transformer").glob("*.safetensors"))
@@ -133,7 +133,7 @@ def test_the_order_of_dtypes_in_a_file_is_that_of_safetensors(tmp_path):
 
 def test_the_length_of_a_header_does_not_depend_on_its_checksums():
     model = get_denoiser(load_pipeline("digits-dit"))
-    apply_recipe(model, mixed("digits-dit", ("uniform-channel-4",)))
+    apply_recipe(model, mixed("digits-dit", ("uniform-channel-4",)), insist=True)
     table, lengths = layer_table(model), set()
     for seed in range(64):
         values = torch.randint(0, 2**32, (len(packed_layers(model)) + 5,), generator=torch.manual_seed(seed)).tolist()

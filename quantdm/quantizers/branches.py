@@ -45,14 +45,19 @@ def stored_branches(shape: Sequence[int], scheme: Scheme) -> dict[str, tuple[tup
     return stored
 
 
+def fits_rank(shape: Sequence[int], scheme: Scheme) -> bool:
+    """Tell whether a weight of this shape can have the low-rank branch of a scheme."""
+    return (scheme.lowrank or 0) <= min(shape[0], math.prod(shape[1:]))
+
+
 def check_rank(shape: Sequence[int], scheme: Scheme, name: str) -> None:
     """Check that a weight of this shape can have the low-rank branch of a scheme; `name` is that of its layer.
 
     Raises:
         QuantDMError: its rank is higher than the weight has.
     """
-    most = min(shape[0], math.prod(shape[1:]))
-    if scheme.lowrank is not None and scheme.lowrank > most:
+    if not fits_rank(shape, scheme):
+        most = min(shape[0], math.prod(shape[1:]))
         raise QuantDMError(
             f"{name}: got {scheme} with a branch of rank {scheme.lowrank}, expected {most} at most for a weight "
             f"{tuple(shape)}; choose a smaller one, or a scheme without"

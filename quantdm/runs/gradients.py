@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from quantdm.denoisers.calls import Call, first_tensor
 from quantdm.files import digest, read_json, write_json
 from quantdm.progress import bar
+from quantdm.quantizers.branches import fits_rank
 from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.run import Run
 from quantdm.schemes import ORIGINAL
@@ -88,7 +89,8 @@ def _products(evaluator: Evaluator, space: SearchSpace, name: str, gradient: tor
     weight = evaluator.subject.weights.get_parameter(f"{name}.weight").detach()
     found = np.zeros(len(space.options))
     for index, option in enumerate(space.options):
-        if option != ORIGINAL:
+        if option != ORIGINAL and fits_rank(weight.shape, option):
             difference = evaluator.bank.dense(name, option, weight.dtype, weight.device) - weight
             found[index] = float((difference * gradient).sum(dtype=torch.float64)) ** 2
-    return found
+    worse = [not fits_rank(weight.shape, option) for option in space.options]
+    return np.where(worse, found.max(), found)

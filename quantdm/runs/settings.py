@@ -4,8 +4,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
 from quantdm.hub.export import lossless_dtype
@@ -17,6 +15,7 @@ from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
+from quantdm.quantizers.branches import fits_rank
 from quantdm.quantizers.options import SWEEPS
 from quantdm.runs.run import MIN_TRIALS, RunSettings
 from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL, TABLE_SCHEME, Scheme
@@ -132,9 +131,12 @@ def fitting_options(options: Sequence[Scheme], pipe: DiffusionPipeline) -> tuple
 
 def reachable_bits(layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> tuple[float, float]:
     """Return the smallest and the largest average bits that the options allow."""
-    table = np.array([[count_bits(layer.shape, scheme, layer.split) for scheme in options] for layer in layers])
+    table = [
+        [count_bits(layer.shape, scheme, layer.split) for scheme in options if fits_rank(layer.shape, scheme)]
+        for layer in layers
+    ]
     weights = sum(layer.num_weights for layer in layers)
-    return table.min(axis=1).sum() / weights, table.max(axis=1).sum() / weights
+    return sum(map(min, table)) / weights, sum(map(max, table)) / weights
 
 
 def checked_target(

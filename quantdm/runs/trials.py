@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from quantdm.allocation.pruning import prune
+from quantdm.allocation.pruning import fitting, prune
 from quantdm.allocation.sampling import sample_configs, sample_frontier
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, read_json, write_json
@@ -153,6 +153,7 @@ def _planned(run: Run, space: SearchSpace, keys: Sequence[str]) -> tuple[np.ndar
 def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], seed: int) -> np.ndarray:
     """Return the choices [T, L] that need no labels: every option alone, random mixes, the sensitivities' frontier."""
     anchors = np.tile(np.array(_quantized(space))[:, None], (1, len(space.layers)))
+    anchors = np.where(space.gather(fitting(space), anchors), anchors, prune(space, anchors))
     mixes = sample_configs(space, max(1, round(total * RANDOM_SHARE) - len(anchors)), seed=seed)
     plan = [anchors, prune(space, mixes)]
     each = max(1, round(total * FRONTIER_SHARE / len(targets)))
