@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantdm import QuantDMError
+from quantdm import QuantDMError, Recipe
 from quantdm.activations.codes import Grid, new_codes
 from quantdm.modules import quantize_module_
 from quantdm.modules.blob import blob_size, join_tensors, split_blob
@@ -165,3 +165,5 @@ def test_what_cannot_be_is_refused() -> None:
         quantize_weight(weight, Scheme.parse("uniform-channel-4-lora-2"))
     with pytest.raises(QuantDMError):
         Scheme.parse("uniform-channel-4-lowrank-0")
+    with pytest.raises(QuantDMError, match="fuse_lora"):
+        Recipe(model="digits-dit", default="uniform-channel-4-lora-2")

@@ -194,7 +194,7 @@ def test_quantdm_fuses_a_lora_beside_the_codes_and_takes_it_off_exactly(family: 
     assert max_difference(answer(model), z) < 1e-5
     layers = packed_layers(model)
     assert {layer.residency for layer in layers.values()} == {residency}
-    assert {layer.scheme.lora for layer in layers.values()} == {2}
+    assert {(layer.scheme.lora, layer.scheme.wide) for layer in layers.values()} == {(2, True)}
     assert not [name for name, _ in model.named_parameters() if "lora_" in name]
     z_2 = answer(add(model, "second"))  # on top of the one that is fused
     quantdm.fuse_lora(model, lora_scale=1)
@@ -207,8 +207,7 @@ def test_quantdm_fuses_a_lora_beside_the_codes_and_takes_it_off_exactly(family: 
         quantdm.unfuse_lora(model)
 
 
-@pytest.mark.parametrize("trained_in", [torch.float32, torch.float16])
-def test_a_fused_lora_is_saved_and_opened_with_the_pipeline(tmp_path: Path, trained_in: torch.dtype) -> None:
+def test_a_fused_lora_is_saved_and_opened_with_the_pipeline(tmp_path: Path) -> None:
     pipe = quantdm.load_pipeline("digits-sd")
     scheme = quantdm.Scheme.parse("kmeans-channel-4-lowrank-2")
     names = [record.name for record in quantdm.list_layers(pipe.unet) if "attn" in record.name]
@@ -218,7 +217,7 @@ def test_a_fused_lora_is_saved_and_opened_with_the_pipeline(tmp_path: Path, trai
     attention = LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False)
     torch.manual_seed(2)
     pipe.unet.add_adapter(attention, adapter_name="first")
-    trained = {k: v.to(trained_in) for k, v in get_peft_model_state_dict(pipe.unet, adapter_name="first").items()}
+    trained = {k: v.half() for k, v in get_peft_model_state_dict(pipe.unet, adapter_name="first").items()}
     StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=trained)
     pipe.unload_lora_weights()
     pipe.load_lora_weights(tmp_path / "lora", adapter_name="style")
@@ -227,15 +226,14 @@ def test_a_fused_lora_is_saved_and_opened_with_the_pipeline(tmp_path: Path, trai
     quantdm.fuse_lora(pipe)
     fused = answer(pipe.unet)
     assert max_difference(fused, z) < 1e-5
-    wide = {layer.scheme.wide for layer in packed_layers(pipe.unet).values() if layer.scheme.lora}
-    assert wide == {trained_in == torch.float32}
+    assert {layer.scheme.label for layer in packed_layers(pipe.unet).values() if layer.scheme.lora} == {
+        "kmeans-channel-4-lowrank-2-lora-3"  # in 16 bits, as it was trained
+    }
     pipe.save_pretrained(tmp_path / "fused")
     again = StableDiffusionPipeline.from_pretrained(tmp_path / "fused")
     assert torch.equal(answer(again.unet), fused)
     quantdm.unfuse_lora(again)
     assert torch.equal(answer(again.unet), y)
-    again.save_pretrained(tmp_path / "plain")
-    assert torch.equal(answer(StableDiffusionPipeline.from_pretrained(tmp_path / "plain").unet), y)
 
 
 def test_what_cannot_be_fused_is_refused_and_stays() -> None:
