@@ -29,7 +29,7 @@ def measured(tmp_path_factory):
     run, subject = start_run(
         look_at(load_pipeline("digits-dit")),
         tmp_path_factory.mktemp("gradients") / "run",
-        target_bits=4.0,
+        target_bits=6.0,
         options=OPTIONS,
         effort=Effort(label_images=2, label_steps=4, noise_images=4),
     )
@@ -75,10 +75,10 @@ def test_a_layer_without_the_rank_of_an_option_is_never_given_it(measured):
     small = space.layer_index["pos_embed.proj"]  # rows of 16 weights
     option = OPTIONS.index(BRANCHED)
     assert BRANCHED.label in dominated(space)["pos_embed.proj"]
-    choices = first_trials(space, 40, targets=[4.0], seed=0)
+    choices = first_trials(space, 40, targets=[6.0], seed=0)
     assert option not in choices[:, small]
     assert (choices == option).any()
-    assert f"baseline: {BRANCHED.label}" not in baseline_choices(space, 4.0)
+    assert f"baseline: {BRANCHED.label}" not in baseline_choices(space, 6.0)
     with pytest.raises(QuantDMError, match=f"no option {BRANCHED.label}"):
         evaluator.bank.get("pos_embed.proj", BRANCHED)
     size = ExportSize(evaluator.subject.pipe)

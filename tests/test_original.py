@@ -74,6 +74,11 @@ def test_no_trial_is_the_reference_itself(space) -> None:
     assert not any(name.endswith("original") for name in baseline_choices(space, 3.0))
 
 
+def test_no_error_at_all_is_no_outlier_of_what_the_surrogates_see(space) -> None:
+    assert (space.felt_error[:, :-1] == space.noise_error[:, :-1]).all()
+    assert np.allclose(space.felt_error[:, -1], space.noise_error[:, :-1].min(axis=1) / 16)
+
+
 def test_a_space_with_it_is_stored(space, tmp_path) -> None:
     space.save(tmp_path / "space.json")
     again = SearchSpace.load(tmp_path / "space.json")

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from typer.testing import CliRunner
 
 from quantdm import QuantDMError, Recipe, Scheme, export_pipeline, look_at
+from quantdm.cli.main import app
 from quantdm.denoisers.analysis import trace_graph
 from quantdm.files import write_json
 from quantdm.hub.planned import other_parts
@@ -66,11 +68,15 @@ def test_a_budget_is_spent_on_all_parts_and_met_to_the_byte(searched, tmp_path, 
             assert bool(packed_layers(getattr(plain, name))) == (label != "original")
 
 
-def test_a_budget_that_nothing_meets_is_refused_with_the_least(searched) -> None:
+def test_a_budget_that_nothing_meets_is_refused_with_the_least(searched, tmp_path) -> None:
     with pytest.raises(QuantDMError, match=r"expected \d+ or more"):
         select_pipeline(searched, target_bytes=1000)
     with pytest.raises(QuantDMError, match="by: got 'luck'"):
         select_pipeline(searched, target_bytes=10**7, by="luck")
+    arguments = ["select", "--run-dir", str(searched.folder), "-o", str(tmp_path / "recipe.yaml")]
+    both = CliRunner().invoke(app, [*arguments, "--target-pipeline-bytes", "4000000", "--target-bits", "3"])
+    assert both.exit_code != 0
+    assert not (tmp_path / "recipe.yaml").exists()
 
 
 def test_the_parts_of_sdxl_are_counted_to_the_byte_and_opened_again(tmp_path) -> None:

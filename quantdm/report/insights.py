@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from quantdm.errors import QuantDMError
 from quantdm.report.figures import describe
 from quantdm.report.wording import megabytes, percent, plus_minus, times
+from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -75,8 +76,8 @@ def group_layers(space: SearchSpace, by: str, choice: NDArray[np.int64] | None =
 
 
 def widths(space: SearchSpace) -> list[int]:
-    """Return the bit-widths among the options, ascending."""
-    return sorted({option.bits for option in space.options})
+    """Return the bit-widths of codes among the options, ascending."""
+    return sorted({option.bits for option in space.options if option != ORIGINAL})
 
 
 def least_error(space: SearchSpace, width: int) -> Floats:

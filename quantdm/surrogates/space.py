@@ -74,6 +74,12 @@ class SearchSpace:
         return np.array([layer.num_weights for layer in self.layers], dtype=np.int64)
 
     @cached_property
+    def felt_error(self) -> NDArray[np.float64]:
+        """Noise errors for logarithms [L, O]: one of zero counts as 1/16 of its layer's least other, two bits more."""
+        positive = np.where(self.noise_error > 0, self.noise_error, np.inf).min(axis=1, keepdims=True)
+        return np.where(self.noise_error > 0, self.noise_error, np.where(np.isfinite(positive), positive / 16, 0.0))
+
+    @cached_property
     def depth(self) -> NDArray[np.float64]:
         """Topological position of every layer [L], 0 (input) to 1 (output)."""
         position = {node.layer: node.depth for node in self.graph.nodes if node.layer is not None}
