@@ -5,7 +5,8 @@
 
 The environment of the peers: see eval/bench_quantizers.py. Every peer quantizes at its own defaults, without data; for
 each, quantdm gives two denoisers of no more bytes: the mix of data-free schemes with the least weight error, and the
-recipe that the run's surrogates choose, verified and tuned. Peers whose sizes differ by less than GROUP share what
+recipe that the run's surrogates choose, verified and tuned, both with embedding tables at 8 bits (no peer here
+quantizes them). Peers whose sizes differ by less than GROUP share what
 quantdm made for the smallest of them. fid_fp and PSNR are to the full-precision images of the same noises; with
 --rulers efficientnet-lite0 (extra `features`) also the distance by ImageNet features. What is measured is kept in the
 folder; run it again to go on. Writes eval/results/peers_PIPELINE.json.
@@ -27,6 +28,7 @@ from bench_quantizers import peer_versions
 from judge import Judge
 from torch import nn
 
+from quantdm import get_denoiser, list_tables
 from quantdm.allocation import select
 from quantdm.allocation.candidates import mean_of_standardised
 from quantdm.allocation.pruning import dominated
@@ -35,6 +37,7 @@ from quantdm.hub.size import ExportSize
 from quantdm.machine import cores, versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd, spread
+from quantdm.quantizers import quantize_weight
 from quantdm.recipe import Recipe
 from quantdm.runs.choose import verification_draws
 from quantdm.runs.engines.local import Engine
@@ -45,7 +48,7 @@ from quantdm.runs.store import TrialStore
 from quantdm.runs.tune import tune_run
 from quantdm.runs.tuned import TunedWeights
 from quantdm.runs.verify import verify
-from quantdm.schemes import Scheme
+from quantdm.schemes import TABLE_SCHEME, Scheme
 from quantdm.tuning import TuneSettings
 
 OUT = Path(__file__).parent / "results"
@@ -142,10 +145,11 @@ def replaced(denoiser: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterat
 
 def data_free(case: Case, rows: Rows, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     """Measure the data-free mixes of least weight error."""
-    choices, size = Choices(case), ExportSize(case.pipe)
+    choices, size = Choices(case), ExportSize(case.pipe, embeddings=TABLE_SCHEME)
+    tables = decoded_tables(case.model)
     for limit in sorted(set(sizes.values())):
-        budget = limit - case.rest_bytes
-        while True:  # the header is not in the choice's bytes
+        budget = limit
+        while True:  # the rest of the files, tables and header, is known when there is a choice
             choice = choices.best(budget)
             picked = [None if o == len(OPTIONS) else OPTIONS[o].label for o in choice]
             labels = dict(zip([layer.name for layer in case.layers], picked, strict=True))
@@ -155,13 +159,21 @@ def data_free(case: Case, rows: Rows, sizes: Mapping[str, int]) -> Iterator[dict
             budget -= total - limit
         weights = {f"{la.name}.weight": choices.decoded[i][choice[i]] for i, la in enumerate(case.layers)}
         told = {"bytes": total, "limit": limit, "seconds": round(choices.cpu_s, 1)}
-        yield rows.measure(f"quantdm, data-free, {limit / 1e6:.2f} MB", weights, told)
+        yield rows.measure(f"quantdm, data-free, {limit / 1e6:.2f} MB", weights | tables, told)
+
+
+def decoded_tables(denoiser: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the embedding tables as every recipe of the search quantizes them."""
+    weights = {
+        f"{table.name}.weight": denoiser.get_parameter(f"{table.name}.weight") for table in list_tables(denoiser)
+    }
+    return {name: quantize_weight(weight.detach(), TABLE_SCHEME).dequantize() for name, weight in weights.items()}
 
 
 def searched(run: Run, rows: Rows, sizes: Mapping[str, int], workers: int | None) -> Iterator[dict[str, Any]]:
     """Measure what the run's surrogates choose, tuned where that helps."""
     subject = run.open_subject()
-    size = ExportSize(subject.pipe)
+    size, tables = ExportSize(subject.pipe, embeddings=TABLE_SCHEME), decoded_tables(get_denoiser(subject.pipe))
     with Engine(run, subject, workers=workers) as engine:
         for limit in sorted(set(sizes.values())):
             start = time.monotonic()
@@ -171,12 +183,17 @@ def searched(run: Run, rows: Rows, sizes: Mapping[str, int], workers: int | None
             recipe = Recipe(model=run.settings.model, layers=labels)
             path = tune_run(run, engine, recipe, TuneSettings(), images=128, folder=folder)
             told = {"bytes": size.of(labels), "limit": limit, "seconds": round(time.monotonic() - start)}
-            told |= {"chosen": chosen, "tuned": path is not None, "labels": digest(labels)}
+            told |= {
+                "chosen": chosen,
+                "tuned": path is not None,
+                "labels": digest(labels),
+                "tables": TABLE_SCHEME.label,
+            }
             bank = engine.local.bank if path is None else TunedWeights.load(path)
             schemes = {name: Scheme.parse(label) for name, label in labels.items() if label is not None}
             weights = {f"{name}.weight": bank.get(name, scheme).dequantize() for name, scheme in schemes.items()}
             weights |= {} if path is None else TunedWeights.load(path).others
-            yield rows.measure(f"quantdm, recipe, {limit / 1e6:.2f} MB", weights, told)
+            yield rows.measure(f"quantdm, recipe, {limit / 1e6:.2f} MB", weights | tables, told)
 
 
 def best_choice(run: Run, engine: Engine, size: ExportSize, limit: int) -> tuple[dict[str, str | None], str]:
