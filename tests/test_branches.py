@@ -1,20 +1,29 @@
 """Low-rank branches: their closed forms, and that a scheme with one is a scheme like any other."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from quantdm import QuantDMError, Recipe
+from quantdm import QuantDMError, Recipe, get_denoiser, list_layers, load_pipeline
 from quantdm.activations.codes import Grid, new_codes
+from quantdm.allocation.candidates import baseline_choices
+from quantdm.allocation.pruning import dominated
+from quantdm.denoisers.analysis import trace_graph
+from quantdm.hub.size import ExportSize
 from quantdm.modules import quantize_module_
 from quantdm.modules.blob import blob_size, join_tensors, split_blob
 from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, quantize_weight
-from quantdm.quantizers.branches import add_branches, fit_branch
+from quantdm.quantizers.branches import add_branches, fit_branch, fits_rank
 from quantdm.quantizers.objective import OutputError
 from quantdm.quantizers.weight import count_bits
 from quantdm.recipe.activations import ActivationScheme
+from quantdm.runs.bank import WeightBank
+from quantdm.runs.stages import _filled
+from quantdm.runs.trials import first_trials
 from quantdm.schemes import Scheme
+from quantdm.surrogates import SearchSpace
 from quantdm.tuning.weights import TunableWeight
 
 
@@ -165,5 +174,33 @@ def test_what_cannot_be_is_refused() -> None:
         quantize_weight(weight, Scheme.parse("uniform-channel-4-lora-2"))
     with pytest.raises(QuantDMError):
         Scheme.parse("uniform-channel-4-lowrank-0")
-    with pytest.raises(QuantDMError, match="fuse_lora"):
+    with pytest.raises(ValueError, match="fuse_lora"):
         Recipe(model="digits-dit", default="uniform-channel-4-lora-2")
+
+
+def test_a_layer_without_the_rank_of_an_option_is_never_given_it(tmp_path) -> None:
+    denoiser = get_denoiser(load_pipeline("digits-dit"))
+    layers, options = (
+        list_layers(denoiser),
+        (Scheme.parse("uniform-channel-4-lowrank-20"), Scheme.parse("kmeans-tensor-3")),
+    )
+    narrow = next(layer for layer in layers if layer.name == "pos_embed.proj")  # rows of 16 weights
+    bank = WeightBank(tmp_path, [narrow], options).build(denoiser)
+    assert bank.get(narrow.name, options[1]).scheme == options[1]
+    with pytest.raises(QuantDMError, match=f"no option {options[0].label}"):
+        bank.get(narrow.name, options[0])
+    rows = [
+        {o.label: (count_bits(la.shape, o, la.split), 0.1, 0.1 / o.bits**4) for o in options if fits_rank(la.shape, o)}
+        for la in layers
+    ]
+    filled = np.array([_filled(row, [o.label for o in options]) for row in rows])
+    bits, errors = filled[:, :, 0].astype(np.int64), filled[:, :, 2]
+    space = SearchSpace(layers, trace_graph(denoiser), options, bits, errors, errors)
+    small = space.layer_index[narrow.name]
+    assert options[0].label in dominated(space)[narrow.name]
+    choices = first_trials(space, 30, targets=[4.5], seed=0)
+    assert 0 not in choices[:, small]
+    assert (choices == 0).any()
+    assert f"baseline: {options[0].label}" not in baseline_choices(space, 4.5)
+    size = ExportSize(load_pipeline("digits-dit"))
+    assert size.extremes(options)[0] <= size.of(space.config(choices[-1])) <= size.extremes(options)[1]

@@ -1,48 +1,32 @@
 """Gradient sensitivities: the derivative that they claim to be, and that they stand for what is measured."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
 
-from quantdm import QuantDMError, Scheme, load_pipeline, look_at
-from quantdm.allocation.candidates import baseline_choices
-from quantdm.allocation.pruning import dominated
 from quantdm.denoisers.calls import replay
-from quantdm.hub.size import ExportSize
 from quantdm.runs import gradients as gradients_module
-from quantdm.runs.engines.local import Engine
+from quantdm.runs.choose import GRADIENTS
+from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.gradients import load_gradients, measure_gradients
-from quantdm.runs.search import start_run
-from quantdm.runs.settings import Effort
-from quantdm.runs.stages import build_bank, measure_space
-from quantdm.runs.trials import first_trials
-from quantdm.schemes import ORIGINAL
-
-BRANCHED = Scheme.parse("uniform-channel-4-lowrank-20")
-OPTIONS = (Scheme.parse("uniform-channel-4"), BRANCHED, ORIGINAL)
+from quantdm.runs.run import Run
+from quantdm.runs.stages import load_space
+from quantdm.schemes import ORIGINAL, Scheme
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """A run of digits-dit up to its search space, and its gradient scores."""
-    run, subject = start_run(
-        look_at(load_pipeline("digits-dit")),
-        tmp_path_factory.mktemp("gradients") / "run",
-        target_bits=6.0,
-        options=OPTIONS,
-        effort=Effort(label_images=2, label_steps=4, noise_images=4),
-    )
-    with Engine(run, subject, workers=1) as engine:
-        space = measure_space(run, engine, subject, build_bank(run, subject))
-        scores = measure_gradients(run, engine.local, space)
-        yield run, engine.local, space, scores
+def evaluator(finished) -> Evaluator:
+    """That of a finished search."""
+    run = Run.open(finished[0])
+    return Evaluator(run, run.open_subject())
 
 
-def test_the_gradient_is_the_derivative_of_the_output(measured):
-    _, evaluator, space, _ = measured
+def test_the_gradient_is_the_derivative_of_the_output(evaluator):
     denoiser, call = evaluator.subject.denoiser, evaluator.recorded()["transformer"][0]
-    name = space.layer_names[7]
+    name = evaluator.subject.layers[7].name
     weight = denoiser.get_parameter(f"{name}.weight")
     wanted = weight.requires_grad
     (gradient,) = gradients_module._gradients(denoiser, call, {name: weight}, seed=3).values()
@@ -61,26 +45,28 @@ def test_the_gradient_is_the_derivative_of_the_output(measured):
     assert weight.requires_grad == wanted
 
 
-def test_scores_stand_for_one_layer_errors(measured):
-    run, _, space, scores = measured
-    stays = OPTIONS.index(ORIGINAL)
-    assert (scores[:, stays] == 0).all()
-    assert (scores[:, :stays] > 0).all()
-    assert spearmanr(scores[:, 0], space.noise_error[:, 0]).statistic > 0.4
-    assert np.array_equal(load_gradients(run, space), scores)
+def test_scores_of_a_search_stand_for_one_layer_errors_and_have_a_candidate(evaluator):
+    run = evaluator.run
+    space = load_space(run)
+    scores = load_gradients(run, space)
+    assert scores is not None
+    assert (scores > 0).all()
+    assert spearmanr(scores.ravel(), space.noise_error.ravel()).statistic > 0.5
+    selection = json.loads(run.path("selection.json").read_text())
+    assert GRADIENTS in selection["configs"]
+    before = run.path(gradients_module.GRADIENT_FILE).stat().st_mtime_ns
+    assert np.array_equal(measure_gradients(run, evaluator, space), scores)
+    assert run.path(gradients_module.GRADIENT_FILE).stat().st_mtime_ns == before
 
 
-def test_a_layer_without_the_rank_of_an_option_is_never_given_it(measured):
-    _, evaluator, space, _ = measured
-    small = space.layer_index["pos_embed.proj"]  # rows of 16 weights
-    option = OPTIONS.index(BRANCHED)
-    assert BRANCHED.label in dominated(space)["pos_embed.proj"]
-    choices = first_trials(space, 40, targets=[6.0], seed=0)
-    assert option not in choices[:, small]
-    assert (choices == option).any()
-    assert f"baseline: {BRANCHED.label}" not in baseline_choices(space, 6.0)
-    with pytest.raises(QuantDMError, match=f"no option {BRANCHED.label}"):
-        evaluator.bank.get("pos_embed.proj", BRANCHED)
-    size = ExportSize(evaluator.subject.pipe)
-    least, most = size.extremes(OPTIONS)
-    assert least < size.of(space.config(choices[-1])) < most
+def test_what_no_layer_may_take_costs_no_product(evaluator):
+    space = load_space(evaluator.run)
+    name, gradient = space.layer_names[0], torch.ones(space.layers[0].shape)
+    plain = gradients_module._products(evaluator, space, name, gradient)
+    branched = Scheme.parse("uniform-channel-4-lowrank-999")
+    more = np.concatenate([space.bits, space.bits[:, :2] * 2], axis=1)
+    wider = type(space)(space.layers, space.graph, (*space.options, branched, ORIGINAL), more, more, more)
+    found = gradients_module._products(evaluator, wider, name, gradient)
+    assert np.array_equal(found[:-2], plain)
+    assert found[-2] == plain.max()
+    assert found[-1] == 0
