@@ -135,7 +135,7 @@ class Study:
             config = (given or Recipe(model=self.model, default=source)).resolve(layers)
             config = match_weights(config, {} if spec is None else spec.resolve(layers))
             calibration = (given and given.calibration) or CalibrationSpec(protocol=self.model, images=16)
-            quantdm.apply_recipe(pipe, QuantConfig(config), calibration=calibration)
+            quantdm.apply_recipe(pipe, QuantConfig(config), calibration=calibration, insist=True)
             quantdm.set_residency(get_denoiser(pipe), "dense")
         set_activation_bits_(get_denoiser(pipe), spec)
         return pipe

@@ -65,7 +65,7 @@ def build(folder: Path) -> dict[str, float]:
     model.save_pretrained(folder / "bf16")
     names = [layer.name for layer in list_layers(model)]
     config = QuantConfig({name: Scheme.parse(MIX[i % len(MIX)]) for i, name in enumerate(names)})
-    apply_recipe(model, config, bank=ShapeBank(model))
+    apply_recipe(model, config, bank=ShapeBank(model), insist=True)
     model.save_pretrained(folder / "export")
     return {name: sum(f.stat().st_size for f in (folder / name).glob("*.safetensors")) for name in ("bf16", "export")}
 

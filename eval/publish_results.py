@@ -47,7 +47,7 @@ def draw_samples(model: str, size: str, rows: dict[str, Any], out: Path) -> None
     for axis, (label, recipe) in zip(axes, recipes.items(), strict=True):
         pipe = load_pipeline(model)
         if recipe is not None:
-            apply_recipe(pipe, recipe, calibration=recipe.calibration or CalibrationSpec(protocol=model))
+            apply_recipe(pipe, recipe, calibration=recipe.calibration or CalibrationSpec(protocol=model), insist=True)
         images = generate(pipe, load_protocol(model), range(SEED, SEED + COLUMNS))
         axis.imshow(image_grid(as_bytes(images), COLUMNS))
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)

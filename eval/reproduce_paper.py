@@ -143,11 +143,11 @@ def rows_of(
     def uniform() -> DiffusionPipeline:
         pipe = denoise()
         names = [layer.name for layer in list_layers(get_denoiser(pipe))]
-        return apply_recipe(pipe, QuantConfig.uniform(names, Scheme.parse(UNIFORM)))
+        return apply_recipe(pipe, QuantConfig.uniform(names, Scheme.parse(UNIFORM)), insist=True)
 
     def with_recipe() -> DiffusionPipeline:
         assert recipe is not None
-        return apply_recipe(denoise(), load_recipe(recipe))
+        return apply_recipe(denoise(), load_recipe(recipe), insist=True)
 
     best = uniform if recipe is None else with_recipe
 

@@ -53,7 +53,7 @@ def main() -> None:
             references = references or {d: samples(load_pipeline(MODEL, torch_dtype=dtype), d, "fp") for d in DRAWS}
             bank = bank or packed_bank(load_pipeline(MODEL), recipe, None)
             pipe = load_pipeline(MODEL, torch_dtype=dtype)
-            apply_recipe(pipe, recipe.model_copy(update={"embeddings": label}), bank=bank)
+            apply_recipe(pipe, recipe.model_copy(update={"embeddings": label}), bank=bank, insist=True)
             with dense_weights(get_denoiser(pipe)):
                 found = [compare(samples(pipe, draw, name), references[draw]) for draw in DRAWS]
             result["rows"][name] = row_of(recipe, label, found)

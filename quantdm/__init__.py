@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from quantdm.errors import QuantDMError
     from quantdm.hub import QuantDMConfig, apply_recipe, register
     from quantdm.hub.export import export_pipeline
+    from quantdm.hub.lora import fuse_lora, unfuse_lora
     from quantdm.metrics.evaluate import evaluate
     from quantdm.modules import set_residency
     from quantdm.pipelines.capture import capture_inputs
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from quantdm.report import write_report
     from quantdm.runs.search import search
     from quantdm.runs.settings import Effort
+    from quantdm.runs.whole import select_pipeline
     from quantdm.schemes import QuantConfig, Scheme
 
 try:
@@ -81,6 +83,10 @@ _HOMES = {
         "register",
     ),
     "quantdm.hub.export": ("export_pipeline",),
+    "quantdm.hub.lora": (
+        "fuse_lora",
+        "unfuse_lora",
+    ),
     "quantdm.metrics.evaluate": ("evaluate",),
     "quantdm.modules": ("set_residency",),
     "quantdm.pipelines.capture": ("capture_inputs",),
@@ -109,6 +115,7 @@ _HOMES = {
     "quantdm.report": ("write_report",),
     "quantdm.runs.search": ("search",),
     "quantdm.runs.settings": ("Effort",),
+    "quantdm.runs.whole": ("select_pipeline",),
     "quantdm.schemes": (
         "QuantConfig",
         "Scheme",
@@ -141,6 +148,7 @@ __all__ = [
     "evaluate",
     "export_pipeline",
     "fit_correction",
+    "fuse_lora",
     "generate",
     "get_denoiser",
     "list_layers",
@@ -157,9 +165,11 @@ __all__ = [
     "run",
     "search",
     "select",
+    "select_pipeline",
     "set_activation_bits_",
     "set_residency",
     "trace_graph",
+    "unfuse_lora",
     "usual_activations",
     "write_report",
 ]

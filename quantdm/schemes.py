@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Literal, get_args
+from typing import Literal
 
-from pydantic import BaseModel, field_validator, model_validator
+from pydantic import BaseModel, ValidationInfo, field_validator, model_validator
 
 from quantdm.errors import QuantDMError, nearest
 
-Method = Literal["uniform", "kmeans", "log2"]
+Method = Literal["uniform", "kmeans", "log2", "original"]
+QUANTIZED = ("uniform", "kmeans", "log2")  # methods that a label can name
 Granularity = Literal["tensor", "channel", "group", "shared"]
 MIN_BITS, MAX_BITS = 2, 8
 ERROR_POWER = 2.4  # of the papers: the range of a row minimises mean|w - w_hat|^p
@@ -22,7 +23,9 @@ _LABEL = re.compile(
     r"(?P<method>[a-z0-9]+)-(?P<granularity>tensor|channel|group|shared)(?P<group>\d*)-(?P<bits>\d+)"
     r"(?P<symmetric>-symmetric)?(?P<half_steps>-halfsteps)?(?P<p>-p2)?"
     r"(?:-(?P<table>int8|fp16))?(?P<hadamard>-hadamard)?"
-    r"(?:-equalised(?P<equalised>25|50|75|100))?(?:-(?P<calibration>importance|feedback))?"
+    r"(?:-equalised(?P<equalised>25|50|75|100))?"
+    r"(?:-lowrank-(?P<lowrank>[1-9]\d*))?(?:-lora-(?P<lora>[1-9]\d*)(?P<wide>-fp32)?)?"
+    r"(?:-(?P<calibration>importance|feedback))?"
 )
 
 
@@ -48,6 +51,12 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     by: s = rms(x)^a / max|w|^(1 - a), a in per cent (SmoothQuant). It costs a byte for every input channel, and what is
     decoded is divided again. The inputs are known by their moments, so it needs a calibration.
 
+    `lowrank` quantizes what a product of two thin factors leaves of the weight, which is added to what is decoded:
+    W ~ Q(W - AB) + AB, A [C_out, rank] and B [rank, n] in 8 bits (SVDQuant, arXiv 2411.05007; LQER, arXiv 2402.02446).
+
+    `lora` is such a product that was fused into the layer later, in 16 bits or, `wide`, in 32. No weight is quantized
+    to it: `quantdm.fuse_lora` gives it and `quantdm.unfuse_lora` takes it off.
+
     `calibration` says how the second moments of the layer's inputs are used: "importance" weights the error of every
     weight by E[x^2] of its input, "feedback" moves the error of every column on to those still to be quantized as well.
     What is stored, and how it is decoded, does not depend on it.
@@ -63,6 +72,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
     table: Table | None = None
     hadamard: bool = False
     equalised: Share | None = None
+    lowrank: int | None = None
+    lora: int | None = None
+    wide: bool = False
     calibration: Calibration | None = None
 
     @model_validator(mode="before")
@@ -74,7 +86,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
 
     @field_validator("bits")
     @classmethod
-    def _check_bits(cls, bits: int) -> int:
+    def _check_bits(cls, bits: int, info: ValidationInfo) -> int:
+        if info.data.get("method") == "original":
+            return ORIGINAL_BITS
         if not MIN_BITS <= bits <= MAX_BITS:
             raise ValueError(f"got {bits}, expected {MIN_BITS} to {MAX_BITS}")
         return bits
@@ -87,6 +101,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             raise ValueError(f"group_size: got {self.group_size}, expected 2 or more")
         if self.p not in (ERROR_POWER, 2):
             raise ValueError(f"p: got {self.p}, expected {ERROR_POWER} or 2")
+        for name, rank in (("lowrank", self.lowrank), ("lora", self.lora)):
+            if rank is not None and rank < 1:
+                raise ValueError(f"{name}: got the rank {rank}, expected 1 or more")
         uses = (
             ("granularity='shared'", self.granularity == "shared", self.method == "kmeans"),
             (f"table={self.table!r}", self.table is not None, self.method == "kmeans"),
@@ -94,6 +111,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             ("symmetric", self.symmetric, self.method == "uniform"),
             ("half_steps", self.half_steps, self.method == "log2"),
             ("equalised", self.equalised is not None, self.calibration is not None and not self.hadamard),
+            ("wide", self.wide, self.lora is not None),
             ("p=2", self.p == 2, self.method != "kmeans" and self.calibration is None),
         )
         for option, given, fits in uses:
@@ -105,15 +123,33 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def in_place(self) -> "Scheme":
-        """The scheme of the weight as it lies in the codes: not turned, not equalised."""
-        return self.model_copy(update={"hadamard": False, "equalised": None})
+        """The scheme of the weight as it lies in the codes: not turned, not equalised, without branches."""
+        return self.without_branches.model_copy(update={"hadamard": False, "equalised": None})
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether a weight decodes to what lies in its codes."""
+        return not self.hadamard and self.equalised is None and not self.branch_rank
+
+    @property
+    def without_branches(self) -> "Scheme":
+        """The scheme of what is quantized beside a low-rank branch and a fused LoRA."""
+        return self.model_copy(update={"lowrank": None, "lora": None, "wide": False})
+
+    @property
+    def branch_rank(self) -> int:
+        """The rank of all that is added to what is decoded."""
+        return (self.lowrank or 0) + (self.lora or 0)
 
     @property
     def label(self) -> str:
         """The scheme as one word: METHOD-GRANULARITY-BITS, then what is not the default, in the order of the fields.
 
-        E.g. `kmeans-channel-4`, `uniform-group64-3-symmetric`, `kmeans-channel-3-fp16-feedback`, `kmeans-shared64-4`.
+        E.g. `kmeans-channel-4`, `uniform-group64-3-symmetric`, `kmeans-channel-3-fp16-feedback`, `kmeans-shared64-4`;
+        `original` for the option to leave a layer as it is.
         """
+        if self.method == "original":
+            return "original"
         options = (
             "symmetric" if self.symmetric else None,
             "halfsteps" if self.half_steps else None,
@@ -121,6 +157,8 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             None if self.table == _default_table(self.granularity) else self.table,
             "hadamard" if self.hadamard else None,
             None if self.equalised is None else f"equalised{self.equalised}",
+            None if self.lowrank is None else f"lowrank-{self.lowrank}",
+            None if self.lora is None else f"lora-{self.lora}{'-fp32' if self.wide else ''}",
             self.calibration,
         )
         parts = (self.method, f"{self.granularity}{self.group_size or ''}", str(self.bits), *options)
@@ -137,8 +175,8 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
         if match is None:
             raise QuantDMError(f"scheme: got {label!r}, expected METHOD-GRANULARITY-BITS such as 'kmeans-channel-4'")
         method, bits = match["method"], int(match["bits"])
-        if method not in get_args(Method):
-            raise QuantDMError(f"scheme {label!r}: method {method!r} is unknown; {nearest(method, get_args(Method))}")
+        if method not in QUANTIZED:
+            raise QuantDMError(f"scheme {label!r}: method {method!r} is unknown; {nearest(method, QUANTIZED)}")
         if not MIN_BITS <= bits <= MAX_BITS:
             raise QuantDMError(f"scheme {label!r}: {bits} bits, expected {MIN_BITS} to {MAX_BITS}")
         try:
@@ -153,6 +191,9 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
                 "table": match["table"],
                 "hadamard": match["hadamard"] is not None,
                 "equalised": int(match["equalised"]) if match["equalised"] else None,
+                "lowrank": int(match["lowrank"]) if match["lowrank"] else None,
+                "lora": int(match["lora"]) if match["lora"] else None,
+                "wide": match["wide"] is not None,
                 "calibration": match["calibration"],
             }
             return cls.model_validate(fields)
@@ -167,23 +208,39 @@ def _default_table(granularity: str) -> Table:
     return "fp16" if granularity in ("tensor", "shared") else "int8"
 
 
+# The option of a search to leave a layer as it is: no weight is quantized under it, in recipes it is no scheme at all.
+ORIGINAL = Scheme(method="original", bits=ORIGINAL_BITS, granularity="tensor")
+
+
+def parse_option(label: str) -> Scheme:
+    """Read an option of a search from its label: a scheme, or `original`.
+
+    Raises:
+        QuantDMError: as `Scheme.parse`.
+    """
+    return ORIGINAL if label == ORIGINAL.label else Scheme.parse(label)
+
+
 # The search space of the paper at 2, 3 and 4 bits, which needs no calibration.
 PAPER_OPTIONS: tuple[Scheme, ...] = tuple(
     Scheme(method=method, bits=bits, granularity=granularity)  # pyright: ignore[reportArgumentType]
     for method, granularity in (("uniform", "channel"), ("kmeans", "channel"), ("kmeans", "tensor"))
     for bits in (2, 3, 4)
 )
-# What is searched by default: the same with error feedback, one table per tensor under the scales of its channels, and
-# more bits for the few layers that need them.
-DEFAULT_OPTIONS: tuple[Scheme, ...] = tuple(
-    Scheme(method=method, bits=bits, granularity=granularity, calibration="feedback")  # pyright: ignore
-    for method, granularity, widths in (
-        ("uniform", "channel", (2, 3, 4, 5, 6, 8)),
-        ("kmeans", "channel", (2, 3, 4)),
-        ("kmeans", "tensor", (2, 3, 4)),
-        ("kmeans", "shared", (2, 3, 4)),
-    )
-    for bits in widths
+# What is searched by default: the same with error feedback, one table per tensor under the scales of its channels, more
+# bits for the few layers that need them, and their original precision.
+DEFAULT_OPTIONS: tuple[Scheme, ...] = (
+    *(
+        Scheme(method=method, bits=bits, granularity=granularity, calibration="feedback")  # pyright: ignore
+        for method, granularity, widths in (
+            ("uniform", "channel", (2, 3, 4, 5, 6, 7, 8)),
+            ("kmeans", "channel", (2, 3, 4)),
+            ("kmeans", "tensor", (2, 3, 4)),
+            ("kmeans", "shared", (2, 3, 4)),
+        )
+        for bits in widths
+    ),
+    ORIGINAL,
 )
 # Of embedding tables where nothing else is asked for: nearly free, and no row that is never seen can be lost by it.
 TABLE_SCHEME = Scheme(method="uniform", bits=8)

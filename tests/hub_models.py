@@ -136,5 +136,5 @@ def save_dense(directory: Path) -> dict[str, Path]:
 def save_export(dense: Path, directory: Path) -> Path:
     """Save a model with the mixed recipe."""
     model = load(dense)
-    apply_recipe(model, mixed_recipe(model)).save_pretrained(directory)
+    apply_recipe(model, mixed_recipe(model), insist=True).save_pretrained(directory)
     return directory

@@ -34,7 +34,7 @@ def recipe() -> Recipe:
 
 @pytest.fixture(scope="module")
 def applied(recipe):
-    return apply_recipe(load_pipeline("digits-dit"), recipe)
+    return apply_recipe(load_pipeline("digits-dit"), recipe, insist=True)
 
 
 def test_the_weights_are_those_that_calibration_by_hand_gives(applied, dit):
@@ -56,7 +56,9 @@ def test_the_weights_are_those_that_calibration_by_hand_gives(applied, dit):
 
 
 def test_calibration_pays(applied, dit):
-    plain = apply_recipe(load_pipeline("digits-dit"), Recipe(model="digits-dit", default="uniform-channel-3"))
+    plain = apply_recipe(
+        load_pipeline("digits-dit"), Recipe(model="digits-dit", default="uniform-channel-3"), insist=True
+    )
     protocol = load_protocol("digits-dit")
     truth, far, near = (generate(pipe, protocol, range(8), steps=4) for pipe in (dit, plain, applied))
     assert (near - truth).square().mean() < 0.7 * (far - truth).square().mean()
@@ -72,9 +74,12 @@ def test_an_export_from_files_holds_the_same_weights(applied, recipe, tmp_path):
 
 def test_what_a_recipe_says_is_overruled_by_the_caller(recipe):
     other = apply_recipe(
-        load_pipeline("digits-dit"), recipe, calibration=SPEC.model_copy(update={"first_seed": 100, "images": 2})
+        load_pipeline("digits-dit"),
+        recipe,
+        calibration=SPEC.model_copy(update={"first_seed": 100, "images": 2}),
+        insist=True,
     )
-    again = apply_recipe(load_pipeline("digits-dit"), recipe)
+    again = apply_recipe(load_pipeline("digits-dit"), recipe, insist=True)
     name = next(n for n in packed_layers(get_denoiser(again)) if "norm" not in n)
     assert not torch.equal(
         get_denoiser(other).get_submodule(name).weight, get_denoiser(again).get_submodule(name).weight
@@ -107,14 +112,14 @@ def test_what_cannot_be_calibrated_is_one_clear_error_and_nothing_changes(recipe
     pipe = load_pipeline("digits-dit")
     record = recipe.model_dump(exclude_none=True) | changes
     with pytest.raises(QuantDMError, match=message):
-        apply_recipe(pipe, Recipe.model_validate(record))
+        apply_recipe(pipe, Recipe.model_validate(record), insist=True)
     assert not packed_layers(get_denoiser(pipe))
 
 
 def test_a_lone_denoiser_is_not_calibrated(recipe):
     denoiser = get_denoiser(load_pipeline("digits-dit"))
     with pytest.raises(QuantDMError, match=r"apply the recipe to the pipeline, or pass a bank"):
-        apply_recipe(denoiser, recipe)
+        apply_recipe(denoiser, recipe, insist=True)
     assert not packed_layers(denoiser)
 
 

@@ -140,6 +140,20 @@ def test_a_weight_that_is_read_without_a_call_counts_all_alike(caplog):
     assert errors[1] <= errors[0]
 
 
+def test_moments_of_images_that_are_all_alike_are_used_and_said_to_be_few(caplog):
+    model = nn.Linear(6, 4)
+    x = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).expand(9, 6)
+    enough = gather_moments(nn.Sequential(model), [Call((x,), {}, model(x))], ["0"])
+    assert "no full rank" not in caplog.text  # nine vectors: nobody knows that they are one
+    found = gather_moments(nn.Sequential(model), [Call((x[:3],), {}, model(x[:3]))], ["0"])
+    assert "1 layers, first 0, have fewer input vectors (3) than columns (6)" in caplog.text
+    for moments in (enough["0"], found["0"]):
+        weight = model.weight.detach()
+        for label in ("kmeans-channel-2-feedback", "uniform-channel-2-lowrank-1-feedback"):
+            stored = quantize_weight(weight, Scheme.parse(label), moments=moments)
+            assert float((x[0] @ (weight - stored.dequantize()).T).square().mean()) < 1e-3
+
+
 def output_error(denoiser, calls):
     pairs = zip(replay(denoiser, calls), calls, strict=True)
     return sum(relative_error(output, call.output) for output, call in pairs)

@@ -85,7 +85,7 @@ def test_an_export_opens_in_a_new_process_with_identical_images_and_the_counted_
     recipe, protocol = mixed_recipe(name), load_protocol(name)
     pipe = load_pipeline(name)
     counted = ExportSize(pipe).of(recipe.config)
-    images = generate(apply_recipe(pipe, recipe), protocol, range(4), steps=3)
+    images = generate(apply_recipe(pipe, recipe, insist=True), protocol, range(4), steps=3)
     folder = export_pipeline(name, recipe, tmp_path / "export")
     assert denoiser_bytes(folder, load_pipeline(folder)) == counted
     command = [sys.executable, "-c", RELOAD, str(folder), name, str(tmp_path / "images.safetensors")]

@@ -218,7 +218,7 @@ def test_an_equalised_export_opens_elsewhere_with_its_activations_on_and_its_car
     default = {"default": "uniform-channel-3", "calibration": calibration, "activations": spec}
     recipe = Recipe.model_validate({"model": "digits-dit", "layers": layers, **default})
     pipe = quantdm.load_pipeline("digits-dit")
-    quantdm.apply_recipe(pipe, recipe)
+    quantdm.apply_recipe(pipe, recipe, insist=True)
     assert pipe.transformer.get_submodule(f"{block}.to_q").exponents is not None
 
     def images() -> Tensor:

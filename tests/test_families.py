@@ -53,7 +53,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Answers:
             key = f"{family}/{kind}"
             dense[key] = answer(model)
             layers = dict(zip(names_of(model), cycle(MIXED), strict=False))
-            apply_recipe(model, Recipe(model=family, layers=layers))
+            apply_recipe(model, Recipe(model=family, layers=layers), insist=True)
             here[key] = answer(model)
             for layout, size in LAYOUTS.items():
                 model.save_pretrained(root / key / layout, max_shard_size=size)

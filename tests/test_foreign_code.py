@@ -59,7 +59,7 @@ PIPELINES = {
 def quantized(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return a tiny denoiser with all methods and layers that stay as they are."""
     model = make(family).to(dtype)
-    return apply_recipe(model, mixed_recipe(model)).requires_grad_(False)
+    return apply_recipe(model, mixed_recipe(model), insist=True).requires_grad_(False)
 
 
 def pipeline_of(cls: str, part: str, model: nn.Module) -> Any:
@@ -146,7 +146,7 @@ def test_an_image_adapter_is_loaded_and_unloaded(tmp_path: Path) -> None:
 
 def stable_diffusion(dtype: torch.dtype) -> DiffusionPipeline:
     """Build a tiny pipeline with denoiser and text encoder quantized."""
-    text = apply_recipe(make("clip").to(dtype), Recipe(model="clip", default="uniform-channel-4"))
+    text = apply_recipe(make("clip").to(dtype), Recipe(model="clip", default="uniform-channel-4"), insist=True)
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4).to(dtype)
     unet = quantized("sd-1.5", dtype)
     return StableDiffusionPipeline(vae, text, None, unet, DDIMScheduler(), None, None, requires_safety_checker=False)
@@ -296,7 +296,7 @@ def test_blocks_with_a_scheme_each_are_compiled_once(residency: Any) -> None:
     )
     names = [record.name for record in list_layers(model)]
     layers = {name: SCHEMES[int(found.group(1))] for name in names if (found := re.match(r"\w+_blocks\.(\d+)", name))}
-    apply_recipe(model, Recipe(model="flux", layers=dict.fromkeys(names) | layers))
+    apply_recipe(model, Recipe(model="flux", layers=dict.fromkeys(names) | layers), insist=True)
     set_residency(model, residency)
     y = answer(model)
     torch._dynamo.reset()

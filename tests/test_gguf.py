@@ -56,7 +56,9 @@ def test_rows_that_are_no_whole_blocks_are_refused() -> None:
 def test_readers_find_the_decoded_weights(tmp_path: Path) -> None:
     pipe = quantdm.load_pipeline("digits-dit")
     quantdm.apply_recipe(
-        pipe, Recipe(model="digits-dit", patterns={"*to_q": "uniform-group32-4-symmetric"}, default="kmeans-channel-4")
+        pipe,
+        Recipe(model="digits-dit", patterns={"*to_q": "uniform-group32-4-symmetric"}, default="kmeans-channel-4"),
+        insist=True,
     )
     counts = export_gguf(pipe, tmp_path / "dit.gguf")
     assert counts["Q4_0"] == 6
@@ -105,7 +107,7 @@ def test_diffusers_opens_the_file(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model" / "transformer")
     rules = {"*attn*": "uniform-group32-4-symmetric", "*ff*": "kmeans-channel-4"}
     pipe = Lone(model)
-    quantdm.apply_recipe(pipe, Recipe(model="flux", patterns=rules, default="uniform-channel-6"))
+    quantdm.apply_recipe(pipe, Recipe(model="flux", patterns=rules, default="uniform-channel-6"), insist=True)
     counts = export_gguf(pipe, tmp_path / "flux.gguf")
     assert {"Q4_0", "Q8_0", "F32"} <= counts.keys()
     opened = FluxTransformer2DModel.from_single_file(
@@ -141,7 +143,7 @@ def test_bad_input_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_the_command_says_what_became_of_the_layers(tmp_path: Path) -> None:
     pipe = quantdm.load_pipeline("digits-dit")
-    quantdm.apply_recipe(pipe, Recipe(model="digits-dit", default="uniform-group32-4-symmetric"))
+    quantdm.apply_recipe(pipe, Recipe(model="digits-dit", default="uniform-group32-4-symmetric"), insist=True)
     pipe.save_pretrained(tmp_path / "small")
     out = tmp_path / "dit.gguf"
     done = CliRunner().invoke(app, ["gguf", str(tmp_path / "small"), "-o", str(out)])

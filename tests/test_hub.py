@@ -67,7 +67,7 @@ def test_a_saved_model_opens_bit_by_bit_the_same(
     model = load(dense_dirs[name], dtype=dtype)
     activations = usual_activations(model, 6)
     recipe = mixed_recipe(model, activations)
-    assert apply_recipe(model, recipe) is model
+    assert apply_recipe(model, recipe, insist=True) is model
     y = run(model)
     assert torch.isfinite(y).all()
 
@@ -131,7 +131,7 @@ def test_pipelines_make_the_same_images_in_a_new_process(dense_dirs: dict[str, P
     for name, dtype in DTYPES.items():
         pipe = DiffusionPipeline.from_pretrained(tmp_path / "stock", dtype=dtype)
         pipe.set_progress_bar_config(disable=True)
-        assert apply_recipe(pipe, mixed_recipe(pipe.transformer, ActivationSpec(bits=8))) is pipe
+        assert apply_recipe(pipe, mixed_recipe(pipe.transformer, ActivationSpec(bits=8)), insist=True) is pipe
         pipe.save_pretrained(tmp_path / name)
         generator = torch.Generator().manual_seed(0)
         images = pipe([1, 2], generator=generator, num_inference_steps=2, output_type="np").images
@@ -159,7 +159,7 @@ def test_the_file_is_at_most_2_percent_larger_than_its_counted_bits(label: str, 
     records = list_layers(model)
     rest = sum(p.nbytes for p in model.parameters()) - 2 * sum(record.num_weights for record in records)
     bits = sum(count_bits(record.shape, Scheme.parse(label), record.split) for record in records)
-    apply_recipe(model, uniform_config(model, label)).save_pretrained(tmp_path)
+    apply_recipe(model, uniform_config(model, label), insist=True).save_pretrained(tmp_path)
     assert (tmp_path / WEIGHTS).stat().st_size <= 1.02 * (bits / 8 + rest)
     assert (tmp_path / "config.json").stat().st_size < 3000  # the table of layers is not in there
 
@@ -167,7 +167,7 @@ def test_the_file_is_at_most_2_percent_larger_than_its_counted_bits(label: str, 
 def test_the_header_says_how_every_layer_was_quantized(dense_dirs: dict[str, Path], tmp_path: Path) -> None:
     model = load(dense_dirs["unet"])
     recipe = mixed_recipe(model)
-    apply_recipe(model, recipe).save_pretrained(tmp_path)
+    apply_recipe(model, recipe, insist=True).save_pretrained(tmp_path)
     header, tensors = contents(tmp_path / WEIGHTS)
     table = json.loads(header["quantdm"])
     schemes, dtypes, layers = table["schemes"], table["dtypes"], table["layers"]
@@ -196,17 +196,17 @@ def test_weights_come_from_a_bank_when_there_is_one(dense_dirs: dict[str, Path])
             return 2 * other.conv_out.bias.detach() if parameter_name == "conv_out.bias" else None
 
     config = uniform_config(model, "uniform-tensor-4")
-    apply_recipe(model, config, bank=Bank())
+    apply_recipe(model, config, bank=Bank(), insist=True)
     assert torch.equal(model.conv_out.bias, 2 * other.conv_out.bias)
     model.conv_out.bias.data = other.conv_out.bias.detach()
-    assert torch.equal(run(model), run(apply_recipe(load(dense_dirs["unet"]), config)))
+    assert torch.equal(run(model), run(apply_recipe(load(dense_dirs["unet"]), config, insist=True)))
 
     class Unsplit(Bank):
         def get(self, layer_name: str, scheme: Scheme):
             return quantize_weight(other.get_submodule(layer_name).weight, scheme, name=layer_name)
 
     with pytest.raises(QuantDMError, match=r"up_blocks.*the bank gave"):
-        apply_recipe(other, config, bank=Unsplit())
+        apply_recipe(other, config, bank=Unsplit(), insist=True)
     assert not packed_layers(other)
 
 
@@ -214,7 +214,7 @@ def test_a_recipe_file_is_taken_too(dense_dirs: dict[str, Path], tmp_path: Path)
     model, other = (load(dense_dirs["dit"]) for _ in range(2))
     recipe = mixed_recipe(model, ActivationSpec(bits=8))
     path = recipe.save(tmp_path / "recipe.yaml")
-    assert torch.equal(run(apply_recipe(model, recipe)), run(apply_recipe(other, path)))
+    assert torch.equal(run(apply_recipe(model, recipe, insist=True)), run(apply_recipe(other, path, insist=True)))
 
 
 def test_both_forms_of_a_pipeline_quantization_config_quantize_on_the_fly(
@@ -224,7 +224,7 @@ def test_both_forms_of_a_pipeline_quantization_config_quantize_on_the_fly(
     model = DiTTransformer2DModel.from_pretrained(dense_dirs["dit"])
     DiTPipeline(model, vae, DDIMScheduler()).save_pretrained(tmp_path)
     recipe = mixed_recipe(model)
-    y = run(apply_recipe(model, recipe))
+    y = run(apply_recipe(model, recipe, insist=True))
     for config in (
         PipelineQuantizationConfig(quant_mapping={"transformer": QuantDMConfig(recipe=recipe)}),
         PipelineQuantizationConfig(
@@ -262,7 +262,7 @@ def test_text_encoders_are_quantized_saved_and_loaded_alike(cls, config, dtype: 
     model = cls.from_pretrained(tmp_path / "dense", dtype=dtype)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     recipe = Recipe(model="text", layers=dict(zip(names, cycle(MIXED), strict=False)))
-    apply_recipe(model, recipe)
+    apply_recipe(model, recipe, insist=True)
     ids = torch.arange(3, 13)[None]
     y = model(ids).last_hidden_state
     model.save_pretrained(tmp_path / "small")

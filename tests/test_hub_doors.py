@@ -47,7 +47,7 @@ def test_a_single_file_is_quantized_on_the_fly_and_saved_like_any_other(
     dense = dense_dirs["unet"]
     expected = load(dense, dtype=dtype)
     recipe = mixed_recipe(expected)
-    apply_recipe(expected, recipe).save_pretrained(tmp_path / "expected")
+    apply_recipe(expected, recipe, insist=True).save_pretrained(tmp_path / "expected")
     model = from_file(dense / WEIGHTS, dense, dtype=dtype, quantization_config=QuantDMConfig(recipe=recipe))
     assert len(packed_layers(model)) == len(packed_layers(expected))
     assert torch.equal(run(model), run(expected))
@@ -58,7 +58,7 @@ def test_a_single_file_is_quantized_on_the_fly_and_saved_like_any_other(
 
 def test_an_export_is_not_opened_as_a_single_file(dense_dirs: dict[str, Path], tmp_path: Path) -> None:
     model = load(dense_dirs["unet"])
-    apply_recipe(model, uniform_config(model)).save_pretrained(tmp_path)
+    apply_recipe(model, uniform_config(model), insist=True).save_pretrained(tmp_path)
     with pytest.raises(QuantDMError, match="open its directory with from_pretrained"):
         from_file(
             tmp_path / WEIGHTS, dense_dirs["unet"], quantization_config=QuantDMConfig(recipe=uniform_config(model))
@@ -92,7 +92,7 @@ def test_device_maps_open_exports_and_quantize_on_the_fly(
 ) -> None:
     model = load(dense_dirs["pixart"])
     recipe = mixed_recipe(model)
-    y = run(apply_recipe(model, recipe))
+    y = run(apply_recipe(model, recipe, insist=True))
     model.save_pretrained(tmp_path, max_shard_size=size)
     assert torch.equal(run(load(tmp_path, device_map=device_map)), y)
     fly = load(dense_dirs["pixart"], device_map=device_map, quantization_config=QuantDMConfig(recipe=recipe))
@@ -103,7 +103,7 @@ def test_the_size_of_an_automatic_device_map_is_that_of_the_packed_bytes(
     dense_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     model = load(dense_dirs["unet"])
-    apply_recipe(model, uniform_config(model)).save_pretrained(tmp_path)
+    apply_recipe(model, uniform_config(model), insist=True).save_pretrained(tmp_path)
     sizes = {key: tensor.nbytes for key, tensor in model.state_dict().items()}
     room = 2 * sum(sizes.values())  # the dense model needs more
     assert room < sum(t.nbytes for t in load(dense_dirs["unet"]).state_dict().values())
@@ -114,12 +114,12 @@ def test_the_size_of_an_automatic_device_map_is_that_of_the_packed_bytes(
 def test_auto_classes_of_both_libraries_open_exports(dense_dirs: dict[str, Path], tmp_path: Path) -> None:
     for name in MODELS:
         model = load(dense_dirs[name])
-        apply_recipe(model, uniform_config(model)).save_pretrained(tmp_path / name)
+        apply_recipe(model, uniform_config(model), insist=True).save_pretrained(tmp_path / name)
         again = AutoModel.from_pretrained(str(tmp_path / name))
         assert type(again) is type(model)
         assert torch.equal(run(again), run(model))
     text = tiny_t5()
-    apply_recipe(text, text_config(text)).save_pretrained(tmp_path / "text")
+    apply_recipe(text, text_config(text), insist=True).save_pretrained(tmp_path / "text")
     ids = torch.arange(3, 13)[None]
     for auto in (transformers.AutoModelForTextEncoding, T5EncoderModel):
         again = auto.from_pretrained(tmp_path / "text", dtype=torch.float32)
@@ -159,7 +159,7 @@ def test_a_dequantized_model_is_saved_as_if_it_had_never_been_quantized(
     dense_dirs: dict[str, Path], tmp_path: Path
 ) -> None:
     pipe = DDPMPipeline(load(dense_dirs["unet"]), DDPMScheduler())
-    apply_recipe(pipe, uniform_config(pipe.unet)).save_pretrained(tmp_path / "small")
+    apply_recipe(pipe, uniform_config(pipe.unet), insist=True).save_pretrained(tmp_path / "small")
     again = DiffusionPipeline.from_pretrained(tmp_path / "small")
     again.unet.dequantize()
     again.save_pretrained(tmp_path / "dense")

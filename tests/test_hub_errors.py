@@ -41,7 +41,7 @@ def damaged(export: Path, tmp_path: Path) -> Path:
 def test_what_cannot_be_done_to_a_quantized_model_says_so(export: Path, tmp_path: Path) -> None:
     model = DiTTransformer2DModel.from_pretrained(export)
     with pytest.raises(QuantDMError, match="already quantized"):
-        apply_recipe(model, mixed_recipe(model))
+        apply_recipe(model, mixed_recipe(model), insist=True)
     with pytest.raises(QuantDMError, match="leave safe_serialization=True"):
         model.save_pretrained(tmp_path, safe_serialization=False)
     model.transformer_blocks[0].attn1.to_q = nn.Linear(32, 32)
@@ -54,15 +54,15 @@ def test_a_recipe_that_does_not_fit_leaves_the_model_as_it_was(dense_dirs: dict[
     y, config = run(model), dict(model.config)
     other = mixed_recipe(load(dense_dirs["pixart"]))
     with pytest.raises(QuantDMError, match=r"recipe for tiny is for another model.*first transformer_blocks"):
-        apply_recipe(model, other)
+        apply_recipe(model, other, insist=True)
     recipe = mixed_recipe(model, ActivationSpec(bits=6, keep_8bit=("no_such_layer",)))
     with pytest.raises(QuantDMError, match="no_such_layer"):
-        apply_recipe(model, recipe)
+        apply_recipe(model, recipe, insist=True)
     set_activation_bits_(model, ActivationSpec(bits=8))
     broken = model.proj_out_2.weight.data.clone()
     model.proj_out_2.weight.data[0, 0] = float("nan")
     with pytest.raises(QuantDMError, match=r"proj_out_2.*NaN"):
-        apply_recipe(model, uniform_config(model))
+        apply_recipe(model, uniform_config(model), insist=True)
     assert activation_spec(model) == ActivationSpec(bits=8)
     set_activation_bits_(model, None)
     model.proj_out_2.weight.data = broken
@@ -72,13 +72,13 @@ def test_a_recipe_that_does_not_fit_leaves_the_model_as_it_was(dense_dirs: dict[
     with pytest.raises(QuantDMError, match="has no recipe"):
         load(dense_dirs["dit"], quantization_config=QuantDMConfig())
     with pytest.raises(QuantDMError, match="expected a Recipe or QuantConfig"):
-        apply_recipe(model, dict(mixed_recipe(model).layers))  # type: ignore[arg-type]
+        apply_recipe(model, dict(mixed_recipe(model).layers), insist=True)  # type: ignore[arg-type]
 
 
 def test_activations_set_before_quantizing_stay_and_are_saved(dense_dirs: dict[str, Path], tmp_path: Path) -> None:
     model = load(dense_dirs["dit"])
     set_activation_bits_(model, ActivationSpec(bits=8))
-    apply_recipe(model, uniform_config(model)).save_pretrained(tmp_path)
+    apply_recipe(model, uniform_config(model), insist=True).save_pretrained(tmp_path)
     again = load(tmp_path)
     assert activation_spec(model) == activation_spec(again) == ActivationSpec(bits=8)
     assert torch.equal(run(again), run(model))

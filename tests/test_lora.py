@@ -1,4 +1,4 @@
-"""A LoRA on a quantized model: it changes the output, is trained alone, comes off exactly, and is never fused."""
+"""A LoRA on a quantized model: it changes the output, is trained alone, comes off exactly, is fused beside codes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ def quantized(family: str) -> nn.Module:
     model = make(family)
     names = [name for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))]
     layers = {name: LABELS[i % len(LABELS)] for i, name in enumerate(names)}
-    apply_recipe(model, Recipe(model=family, layers=layers)).requires_grad_(False)
+    apply_recipe(model, Recipe(model=family, layers=layers), insist=True).requires_grad_(False)
     return model
 
 
@@ -120,7 +120,9 @@ def test_a_lora_on_a_text_encoder_comes_off_exactly() -> None:
 def test_the_weights_of_a_lora_are_saved_and_loaded_as_always(tmp_path: Path) -> None:
     pipe = quantdm.load_pipeline("digits-sd")
     names = [record.name for record in quantdm.list_layers(pipe.unet)]
-    quantdm.apply_recipe(pipe, quantdm.QuantConfig.uniform(names, quantdm.Scheme.parse("uniform-channel-4")))
+    quantdm.apply_recipe(
+        pipe, quantdm.QuantConfig.uniform(names, quantdm.Scheme.parse("uniform-channel-4")), insist=True
+    )
     pipe.set_progress_bar_config(disable=True)
 
     def image(scale: float = 1.0) -> torch.Tensor:
@@ -174,3 +176,76 @@ def test_a_model_with_a_lora_on_it_is_not_saved_as_if_it_were_plain(tmp_path: Pa
         model.save_pretrained(tmp_path)
     model.unload_lora()
     model.save_pretrained(tmp_path)
+
+
+def max_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Return the largest difference, in units of the largest value."""
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize("residency", ["packed", "dense"])
+@pytest.mark.parametrize("family", [*FAMILIES, "clip"])
+def test_quantdm_fuses_a_lora_beside_the_codes_and_takes_it_off_exactly(family: str, residency) -> None:
+    model = quantized(family)
+    set_residency(model, residency)
+    bytes_ = {name: layer.packed.clone() for name, layer in packed_layers(model).items()}
+    y, z = answer(model), answer(add(model))
+    assert quantdm.fuse_lora(model) is model
+    assert max_difference(answer(model), z) < 1e-5
+    layers = packed_layers(model)
+    assert {layer.residency for layer in layers.values()} == {residency}
+    assert {(layer.scheme.lora, layer.scheme.wide) for layer in layers.values()} == {(2, True)}
+    assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+    z_2 = answer(add(model, "second"))  # on top of the one that is fused
+    quantdm.fuse_lora(model, lora_scale=1)
+    assert max_difference(answer(model), z_2) < 1e-5
+    assert {layer.scheme.lora for layer in layers.values()} == {4}
+    quantdm.unfuse_lora(model)
+    assert torch.equal(answer(model), y)
+    assert all(torch.equal(layer.packed, bytes_[name]) for name, layer in packed_layers(model).items())
+    with pytest.raises(QuantDMError, match="no LoRA is fused"):
+        quantdm.unfuse_lora(model)
+
+
+def test_a_fused_lora_is_saved_and_opened_with_the_pipeline(tmp_path: Path) -> None:
+    pipe = quantdm.load_pipeline("digits-sd")
+    scheme = quantdm.Scheme.parse("kmeans-channel-4-lowrank-2")
+    names = [record.name for record in quantdm.list_layers(pipe.unet) if "attn" in record.name]
+    rules = dict.fromkeys(names, scheme.label)
+    quantdm.apply_recipe(pipe, Recipe(model="digits-sd", layers=rules, default="original"), insist=True)
+    y = answer(pipe.unet)
+    attention = LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    torch.manual_seed(2)
+    pipe.unet.add_adapter(attention, adapter_name="first")
+    trained = {k: v.half() for k, v in get_peft_model_state_dict(pipe.unet, adapter_name="first").items()}
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=trained)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights(tmp_path / "lora", adapter_name="style")
+    pipe.set_adapters("style", 0.7)
+    z = answer(pipe.unet)
+    quantdm.fuse_lora(pipe)
+    fused = answer(pipe.unet)
+    assert max_difference(fused, z) < 1e-5
+    assert {layer.scheme.label for layer in packed_layers(pipe.unet).values() if layer.scheme.lora} == {
+        "kmeans-channel-4-lowrank-2-lora-3"  # in 16 bits, as it was trained
+    }
+    pipe.save_pretrained(tmp_path / "fused")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "fused")
+    assert torch.equal(answer(again.unet), fused)
+    quantdm.unfuse_lora(again)
+    assert torch.equal(answer(again.unet), y)
+
+
+def test_what_cannot_be_fused_is_refused_and_stays() -> None:
+    model = quantized("sd-1.5")
+    with pytest.raises(QuantDMError, match="no active LoRA"):
+        quantdm.fuse_lora(model)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_out.0"], lora_bias=True, init_lora_weights=False))
+    z = answer(model)
+    with pytest.raises(QuantDMError, match="no plain LoRA"):
+        quantdm.fuse_lora(model)
+    assert torch.equal(answer(model), z)
+    dense = make("sd3")
+    dense.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    with pytest.raises(QuantDMError, match="is not packed"):
+        quantdm.fuse_lora(dense)

@@ -45,14 +45,14 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exports")
     make_pipeline().save_pretrained(folder / "dense")
     pipe = make_pipeline()
-    apply_recipe(pipe, mixed_recipe(pipe.unet))
+    apply_recipe(pipe, mixed_recipe(pipe.unet), insist=True)
     for name, size in (("whole", "10GB"), ("shards", "10KB")):
         pipe.save_pretrained(folder / name)
         shutil.rmtree(folder / name / "unet")
         pipe.unet.save_pretrained(folder / name / "unet", max_shard_size=size)
     wider, other = make_pipeline(width=12), make_pipeline()
-    apply_recipe(wider, mixed_recipe(wider.unet)).save_pretrained(folder / "wider")
-    apply_recipe(other, uniform_config(other.unet))
+    apply_recipe(wider, mixed_recipe(wider.unet), insist=True).save_pretrained(folder / "wider")
+    apply_recipe(other, uniform_config(other.unet), insist=True)
     other.unet.save_pretrained(folder / "other" / "unet", max_shard_size="10KB")
     return folder
 

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 def quantized(family: str) -> nn.Module:
     """Return a tiny model with all methods and 2 to 8 bits in it."""
     model = make(family)
-    return apply_recipe(model, mixed_recipe(model))
+    return apply_recipe(model, mixed_recipe(model), insist=True)
 
 
 OFFLOADS: dict[str, Callable[[nn.Module, Path], Any]] = {
@@ -61,7 +61,7 @@ def test_an_offloaded_model_answers_bit_by_bit_alike(family: str, offload: str, 
 @pytest.mark.parametrize("offload", ["sequential", "group by leaf"])
 def test_a_residency_chosen_before_offloading_stays(offload: str, residency: Any, tmp_path: Path) -> None:
     model = make("sd3")
-    apply_recipe(model, uniform_config(model))
+    apply_recipe(model, uniform_config(model), insist=True)
     y = answer(model)
     set_residency(model, residency)
     OFFLOADS[offload](model, tmp_path)
@@ -156,7 +156,7 @@ def test_an_offloaded_pipeline_answers_bit_by_bit_alike(offload: Callable[[Diffu
 @pytest.mark.parametrize(("family", "residency"), [("sd-1.5", "packed"), ("flux", "int8"), ("sd3", "dense")])
 def test_a_compiled_model_answers_bit_by_bit_alike(family: str, residency: Any) -> None:
     model = make(family)
-    apply_recipe(model, uniform_config(model, "kmeans-channel-3"))
+    apply_recipe(model, uniform_config(model, "kmeans-channel-3"), insist=True)
     y = answer(model)
     set_residency(model, residency)
     model.compile(fullgraph=True, backend="aot_eager")

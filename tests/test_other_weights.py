@@ -54,29 +54,29 @@ def test_the_sketch_is_of_the_weights_and_not_of_their_dtype():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_same_weights_take_the_recipe_in_every_dtype(dtype, found):
     pipe = load_pipeline("digits-dit", torch_dtype=dtype)
-    assert packed_layers(apply_recipe(pipe, found[0]).transformer)
+    assert packed_layers(apply_recipe(pipe, found[0], insist=True).transformer)
 
 
 def test_a_recipe_that_was_found_in_16_bits_fits_the_files_of_32():
     pipe = load_pipeline("digits-dit", torch_dtype=torch.bfloat16)
-    assert packed_layers(apply_recipe(load_pipeline("digits-dit"), recipe_on(pipe)).transformer)
+    assert packed_layers(apply_recipe(load_pipeline("digits-dit"), recipe_on(pipe), insist=True).transformer)
 
 
 def test_other_weights_are_refused_or_taken_by_name(found):
     recipe, finetune = found
     pipe = load_pipeline(finetune)
     with pytest.raises(QuantDMError, match=r"other weights of transformer .*fused LoRA.* --same-architecture"):
-        apply_recipe(pipe, recipe)
+        apply_recipe(pipe, recipe, insist=True)
     assert not packed_layers(pipe.transformer)
     with pytest.raises(QuantDMError, match="other weights of transformer"):
-        apply_recipe(pipe.transformer, recipe)  # alone, too
-    assert packed_layers(apply_recipe(pipe, recipe, same_architecture=True).transformer)
+        apply_recipe(pipe.transformer, recipe, insist=True)  # alone, too
+    assert packed_layers(apply_recipe(pipe, recipe, same_architecture=True, insist=True).transformer)
 
 
 def test_a_recipe_that_knows_no_weights_applies_as_before(found):
     recipe = found[0].model_copy(update={"provenance": Provenance()})
     assert "weights" not in recipe.to_yaml()
-    assert packed_layers(apply_recipe(load_pipeline(found[1]), recipe).transformer)
+    assert packed_layers(apply_recipe(load_pipeline(found[1]), recipe, insist=True).transformer)
 
 
 def test_the_command_line_refuses_other_weights_before_it_writes(found, tmp_path):

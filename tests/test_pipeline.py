@@ -130,9 +130,9 @@ def small_sd(tmp_path_factory):
     pipe, folder = load_pipeline("digits-sd"), tmp_path_factory.mktemp("small")
     encoder = pipe.text_encoder
     names = [name for name, module in encoder.named_modules() if isinstance(module, torch.nn.Linear)]
-    apply_recipe(encoder, QuantConfig.uniform(names, Scheme.parse("uniform-channel-8")))
+    apply_recipe(encoder, QuantConfig.uniform(names, Scheme.parse("uniform-channel-8")), insist=True)
     layers = [layer.name for layer in list_layers(pipe.unet)]
-    apply_recipe(pipe, QuantConfig.uniform(layers, Scheme.parse("uniform-channel-4")))
+    apply_recipe(pipe, QuantConfig.uniform(layers, Scheme.parse("uniform-channel-4")), insist=True)
     pipe.save_pretrained(folder)
     return folder
 

@@ -7,7 +7,7 @@ from quantdm.allocation import select
 from quantdm.allocation.pruning import dominated, prune, replacements
 from quantdm.allocation.sampling import sample_configs
 from quantdm.runs.trials import first_trials
-from quantdm.schemes import DEFAULT_OPTIONS, PAPER_OPTIONS
+from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL, PAPER_OPTIONS
 from tests.planted import planted_space
 
 
@@ -56,6 +56,8 @@ def test_no_trial_but_the_anchors_takes_a_dominated_option(space):
 
 
 def test_the_default_options_are_calibrated_and_reach_beyond_four_bits():
-    assert {option.calibration for option in DEFAULT_OPTIONS} == {"feedback"}
-    assert max(option.bits for option in DEFAULT_OPTIONS) == 8
-    assert len(DEFAULT_OPTIONS) * 2 <= 30  # the fewest trials of a search
+    *quantizing, stays = DEFAULT_OPTIONS
+    assert {option.calibration for option in quantizing} == {"feedback"}
+    assert {option.bits for option in quantizing} == set(range(2, 9))
+    assert stays == ORIGINAL
+    assert len(quantizing) * 3 // 2 <= 30  # the fewest trials of a search

@@ -228,7 +228,7 @@ MIXED = recipe(
 
 def test_text_encoder_and_vae_are_applied_saved_and_loaded_bit_by_bit(tmp_path):
     pipe = load_pipeline("digits-sd")
-    assert apply_recipe(pipe, MIXED.save(tmp_path / "recipe.yaml")) is pipe
+    assert apply_recipe(pipe, MIXED.save(tmp_path / "recipe.yaml"), insist=True) is pipe
     names = {name: len(packed_layers(pipe.components[name])) for name in ("unet", "text_encoder", "vae")}
     assert names["unet"] == len(list_layers(pipe.unet))
     assert names["text_encoder"] == 12
@@ -255,7 +255,7 @@ def test_components_are_quantized_on_the_fly_by_name(tmp_path):
     pipe.text_encoder.save_pretrained(tmp_path / "text_encoder")
     config = QuantDMConfig(recipe=MIXED, component="text_encoder")
     encoder = type(pipe.text_encoder).from_pretrained(tmp_path / "text_encoder", quantization_config=config)
-    live = apply_recipe(pipe.text_encoder, MIXED.component("text_encoder"))
+    live = apply_recipe(pipe.text_encoder, MIXED.component("text_encoder"), insist=True)
     ids = torch.arange(3, 9)[None]
     assert torch.equal(encoder(ids).last_hidden_state, live(ids).last_hidden_state)
     pipe.unet.save_pretrained(tmp_path / "unet")
@@ -277,7 +277,7 @@ def test_components_are_quantized_on_the_fly_by_name(tmp_path):
 def test_when_a_component_does_not_fit_nothing_is_changed(components, expected):
     pipe = load_pipeline("digits-sd")
     with pytest.raises(QuantDMError, match=expected):
-        apply_recipe(pipe, recipe(default="original", patterns={"conv_in": K4}, components=components))
+        apply_recipe(pipe, recipe(default="original", patterns={"conv_in": K4}, components=components), insist=True)
     assert not any(packed_layers(pipe.components[name]) for name in ("unet", "text_encoder", "vae"))
 
 
@@ -285,8 +285,8 @@ def test_components_need_the_pipeline_and_may_stand_alone():
     pipe = load_pipeline("digits-sd")
     only = recipe(components={"text_encoder": {"default": "log2-channel-4"}})
     with pytest.raises(QuantDMError, match=r"components \(text_encoder\).*pipeline"):
-        apply_recipe(get_denoiser(pipe), only)
-    apply_recipe(pipe, only)
+        apply_recipe(get_denoiser(pipe), only, insist=True)
+    apply_recipe(pipe, only, insist=True)
     assert packed_layers(pipe.text_encoder)
     assert not packed_layers(pipe.unet)
     changed = MIXED.override(["text_encoder:*.fc1=original"])

@@ -6,8 +6,11 @@ import diffusers
 import pytest
 import torch
 
+from quantdm import load_pipeline
 from quantdm.denoisers.inventory import list_layers
 from quantdm.hub.quantize import average_bits
+from quantdm.hub.worth import check_worth
+from quantdm.quantizers.worth import is_wasteful
 from quantdm.recipe import PUBLISHED_INSIGHT, load_recipe
 from tests.architectures import PUBLIC
 
@@ -39,6 +42,7 @@ def test_a_published_insight_covers_its_architecture_at_its_title(name):
     config = recipe.resolve(layers)  # raises when a rule matches nothing or a layer has no scheme
     assert list(config) == [layer.name for layer in layers]
     assert None not in config.values()
+    assert not [layer.name for layer in layers if is_wasteful(layer.shape, config[layer.name], layer.split)]
     bits = average_bits(layers, config)
     assert abs(bits - title) <= 0.02
     assert recipe.avg_bits == pytest.approx(bits, abs=1e-4)
@@ -63,3 +67,11 @@ def test_relatives_of_an_architecture_take_the_same_recipe():
     conditions = layers_of("pixart-xl-2", sample_size=128, use_additional_conditions=True)
     assert len(conditions) > 287
     load_recipe(FOLDER / "pixart-alpha-3.4bit.yaml").resolve(conditions)
+
+
+@pytest.mark.parametrize("model", ["digits-dit", "digits-sd"])
+def test_no_recipe_of_an_embedded_pipeline_costs_more_than_it_saves(model):
+    pipe, paths = load_pipeline(model), sorted(FOLDER.glob(f"{model}-*.yaml"))
+    assert len(paths) > 5
+    for path in paths:
+        check_worth(pipe, load_recipe(path))

@@ -54,7 +54,7 @@ TEXTS: dict[str, tuple[str, dict[str, object]]] = {
 def quantized(family: str) -> nn.Module:
     """Return a tiny denoiser with all methods and layers that stay as they are."""
     model = make(family)
-    return apply_recipe(model, mixed_recipe(model)).requires_grad_(False)
+    return apply_recipe(model, mixed_recipe(model), insist=True).requires_grad_(False)
 
 
 def with_lora(model: nn.Module, *, on_packed: bool) -> nn.Module:
@@ -120,7 +120,7 @@ def test_what_could_not_be_opened_is_refused_before_a_file_is_made(change: str, 
 
 
 def test_a_refused_text_encoder_leaves_nothing_either(tmp_path: Path) -> None:
-    model = apply_recipe(make("clip"), EVERYWHERE)
+    model = apply_recipe(make("clip"), EVERYWHERE, insist=True)
     model.add_module("more", nn.Linear(2, 2))
     with pytest.raises(QuantDMError, match=r"first more\.bias"):
         model.save_pretrained(tmp_path / "folder")
@@ -150,7 +150,7 @@ def test_a_layer_that_was_packed_anew_is_saved_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", ["50GB", "10KB"], ids=["whole", "shards"])
 @pytest.mark.parametrize("name", TEXTS)
 def test_models_of_transformers_open_with_all_their_weights(name: str, size: str, tmp_path: Path) -> None:
-    model = apply_recipe(text_model(name), EVERYWHERE)
+    model = apply_recipe(text_model(name), EVERYWHERE, insist=True)
     model.save_pretrained(tmp_path, max_shard_size=size)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float32)
     assert len(packed_layers(again)) == len(packed_layers(model)) > 10
@@ -163,7 +163,7 @@ def test_a_tied_layer_is_its_own_once_it_is_packed(name: str, tmp_path: Path) ->
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name.startswith("T5") else {})
     dense = text_model(name)
     dense.save_pretrained(tmp_path / "dense")
-    model = apply_recipe(dense, EVERYWHERE)
+    model = apply_recipe(dense, EVERYWHERE, insist=True)
     y = model(**inputs)[0]
     assert "lm_head" in packed_layers(model)
     fly = type(model).from_pretrained(
@@ -182,7 +182,9 @@ def test_a_tied_layer_is_its_own_once_it_is_packed(name: str, tmp_path: Path) ->
 def quantized_pipeline() -> DiffusionPipeline:
     """Return the embedded pipeline with denoiser and text encoder quantized."""
     pipe = quantdm.load_pipeline("digits-sd")
-    return apply_recipe(pipe, Recipe(model="sd", default="uniform-channel-4", components={"text_encoder": EVERYWHERE}))
+    return apply_recipe(
+        pipe, Recipe(model="sd", default="uniform-channel-4", components={"text_encoder": EVERYWHERE}), insist=True
+    )
 
 
 @pytest.mark.parametrize("size", ["10GB", "200KB"], ids=["whole", "shards"])
@@ -206,7 +208,7 @@ def test_a_variant_opens_by_its_name_and_alone_without(size: str, tmp_path: Path
 
 def test_a_variant_with_other_bits_has_its_own_table(tmp_path: Path) -> None:
     for bits in (3, 4):
-        model = apply_recipe(make("sd-1.5"), Recipe(model="tiny", default=f"uniform-channel-{bits}"))
+        model = apply_recipe(make("sd-1.5"), Recipe(model="tiny", default=f"uniform-channel-{bits}"), insist=True)
         model.save_pretrained(tmp_path, variant=f"{bits}bit")
     cls = getattr(diffusers, FAMILIES["sd-1.5"][0])
     for bits in (3, 4):

@@ -210,4 +210,4 @@ def test_calibrated_options_are_calibrated_along_trajectories(tmp_path):
     # what is fed back serves the output, not the weight
     assert (weight - fed_back).square().sum() > (weight - plain).square().sum()
     with pytest.raises(QuantDMError, match="does not say on what"):
-        apply_recipe(pipe, Recipe(model="digits-dit", default=options[1].label))
+        apply_recipe(pipe, Recipe(model="digits-dit", default=options[1].label), insist=True)

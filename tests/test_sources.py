@@ -29,7 +29,7 @@ def unet(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet")
     make_unet().to(torch.bfloat16).save_pretrained(folder / "unet")
     live = load(folder / "unet", torch_dtype=torch.bfloat16)
-    apply_recipe(live, RECIPE).save_pretrained(folder / "live")
+    apply_recipe(live, RECIPE, insist=True).save_pretrained(folder / "live")
     return folder
 
 
@@ -133,7 +133,7 @@ def aura(tmp_path_factory):
 def test_a_file_under_its_authors_names_is_converted_as_it_is_read(aura, tmp_path):
     folder, live = aura
     made = export_pipeline(folder / "aura.safetensors", RECIPE, tmp_path / "made", config=folder / "config")
-    apply_recipe(live, RECIPE).save_pretrained(tmp_path / "live")
+    apply_recipe(live, RECIPE, insist=True).save_pretrained(tmp_path / "live")
     assert equal_files(made / WEIGHTS, tmp_path / "live" / WEIGHTS)
 
 
@@ -171,7 +171,9 @@ def test_the_only_variant_is_found_and_one_of_several_is_named(tmp_path):
         part.to(torch.float16)
     pipe.save_pretrained(tmp_path / "only", variant="fp16", max_shard_size="40KB")
     pipe.save_pretrained(tmp_path / "both", variant="fp16")
-    apply_recipe(load_pipeline(tmp_path / "only", torch_dtype=torch.float16), RECIPE).save_pretrained(tmp_path / "live")
+    apply_recipe(load_pipeline(tmp_path / "only", torch_dtype=torch.float16), RECIPE, insist=True).save_pretrained(
+        tmp_path / "live"
+    )
     expected = tmp_path / "live" / "transformer" / WEIGHTS
     for source, variant in (("only", None), ("only", "fp16"), ("both", "fp16")):
         made = export_pipeline(tmp_path / source, RECIPE, tmp_path / "made", variant=variant)

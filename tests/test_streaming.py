@@ -98,7 +98,7 @@ def test_it_is_what_apply_and_save_give(kind, dtype, tmp_path):
     live = stored(PIPELINES[kind](), tmp_path / "source", dtype)
     recipe = recipe_for(live)
     made = export_pipeline(tmp_path / "source", recipe, tmp_path / "made")
-    apply_recipe(live, recipe).save_pretrained(tmp_path / "live")
+    apply_recipe(live, recipe, insist=True).save_pretrained(tmp_path / "live")
     check_equal(made, tmp_path / "live")
     opened = load_pipeline(made)
     assert "Quant" in repr(opened.text_encoder)
@@ -111,7 +111,7 @@ def test_shards_are_those_of_save_pretrained(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "DIFFUSERS", (streaming.DIFFUSERS[0], "10KB"))
     monkeypatch.setattr(streaming, "TRANSFORMERS", (streaming.TRANSFORMERS[0], "1KB"))
     made = export_pipeline(tmp_path / "source", recipe, tmp_path / "made")
-    apply_recipe(live, recipe)
+    apply_recipe(live, recipe, insist=True)
     for name, size in (("transformer", "10KB"), ("transformer_2", "10KB"), ("text_encoder", "1KB")):
         live.components[name].save_pretrained(tmp_path / "live" / name, max_shard_size=size)
         assert len(list((made / name).glob("*.safetensors"))) > 1
@@ -187,7 +187,7 @@ def test_a_killed_export_goes_on_where_it_was(tmp_path, monkeypatch):
     names = count_quantized(monkeypatch)
     made = export_pipeline("digits-dit", RECIPE, tmp_path / "out")
     assert not finished & set(names)
-    live = apply_recipe(load_pipeline("digits-dit", torch_dtype=torch.float16), RECIPE)
+    live = apply_recipe(load_pipeline("digits-dit", torch_dtype=torch.float16), RECIPE, insist=True)
     live.transformer.save_pretrained(tmp_path / "live")
     assert equal_files(made / "transformer" / WEIGHTS, tmp_path / "live" / WEIGHTS)
     assert not partial(tmp_path)

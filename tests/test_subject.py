@@ -248,7 +248,7 @@ def test_an_untraceable_denoiser_names_doors_that_take_example_inputs(forgetful,
 def test_apply_takes_example_inputs_and_activations_use_them(forgetful):
     model = make_ltx()
     recipe = Recipe(model="ltx", default="uniform-channel-4", activations=ActivationSpec(bits=8))
-    apply_recipe(model, recipe, example_inputs=INPUTS)
+    apply_recipe(model, recipe, example_inputs=INPUTS, insist=True)
     assert len(packed_layers(model)) == len(list_layers(model))
     assert activation_spec(model) == ActivationSpec(bits=8)
     set_activation_bits_(model, None)
@@ -257,7 +257,7 @@ def test_apply_takes_example_inputs_and_activations_use_them(forgetful):
 def test_a_saved_model_carries_its_example_inputs(forgetful, tmp_path, monkeypatch):
     model = Strange()
     recipe = Recipe(model="strange", default="uniform-channel-4", activations=ActivationSpec(bits=8))
-    apply_recipe(model, recipe, example_inputs=STRANGE)
+    apply_recipe(model, recipe, example_inputs=STRANGE, insist=True)
     expected = model(**STRANGE)
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(analysis, "_CACHE", {})
@@ -326,21 +326,23 @@ def test_a_joint_config_and_its_recipe_mean_the_same():
 def test_nothing_of_a_second_denoiser_stays_dense_silently(tmp_path):
     pipe = make_wan()
     with pytest.raises(QuantDMError, match=r"says nothing of transformer_2.*default: original"):
-        apply_recipe(pipe, Recipe(model="wan", default="uniform-channel-4"))
+        apply_recipe(pipe, Recipe(model="wan", default="uniform-channel-4"), insist=True)
     assert not packed_layers(pipe.transformer)
     rules = {"transformer_2": Rules(default="kmeans-channel-3")}
-    apply_recipe(pipe, Recipe(model="wan", default="uniform-channel-4", components=rules))
+    apply_recipe(pipe, Recipe(model="wan", default="uniform-channel-4", components=rules), insist=True)
     assert len(packed_layers(pipe.transformer_2)) == len(list_layers(pipe.transformer_2))
     pipe.transformer_2.save_pretrained(tmp_path / "second")
     left = make_wan()
     apply_recipe(
-        left, Recipe(model="wan", default="uniform-channel-4", components={"transformer_2": Rules(default="original")})
+        left,
+        Recipe(model="wan", default="uniform-channel-4", components={"transformer_2": Rules(default="original")}),
+        insist=True,
     )
     assert packed_layers(left.transformer)
     assert not packed_layers(left.transformer_2)
     joint = make_wan()
     names = [layer.name for layer in look_at(joint).layers]
-    apply_recipe(joint, QuantConfig.from_labels(dict.fromkeys(names, "uniform-channel-4")))
+    apply_recipe(joint, QuantConfig.from_labels(dict.fromkeys(names, "uniform-channel-4")), insist=True)
     assert len(packed_layers(joint.transformer)) + len(packed_layers(joint.transformer_2)) == len(names)
 
 
@@ -352,7 +354,7 @@ def test_two_experts_are_searched_and_quantized_together(tmp_path):
     )  # fmt: skip
     assert set(recipe.components) == {"transformer_2"}
     assert recipe.components["transformer_2"].layers.keys() == recipe.layers.keys()
-    apply_recipe(pipe, recipe)
+    apply_recipe(pipe, recipe, insist=True)
     layers, tables = list_layers(pipe.transformer), list_tables(pipe.transformer)
     packed = [packed_layers(part).keys() for part in (pipe.transformer, pipe.transformer_2)]
     assert packed[0] == packed[1]

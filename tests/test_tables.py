@@ -120,7 +120,7 @@ def test_tables_that_share_their_weight_or_change_it_are_none():
 def test_a_recipe_without_a_rule_for_tables_leaves_them_as_they_are(rules):
     model = make_dit()
     before = {table.name: model.get_submodule(table.name).weight.clone() for table in list_tables(model)}
-    apply_recipe(model, Recipe(model="tiny", **rules))
+    apply_recipe(model, Recipe(model="tiny", **rules), insist=True)
     assert before
     for name, weight in before.items():
         assert torch.equal(model.get_submodule(name).weight, weight)
@@ -147,7 +147,9 @@ def test_exact_name_beats_pattern_beats_type_beats_the_rule_of_all_tables():
     exact = Recipe(model="tiny", **RULES).exact(layers)
     assert exact.resolve(layers) == Recipe(model="tiny", **RULES).resolve(layers)
     with pytest.raises(QuantDMError, match=r"embedding_table: .* has none; choose a scheme without calibration"):
-        apply_recipe(model, Recipe(model="tiny", default="original", embeddings="kmeans-channel-4-feedback"))
+        apply_recipe(
+            model, Recipe(model="tiny", default="original", embeddings="kmeans-channel-4-feedback"), insist=True
+        )
 
 
 def test_the_rule_survives_files_overrides_and_several_denoisers(tmp_path):
@@ -168,7 +170,9 @@ def test_the_rule_survives_files_overrides_and_several_denoisers(tmp_path):
 @pytest.mark.parametrize("label", ["uniform-channel-8", "kmeans-shared16-4"])
 def test_a_saved_model_with_tables_opens_bit_by_bit_the_same(label, tmp_path):
     model = make_dit().eval()  # in training, labels are dropped at random
-    apply_recipe(model, Recipe(model="tiny", default="uniform-channel-4", embeddings=label)).save_pretrained(tmp_path)
+    apply_recipe(
+        model, Recipe(model="tiny", default="uniform-channel-4", embeddings=label), insist=True
+    ).save_pretrained(tmp_path)
     again = load(tmp_path)
     assert packed_layers(again).keys() == packed_layers(model).keys()
     assert any(isinstance(layer, QuantEmbedding) for layer in packed_layers(again).values())
@@ -227,7 +231,7 @@ def test_tables_of_a_text_encoder_are_quantized_when_its_rules_say_so(tmp_path):
     )  # fmt: skip
     torch.manual_seed(0)
     encoder, ids = CLIPTextModel(config).eval(), torch.tensor([[1, 5, 98]])
-    apply_recipe(encoder, Recipe(model="clip", **RULES)).save_pretrained(tmp_path)
+    apply_recipe(encoder, Recipe(model="clip", **RULES), insist=True).save_pretrained(tmp_path)
     tables = [name for name, layer in packed_layers(encoder).items() if isinstance(layer, QuantEmbedding)]
     assert len(tables) == 2
     again = CLIPTextModel.from_pretrained(tmp_path).eval()

@@ -36,7 +36,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a quantized denoiser."""
     directory = tmp_path_factory.mktemp("export")
     model = make("sd-1.5")
-    apply_recipe(model, mixed_recipe(model)).save_pretrained(directory)
+    apply_recipe(model, mixed_recipe(model), insist=True).save_pretrained(directory)
     return directory
 
 
@@ -51,7 +51,7 @@ def text_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized_clip() -> nn.Module:
     model = make("clip")
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return apply_recipe(model, Recipe(model="clip", layers=dict.fromkeys(names, "kmeans-channel-4")))
+    return apply_recipe(model, Recipe(model="clip", layers=dict.fromkeys(names, "kmeans-channel-4")), insist=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -114,7 +114,7 @@ def test_a_component_that_lost_its_config_is_an_error(tmp_path: Path) -> None:
     pipe = quantdm.load_pipeline("digits-sd")
     encoder: nn.Module = pipe.text_encoder
     names = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
-    apply_recipe(encoder, Recipe(model="clip", layers=dict.fromkeys(names, "kmeans-channel-4")))
+    apply_recipe(encoder, Recipe(model="clip", layers=dict.fromkeys(names, "kmeans-channel-4")), insist=True)
     y = answer(encoder)
     pipe.save_pretrained(tmp_path)
     assert torch.equal(answer(quantdm.load_pipeline(tmp_path).text_encoder), y)
@@ -137,7 +137,7 @@ def test_a_dense_single_file_is_quantized_on_the_fly(family: str, export: Path, 
     model = make(family)
     model.save_pretrained(tmp_path / "dense")
     recipe = mixed_recipe(model)
-    y = answer(apply_recipe(model, recipe))
+    y = answer(apply_recipe(model, recipe, insist=True))
     cls = getattr(diffusers, FAMILIES[family][0])
     single = cls.from_single_file(
         str(tmp_path / "dense" / WEIGHTS),
@@ -234,4 +234,4 @@ def test_the_weight_answers_dtype_and_device_under_every_attention_processor(exp
 def open_quantized(family: str) -> nn.Module:
     model = make(family).bfloat16()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return apply_recipe(model, Recipe(model=family, layers=dict.fromkeys(names, "uniform-channel-4")))
+    return apply_recipe(model, Recipe(model=family, layers=dict.fromkeys(names, "uniform-channel-4")), insist=True)

@@ -32,11 +32,15 @@ schemes = st.builds(
     st.sampled_from([None, 32, 64, 128]),
     st.sampled_from([None, "importance", "feedback"]),
 )  # fmt: skip
+schemes |= st.builds(lambda scheme, rank: scheme.model_copy(update={"lowrank": rank}), schemes, st.integers(1, 300))
 
 
-@given(schemes)
-def test_a_scheme_is_its_label(scheme):
+@given(schemes, st.none() | st.integers(1, 300), st.booleans())
+def test_a_scheme_is_its_label(scheme, lora, wide):
     assert Scheme.parse(scheme.label) == scheme
+    fused = scheme.model_copy(update={"lora": lora, "wide": wide and lora is not None})
+    assert Scheme.parse(fused.label) == fused
+    assert fused.without_branches == scheme.without_branches
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from quantdm import QuantDMError, Recipe, Scheme, get_denoiser, list_layers, load_pipeline
+from quantdm import QuantDMError, Recipe, Scheme, apply_recipe, get_denoiser, list_layers, load_pipeline
 from quantdm.allocation.pruning import dominated
 from quantdm.cli.layer_table import layers_text
 from quantdm.cli.main import app
 from quantdm.denoisers.analysis import trace_graph
 from quantdm.hub.inspection import inspect_target
 from quantdm.hub.worth import check_worth
+from quantdm.modules import packed_layers
 from quantdm.quantizers import count_bits
 from quantdm.quantizers.worth import bits_of, is_wasteful
 from quantdm.surrogates import SearchSpace
@@ -42,6 +43,11 @@ def test_apply_refuses_with_the_figure_unless_insisted_on_and_inspect_marks_it(t
     arguments = ["apply", "digits-dit", "--recipe", str(recipe.save(tmp_path / "r.yaml")), "-o", str(tmp_path / "out")]
     with pytest.raises(QuantDMError, match=rf"1 layers .* {NARROW}: kmeans-channel-4 takes 13.01 bits .*--insist"):
         check_worth(load_pipeline("digits-dit"), recipe)
+    pipe = load_pipeline("digits-dit")
+    with pytest.raises(QuantDMError, match=rf"{NARROW}: kmeans-channel-4 takes 13.01 bits .*insist=True"):
+        apply_recipe(pipe, recipe)
+    assert not packed_layers(pipe.transformer)
+    assert packed_layers(apply_recipe(pipe, recipe, insist=True).transformer)
     assert CliRunner().invoke(app, arguments).exit_code != 0
     assert not (tmp_path / "out").exists()
     result = CliRunner().invoke(app, [*arguments, "--insist"], catch_exceptions=False)

@@ -115,6 +115,7 @@ def _pays(module: PackedLayer, x: Tensor, record: LayerRecord, scheme: Activatio
     places = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
     split, bias = record.split, getattr(module, "bias", None) is not None
     key = f"{record.kind} {list(module.weight_shape)} {places} {split} {bias} {list(x.shape)} {x.dtype} {scheme}"
+    key += f" rank {module.scheme.branch_rank}" if module.scheme.branch_rank else ""
     choice = remembered(key, x.device)
     if choice is None:
         ways: dict[str, Callable[[], Tensor]] = {

@@ -192,6 +192,14 @@ def _gather(
     finally:
         for handle in handles:
             handle.remove()
+    few = {name: count for name, count in counts.items() if name in sums and count < sums[name].shape[-1]}
+    if few:
+        name, count = next(iter(few.items()))
+        _log.warning(
+            "%d layers, first %s, have fewer input vectors (%d) than columns (%d): their moments have no full rank, "
+            "and what was not seen counts little; calibrate on more images or steps",
+            len(few), name, count, sums[name].shape[-1],
+        )  # fmt: skip
     for name, count in counts.items():
         if count:
             yield name, Moments(sums.pop(name).div_(count).float(), count)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantdm.allocation import select
+from quantdm.allocation.pruning import fitting
+from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
 
 BASELINE = "baseline: "  # before the names of configurations that need no search
@@ -17,8 +19,10 @@ def baseline_choices(space: SearchSpace, target_bits: float) -> dict[str, np.nda
     mix = select(space, -space.weight_error, target_bits=target_bits)
     found, uniform = {LEAST_WEIGHT_ERROR: mix}, {}
     everywhere = {scheme: np.full(len(space.layers), index) for index, scheme in enumerate(space.options)}
+    fits = fitting(space).all(axis=0)
+    everywhere = {s: choice for fit, (s, choice) in zip(fits, everywhere.items(), strict=True) if fit and s != ORIGINAL}
     size = {scheme: float(space.avg_bits(choice)[0]) for scheme, choice in everywhere.items()}
-    for scheme in sorted(space.options, key=lambda s: size[s]):
+    for scheme in sorted(everywhere, key=lambda s: size[s]):
         if size[scheme] >= target_bits:
             uniform.setdefault((scheme.method, scheme.granularity, scheme.group_size), scheme)
     schemes = sorted(uniform.values(), key=lambda s: s.label) or [max(size, key=lambda s: size[s])]

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from quantdm.quantizers.branches import fits_rank
 from quantdm.quantizers.worth import is_wasteful
 from quantdm.surrogates import SearchSpace
 
@@ -20,6 +21,11 @@ def replacements(space: SearchSpace) -> NDArray[np.int64]:
             fits = (bits[order] <= bits[option]) & (errors[order] <= errors[option])
             found[layer, option] = order[int(np.argmax(fits))]
     return found
+
+
+def fitting(space: SearchSpace) -> NDArray[np.bool_]:
+    """Return which options every layer can have at all, [L, O]."""
+    return np.array([[fits_rank(layer.shape, option) for option in space.options] for layer in space.layers])
 
 
 def prune(space: SearchSpace, choices: ArrayLike) -> NDArray[np.int64]:

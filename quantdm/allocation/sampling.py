@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from quantdm.allocation.knapsack import fill_budget
 from quantdm.allocation.units import check_values
 from quantdm.errors import QuantDMError
+from quantdm.schemes import ORIGINAL
 from quantdm.surrogates.space import SearchSpace
 
 Ints = NDArray[np.int64]
@@ -23,12 +24,13 @@ def sample_configs(space: SearchSpace, count: int, *, seed: int, target_bits: fl
 
     Even trials follow the paper's two-level scheme (each layer takes the low bit-width with probability p, else the
     high one; the pair is drawn too), odd ones a Dirichlet over all bit-widths; the method is uniform over those that
-    have the bit-width. Sizes cover the reachable range evenly, or target_bits ± 0.75 when a target is given.
+    have the bit-width. Sizes cover the range that quantizing reaches evenly, or target_bits ± 0.75 when a target is
+    given; layers that stay as they are come with the frontier alone.
 
     Raises:
         QuantDMError: the space has fewer distinct configurations, or the target is out of reach.
     """
-    widths = np.array(sorted({option.bits for option in space.options}))
+    widths = np.array(sorted({option.bits for option in space.options if option != ORIGINAL}))
     of_width = [np.flatnonzero([option.bits == width for option in space.options]) for width in widths]
     per_width = np.stack([space.bits[:, options].mean(axis=1) for options in of_width], axis=1)  # [L, W]
     low, high = per_width[:, 0].sum() / space.num_weights.sum(), per_width[:, -1].sum() / space.num_weights.sum()

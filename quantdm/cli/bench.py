@@ -46,7 +46,11 @@ def bench_model(
             rows.append(time_calls(denoiser, calls, "original"))
             progress.update()
             name = model_name(pipe)
-            apply_recipe(pipe, load_recipe(recipe) if recipe else Recipe(model=name, default=scheme or DEFAULT_SCHEME))
+            apply_recipe(
+                pipe,
+                load_recipe(recipe) if recipe else Recipe(model=name, default=scheme or DEFAULT_SCHEME),
+                insist=True,
+            )
             before = activation_spec(denoiser)
         given = (
             ActivationSpec(default=activations)

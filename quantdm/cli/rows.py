@@ -57,11 +57,13 @@ def open_row(text: str, reference: str, protocol: str | None) -> tuple[Any, Prot
     if text.endswith((".yaml", ".yml")):
         pipe = load_pipeline(reference, torch_dtype=dtype)
         chosen = protocol_of(reference, pipe, protocol)
-        apply_recipe(pipe, load_recipe(text))
+        apply_recipe(pipe, load_recipe(text), insist=True)
     elif "/" not in text and _is_scheme(text):
         pipe = load_pipeline(reference, torch_dtype=dtype)
         chosen = protocol_of(reference, pipe, protocol)
-        apply_recipe(pipe, Recipe(model=reference, default=Scheme.parse(text).label, embeddings=TABLE_SCHEME.label))
+        apply_recipe(
+            pipe, Recipe(model=reference, default=Scheme.parse(text).label, embeddings=TABLE_SCHEME.label), insist=True
+        )
     else:
         pipe = load_pipeline(text, torch_dtype=dtype)
         chosen = protocol_of(text if protocol is None else reference, pipe, protocol)

@@ -22,7 +22,7 @@ from quantdm.cli.app import (
     given_inputs,
     table_scheme,
 )
-from quantdm.schemes import TABLE_SCHEME, Scheme
+from quantdm.schemes import TABLE_SCHEME, parse_option
 
 Minutes = Annotated[
     float | None,
@@ -94,7 +94,7 @@ def run(
         run_dir=run_dir,
         effort=effort,
         trials=trials,
-        options=None if options is None else [Scheme.parse(label) for label in options.split(",")],
+        options=None if options is None else [parse_option(label) for label in options.split(",")],
         protocol=None if protocol is None else load_protocol(protocol),
         seed=seed,
         workers=workers,

@@ -136,23 +136,34 @@ def select(
     target_bops: Annotated[
         float | None, typer.Option(help="Bit operations of a call with one sample: activations are chosen as well.")
     ] = None,
+    target_pipeline_bytes: Annotated[
+        int | None, typer.Option(help="Bytes of all weight files: text encoders and VAE are in the budget as well.")
+    ] = None,
     by: Annotated[str, typer.Option(help="Which explanation chooses: additive, tree or graph.")] = "additive",
 ) -> None:
     """Choose a recipe of another size from a run's attributions (predicted, not measured).
 
-    With --target-bops, schemes of weights and of inputs are chosen together from their one-layer errors.
+    With --target-bops, schemes of weights and of inputs are chosen together from their one-layer errors. With
+    --target-pipeline-bytes every part of the pipeline gets its share, by images of that part alone.
     """
     from quantdm.errors import QuantDMError
     from quantdm.recipe import check_recipe_path
     from quantdm.runs.operations import select_within
     from quantdm.runs.resize import select_recipe
     from quantdm.runs.run import Run
+    from quantdm.runs.whole import select_pipeline
 
     check_recipe_path(out)
+    if target_pipeline_bytes is not None and (target_bops, target_bits) != (None, None):
+        raise QuantDMError("select: --target-pipeline-bytes is a target of its own; leave the others out")
     if target_bops is not None:
         recipe = select_within(Run.open(run_dir), target_bops=target_bops, target_bits=target_bits)
+    elif target_pipeline_bytes is not None:
+        split = select_pipeline(Run.open(run_dir), target_bytes=target_pipeline_bytes, by=by)
+        typer.echo(str(split))
+        recipe = split.recipe
     elif target_bits is not None:
         recipe = select_recipe(Run.open(run_dir), target_bits=target_bits, by=by)
     else:
-        raise QuantDMError("select: give --target-bits, --target-bops or both")
+        raise QuantDMError("select: give --target-bits, --target-bops or both, or --target-pipeline-bytes")
     typer.echo(f"recipe: {recipe.save(out)}  ({recipe.avg_bits:.4f} bits per weight)")

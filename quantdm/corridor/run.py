@@ -30,6 +30,7 @@ from quantdm.runs.choose import choose
 from quantdm.runs.correct import correct_run
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
+from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
 from quantdm.runs.settings import check_dtype, make_settings
@@ -169,6 +170,7 @@ class _Way:
         say("[3/10] how sensitive is each layer?")
         space = measure_space(run, engine, subject, bank)
         say(f"[4/10] measure {run.settings.trials} sampled configurations (processes: {engine.workers})")
+        measure_gradients(run, engine.local, space)
         run_trials(run, engine, space, most=self.most)
         say("[5/10] learn image quality from configurations, and explain it")
         fitted = fit_surrogates(run, space, *load_trials(run, space))

@@ -18,6 +18,7 @@ from quantdm.hub.header import layer_table
 from quantdm.hub.plan import calibration_of, check_weights, plan_recipe
 from quantdm.hub.quantize import Bank, pack_layers, set_packed_
 from quantdm.hub.transformers_plugin import QuantDMHfQuantizer
+from quantdm.hub.worth import check_plans
 from quantdm.recipe import CalibrationSpec, Recipe
 from quantdm.schemes import QuantConfig
 
@@ -41,6 +42,7 @@ def apply_recipe(
     calibration: CalibrationSpec | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     same_architecture: bool = False,
+    insist: bool = False,
 ) -> Model:
     """Quantize a live pipeline's denoiser (or a model) in place: its weights stay packed from now on.
 
@@ -56,6 +58,7 @@ def apply_recipe(
         example_inputs: keyword arguments of one call of the denoiser, where its class and configuration do not tell
             them (see `capture_inputs`); of several denoisers: component name -> keyword arguments.
         same_architecture: take a recipe that was found on other weights of the same architecture.
+        insist: also take schemes that cost more bits on their layer than they save.
 
     Returns:
         The same object.
@@ -63,10 +66,13 @@ def apply_recipe(
     Raises:
         QuantDMError: recipe for another model (names the first layers that differ) or for other weights, a component
             that the pipeline has not, already quantized, calibrated schemes and no word on what to calibrate them on,
-            weights with NaN, hooks on layers, a glob of the activations that matches nothing. Nothing is changed then.
+            weights with NaN, hooks on layers, a glob of the activations that matches nothing, schemes that cost more
+            bits than they save. Nothing is changed then.
     """
     register()
     plans = plan_recipe(pipe_or_denoiser, recipe_or_config, bank=bank, example_inputs=example_inputs)
+    if not insist:
+        check_plans(plans)
     if not same_architecture:
         check_weights(pipe_or_denoiser, recipe_or_config)
     calibration = calibration or calibration_of(recipe_or_config)

@@ -122,7 +122,7 @@ def _steps(weight: QuantizedWeight) -> Tensor | None:
     scheme, tables = weight.scheme, weight.scheme.method == "kmeans"
     if (
         len(weight.shape) != 2
-        or scheme.hadamard
+        or not scheme.is_in_place
         or scheme.granularity == "shared"
         or (tables and scheme.table != "int8")
     ):

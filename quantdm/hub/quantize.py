@@ -19,6 +19,7 @@ from quantdm.hub.ties import untie_packed_
 from quantdm.modules.packed import PackedLayer, packed_layers
 from quantdm.modules.swap import check_replaceable, dequantize_module_, quantize_module_
 from quantdm.quantizers import QuantizedWeight, count_bits, quantize_weight
+from quantdm.quantizers.branches import check_rank
 from quantdm.recipe import check_layers, is_table
 from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
 
@@ -70,10 +71,14 @@ def check_fits(config: QuantConfig, layers: Sequence[AnyLayer], *, what: str) ->
     """Check that a config covers the Linear and Conv layers of a model, and that its tables can take their schemes.
 
     Raises:
-        QuantDMError: names the first layers that differ, or a table with a calibrated scheme.
+        QuantDMError: names the first layers that differ, a table with a calibrated scheme, or a branch of a higher rank
+            than a layer has.
     """
     tables = [layer.name for layer in layers if is_table(layer)]
     check_layers(config, [layer.name for layer in layers if not is_table(layer)], tables=tables, what=what)
+    for layer in layers:
+        if (own := config.get(layer.name)) is not None:
+            check_rank(layer.shape, own, layer.name)
     for name in tables:
         scheme = config.get(name)
         if scheme is not None and scheme.calibration is not None:

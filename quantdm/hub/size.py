@@ -20,9 +20,10 @@ from quantdm.modules.blob import blob_size
 from quantdm.modules.packed import packed_layers
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.stored import HEADER_KEY, SUFFIX
+from quantdm.quantizers.branches import fits_rank
 from quantdm.recipe import is_table, split_name
 from quantdm.recipe.joint import joint_prefix
-from quantdm.schemes import QuantConfig, Scheme
+from quantdm.schemes import ORIGINAL, QuantConfig, Scheme
 
 Config = Mapping[str, Scheme | None]
 
@@ -136,7 +137,12 @@ class PartSize:
     def extremes(self, options: Sequence[Scheme]) -> tuple[int, int]:
         """Return the bytes of the smallest and of the largest files that these options allow."""
         least, most = (
-            self.of({name: pick(options, key=lambda s: self._order(name, s)).label for name in self._searched})
+            self.of(
+                {
+                    name: _label(pick(self._own(name, options), key=lambda s: self._order(name, s)))
+                    for name in self._searched
+                }
+            )
             for pick in (min, max)
         )
         return least, most
@@ -150,8 +156,11 @@ class PartSize:
 
         The longest header and the widest padding of every layer: some bytes per layer more than a given choice needs.
         """
+        stays = ORIGINAL in options
+        options = [scheme for scheme in options if scheme != ORIGINAL]
         widest: dict[str, Scheme | None] = dict.fromkeys(self.layers, self._embeddings)  # tables have no options
-        widest |= {name: max(options, key=lambda s: self._order(name, s)) for name in self._searched}
+        own = {name: self._own(name, options) for name in self._searched}
+        widest |= {name: max(own[name], key=lambda s: self._order(name, s)) for name in own}
         tensors, table = self._packed(widest)
         text = header_text(
             table, [0] * len(table), [0] * (len(tensors) - len(table)), longest_of=self._possible(options)
@@ -160,10 +169,16 @@ class PartSize:
         blobs = sum(tensor.nbytes for name, tensor in tensors.items() if name in searched)
         rest = _files_bytes(tensors, {"format": "pt", HEADER_KEY: text}) - blobs
         padding = sum(
-            max(8 * blob_size(layer.shape, scheme, layer.split) - stored_bits(layer, scheme) for scheme in options)
-            for layer in (self.layers[name] for name in self._searched)
+            max(8 * blob_size(layer.shape, scheme, layer.split) - stored_bits(layer, scheme) for scheme in own[name])
+            for name, layer in self.layers.items()
+            if name in own
         )
-        return 8 * rest + padding
+        # A layer that stays has a shorter header, but larger files have longer offsets, two of every tensor.
+        return 8 * rest + padding + (8 * 2 * len(tensors) if stays else 0)
+
+    def _own(self, name: str, options: Sequence[Scheme]) -> list[Scheme]:
+        """Return the options that a layer can have."""
+        return [scheme for scheme in options if fits_rank(self.layers[name].shape, scheme)]
 
     def _possible(self, options: Sequence[Scheme]) -> list[Scheme]:
         """Return the schemes that a header can list."""
@@ -172,6 +187,8 @@ class PartSize:
 
     def _order(self, name: str, scheme: Scheme) -> tuple[int, int]:
         layer = self.layers[name]
+        if scheme == ORIGINAL:
+            return self._tensors[f"{name}.weight"].nbytes, stored_bits(layer, None)
         return blob_size(layer.shape, scheme, layer.split), stored_bits(layer, scheme)
 
     def _packed(self, schemes: Config) -> tuple[dict[str, torch.Tensor], dict[str, LayerEntry]]:
@@ -202,6 +219,10 @@ def stored_tensors_of(denoiser: nn.Module, dtype: torch.dtype) -> dict[str, torc
         kind = target if tensor.is_floating_point() else tensor.dtype
         stored[name] = torch.empty(tensor.shape, dtype=kind, device="meta")
     return stored
+
+
+def _label(scheme: Scheme) -> str | None:
+    return None if scheme == ORIGINAL else scheme.label
 
 
 def denoiser_bytes(folder: str | Path, pipe: DiffusionPipeline) -> int:

@@ -153,12 +153,12 @@ def write_part(work: Work, folder: Path, part: str, workplace: Workplace) -> Non
         QuantDMError: a weight with NaN; finished layers stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _tensors_to_write(work)
+    tensors = tensors_to_write(work)
     pattern, size = TRANSFORMERS if work.is_text_encoder else DIFFUSERS
     others = [] if work.is_text_encoder else sorted(tensors.keys() - {f"{name}{SUFFIX}" for name in work.table})
     empty = header_text(work.table, [0] * len(work.table), [0] * len(others))
-    names = {key: _name_in_file(work, key) for key in tensors}
-    shards = Shards(folder, {names[k]: t for k, t in tensors.items()}, pattern, size, _metadata(empty))
+    names = {key: name_in_file(work, key) for key in tensors}
+    shards = Shards(folder, {names[k]: t for k, t in tensors.items()}, pattern, size, metadata_of(empty))
     try:
         sums = _write_layers(work, shards, names, part, workplace)
         for key, _ in tensors.items():
@@ -169,7 +169,7 @@ def write_part(work: Work, folder: Path, part: str, workplace: Workplace) -> Non
                 sums[key] = checksum(key, value) if key in others else 0
         packed = [sums[f"{name}{SUFFIX}"] for name in work.table]
         text = header_text(work.table, packed, [sums[key] for key in others])
-        shards.finish(_metadata(text))
+        shards.finish(metadata_of(text))
     finally:
         shards.close()
     _write_config(work.plan.model, folder)
@@ -177,7 +177,7 @@ def write_part(work: Work, folder: Path, part: str, workplace: Workplace) -> Non
         _write_index(work, shards, folder, pattern, text)
 
 
-def _tensors_to_write(work: Work) -> dict[str, torch.Tensor]:
+def tensors_to_write(work: Work) -> dict[str, torch.Tensor]:
     """Return the tensors that saving writes, without their values, in their order."""
     model, found = work.plan.model, {}
     tied = {*model.all_tied_weights_keys} if isinstance(model, PreTrainedModel) else set()
@@ -191,7 +191,7 @@ def _tensors_to_write(work: Work) -> dict[str, torch.Tensor]:
     return found
 
 
-def _name_in_file(work: Work, key: str) -> str:
+def name_in_file(work: Work, key: str) -> str:
     layer = key.removesuffix(SUFFIX)
     if layer != key and layer in work.table:
         name = work.stored.names.get(f"{layer}.weight", f"{layer}.weight")
@@ -199,7 +199,7 @@ def _name_in_file(work: Work, key: str) -> str:
     return work.stored.names.get(key, key) if work.is_text_encoder else key
 
 
-def _metadata(text: str) -> dict[str, str]:
+def metadata_of(text: str) -> dict[str, str]:
     return {"format": "pt", HEADER_KEY: text}
 
 

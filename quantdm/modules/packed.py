@@ -16,7 +16,7 @@ from quantdm.errors import QuantDMError
 from quantdm.modules.blob import join_tensors, sparing_bytes, split_blob
 from quantdm.modules.coded import CodedInput
 from quantdm.modules.decoding import decode_bytes, decode_layer, new_handle
-from quantdm.modules.execution import Product, new_product, obstacle_of, say_once
+from quantdm.modules.execution import Product, new_product, obstacle_of, product_of, say_once
 from quantdm.modules.int8 import Int8Weight, int8_form, moved
 from quantdm.modules.scratch import scratch_out
 from quantdm.modules.view import WeightView
@@ -149,7 +149,7 @@ class PackedLayer(nn.Module):
             form = self._integers()
             self.obstacle = obstacle_of(self, form, self.split, self.packed.device)
             # A turned weight is not what its integers decode to.
-            self._kept = form if self.scheme == self.scheme.in_place else None
+            self._kept = form if self.scheme.is_in_place else None
         if residency == "int8" or (residency == "integer" and self.obstacle):
             with torch.inference_mode(False), torch.no_grad():
                 self._kept = int8_form(self.quantized)
@@ -180,13 +180,12 @@ class PackedLayer(nn.Module):
         if self._product is None:
             form = self._kept if isinstance(self._kept, Int8Weight) else self._integers()
             assert form is not None
-            with torch.inference_mode(False), torch.no_grad():
-                self._product = new_product(self, form)
+            self._product = new_product(self, form)
             if isinstance(self._kept, Int8Weight):
                 self._kept = None  # its codes are in the product now
         if not self._product.fits(coded):
             return self.forward(coded.values())
-        return self._product(coded, self.bias)  # type: ignore[arg-type]
+        return product_of(self, self._product, coded)
 
     @property
     def held_bytes(self) -> int:

@@ -23,8 +23,8 @@ class Packed(Protocol):
 
 
 _REFUSED = (
-    "a packed weight cannot be changed in place (fusing a LoRA does): dequantize() the model first, or keep it "
-    "un-fused (unfuse_lora() takes back what was fused before)"
+    "a packed weight cannot be changed in place (fusing a LoRA does): use quantdm.fuse_lora(pipe), dequantize() the "
+    "model first, or keep it un-fused (unfuse_lora() takes back what was fused before)"
 )
 
 

@@ -1,7 +1,7 @@
 """Pure tensor mathematics: uniform, k-means and log2 quantizers, and how their codes are packed. Never sees a model."""
 
-from quantdm.quantizers.fit import quantize_options, quantize_weight
 from quantdm.quantizers.moments import Moments
+from quantdm.quantizers.options import quantize_options, quantize_weight
 from quantdm.quantizers.packing import pack_codes, packed_size, unpack_codes
 from quantdm.quantizers.weight import (
     QuantizedWeight,

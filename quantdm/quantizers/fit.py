@@ -1,145 +1,92 @@
-"""Quantize a weight: fit the grid of every row, then choose the codes by rounding or with error feedback."""
+"""Quantize a matrix: fit the grid of every row, then choose the codes by rounding or with error feedback."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from quantdm.errors import QuantDMError
 from quantdm.quantizers import kmeans, log2, shared, uniform
 from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
-from quantdm.quantizers.moments import Moments, check_moments
+from quantdm.quantizers.moments import Moments
 from quantdm.quantizers.objective import OutputError
 from quantdm.quantizers.packing import pack_codes
 from quantdm.quantizers.refine import evaluate, lesser, refine
 from quantdm.quantizers.rows import row_blocks, row_layout
 from quantdm.quantizers.sorted_rows import SortedRows, sort_rows
 from quantdm.quantizers.tables import nearest_codes, round_codebook
-from quantdm.quantizers.turning import turned
 from quantdm.quantizers.weight import QuantizedWeight, factor_of, halves, parameters_of, tables_of
 from quantdm.schemes import Scheme
 
-SWEEPS = 4  # rounds of refit and descent after the feedback; most of the gain comes in the first two
 
+@dataclass(frozen=True, eq=False)
+class MatrixFit:
+    """Quantizes matrices of one layer in the coordinates of a turning; factorized moments are kept between calls."""
 
-def quantize_weight(
-    weight: Tensor,
-    scheme: Scheme,
-    *,
-    split: int | None = None,
-    name: str = "weight",
-    moments: Moments | None = None,
-    exact: bool = False,
-    sweeps: int = SWEEPS,
-) -> QuantizedWeight:
-    """Quantize one weight [C_out, C_in/groups, *kernel] of any float dtype.
+    shape: tuple[int, ...]
+    split: int | None
+    moments: Moments | None  # in these coordinates
+    name: str
+    exact: bool
+    sweeps: int
+    inputs: dict[str, InputFactor] = field(default_factory=dict)
 
-    `split` is the input channel at which a long-skip concatenation is seamed; `name` appears in errors. `moments` are
-    those of the layer's whole input; a calibrated scheme needs them, others ignore them. `exact` asks for the optimal
-    codebooks of rows, at some ten times the time. `sweeps` rounds of refit and descent follow error feedback (0: none).
+    def __call__(
+        self, matrix: Tensor, schemes: Sequence[Scheme], dtype: torch.dtype, more: Mapping[str, Tensor]
+    ) -> list[QuantizedWeight]:
+        """Return a matrix [C, n] under every scheme.
 
-    Raises:
-        QuantDMError: NaN or infinite weights, not a float tensor of two or more dimensions, `split` outside dim 1, a
-            calibrated scheme without moments, or moments of another layer.
-    """
-    return quantize_options(weight, (scheme,), split=split, name=name, moments=moments, exact=exact, sweeps=sweeps)[0]
+        Args:
+            matrix: the weight in these coordinates.
+            schemes: of one turning, without branches.
+            dtype: of the weight before.
+            more: what is stored beside what every quantizer has.
+        """
+        stored: list[dict[str, Tensor]] = [dict(more) for _ in schemes]
+        calibrated = any(scheme.calibration is not None for scheme in schemes)
+        for suffix, columns in halves(self.shape, self.split):
+            half = matrix[:, columns]
+            factor = factor_of(half)
+            half = half.mul(1 / factor).contiguous()  # exact: the factor is a power of two
+            moments = self.moments.part(columns).to(half.device) if calibrated and self.moments is not None else None
+            for i, parameters in self._fit_half(half, schemes, moments, suffix):
+                parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=matrix.device)
+                stored[i] |= {key + suffix: parameters[key] for key in parameters_of(schemes[i])}
+        return [QuantizedWeight(s, self.shape, self.split, dtype, t) for s, t in zip(schemes, stored, strict=True)]
 
-
-def quantize_options(
-    weight: Tensor,
-    schemes: Sequence[Scheme],
-    *,
-    split: int | None = None,
-    name: str = "weight",
-    moments: Moments | None = None,
-    exact: bool = False,
-    sweeps: int = SWEEPS,
-) -> list[QuantizedWeight]:
-    """Quantize one weight under every scheme, in their order.
-
-    Bit-widths of one granularity share the sorted rows, schemes with feedback the factorized moments.
-
-    Raises:
-        QuantDMError: as `quantize_weight`.
-    """
-    matrix = _check_weight(weight, split, name)
-    calibrated = [scheme for scheme in schemes if scheme.calibration is not None]
-    if calibrated and moments is None:
-        raise QuantDMError(
-            f"{name}: got {calibrated[0]} without moments, expected those of the layer's inputs; calibrate"
-        )
-    if calibrated and moments is not None:
-        check_moments(moments, weight.shape, name)
-    found: dict[int, QuantizedWeight] = {}
-    kinds = [(scheme.hadamard, scheme.equalised) for scheme in schemes]
-    for kind in dict.fromkeys(kinds):
-        same = [i for i in range(len(schemes)) if kinds[i] == kind]
-        own, seen, stored = turned(matrix.view(weight.shape), schemes[same[0]], split, moments)
-        own = own.reshape(matrix.shape)
-        fitted = _fit_matrix(own, weight, [schemes[i] for i in same], split, seen, name, exact=exact, sweeps=sweeps)
-        for i, quantized in zip(same, fitted, strict=True):
-            quantized.tensors.update(stored)
-            found[i] = quantized
-    return [found[i] for i in range(len(schemes))]
-
-
-def _fit_matrix(
-    matrix: Tensor,
-    weight: Tensor,
-    schemes: Sequence[Scheme],
-    split: int | None,
-    moments: Moments | None,
-    name: str,
-    *,
-    exact: bool,
-    sweeps: int,
-) -> list[QuantizedWeight]:
-    """Quantize a weight's matrix [C, n], as it is or rotated, under every scheme."""
-    shape, calibrated = tuple(weight.shape), any(scheme.calibration is not None for scheme in schemes)
-    stored: list[dict[str, Tensor]] = [{} for _ in schemes]
-    for suffix, columns in halves(shape, split):
-        half = matrix[:, columns]
-        factor = factor_of(half)
-        half = half.mul(1 / factor).contiguous()  # exact: the factor is a power of two
-        inputs = moments.part(columns).to(half.device) if calibrated and moments is not None else None
-        for i, parameters in _fit_half(half, schemes, inputs, name, exact=exact, sweeps=sweeps):
-            parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=weight.device)
-            stored[i] |= {key + suffix: parameters[key] for key in parameters_of(schemes[i])}
-    return [QuantizedWeight(s, shape, split, weight.dtype, t) for s, t in zip(schemes, stored, strict=True)]
-
-
-def _fit_half(
-    half: Tensor, schemes: Sequence[Scheme], moments: Moments | None, name: str, *, exact: bool, sweeps: int
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield (index of the scheme, its stored tensors) for one quantizer's matrix [C, n]."""
-    kinds = [(s.granularity, s.group_size, s.calibration is not None) for s in schemes]
-    inputs: InputFactor | None = None
-    for kind in dict.fromkeys(kinds):
-        same = [i for i in range(len(schemes)) if kinds[i] == kind]
-        is_shared = kind[0] == "shared"
-        importance = moments.importance_of(len(half)) if kind[2] and moments is not None else None
-        weights: list[Tensor | None]
-        if is_shared:
-            rows, weight = _padded_rows(half, importance, schemes[same[0]])
-            blocks, weights = [rows], [weight]
-        else:
-            blocks = _rows(half, schemes[same[0]])
-            weights = [None] * len(blocks) if importance is None else [*_rows(importance, schemes[same[0]])]
-        is_kmeans = not is_shared and any(schemes[i].method == "kmeans" for i in same)
-        ordered = [sort_rows(*pair) for pair in zip(blocks, weights, strict=True)] if is_kmeans else []
-        for i in same:
+    def _fit_half(
+        self, half: Tensor, schemes: Sequence[Scheme], moments: Moments | None, suffix: str
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield (index of the scheme, its stored tensors) for one quantizer's matrix [C, n]."""
+        kinds = [(s.granularity, s.group_size, s.calibration is not None) for s in schemes]
+        for kind in dict.fromkeys(kinds):
+            same = [i for i in range(len(schemes)) if kinds[i] == kind]
+            is_shared = kind[0] == "shared"
+            importance = moments.importance_of(len(half)) if kind[2] and moments is not None else None
+            weights: list[Tensor | None]
             if is_shared:
-                parameters = _fit_shared(blocks[0], weights[0], schemes[i], len(half))
+                rows, weight = _padded_rows(half, importance, schemes[same[0]])
+                blocks, weights = [rows], [weight]
             else:
-                parameters = _fit(schemes[i], blocks, weights, ordered, half.shape, exact=exact)
-            if schemes[i].calibration == "feedback" and moments is not None:
-                inputs = inputs or factorize(moments, name)
-                start = _round(schemes[i], blocks, parameters, half.shape[1]).view(half.shape)
-                parameters, codes = _fed_back(half, schemes[i], parameters, start, inputs, moments, sweeps)
-            else:
-                codes = _round(schemes[i], blocks, parameters, half.shape[1])
-            parameters["codes"] = pack_codes(codes.reshape(-1), schemes[i].bits)
-            yield i, parameters
+                blocks = _rows(half, schemes[same[0]])
+                weights = [None] * len(blocks) if importance is None else [*_rows(importance, schemes[same[0]])]
+            is_kmeans = not is_shared and any(schemes[i].method == "kmeans" for i in same)
+            ordered = [sort_rows(*pair) for pair in zip(blocks, weights, strict=True)] if is_kmeans else []
+            for i in same:
+                if is_shared:
+                    parameters = _fit_shared(blocks[0], weights[0], schemes[i], len(half))
+                else:
+                    parameters = _fit(schemes[i], blocks, weights, ordered, half.shape, exact=self.exact)
+                if schemes[i].calibration == "feedback" and moments is not None:
+                    if suffix not in self.inputs:
+                        self.inputs[suffix] = factorize(moments, self.name)
+                    inputs = self.inputs[suffix]
+                    start = _round(schemes[i], blocks, parameters, half.shape[1]).view(half.shape)
+                    parameters, codes = _fed_back(half, schemes[i], parameters, start, inputs, moments, self.sweeps)
+                else:
+                    codes = _round(schemes[i], blocks, parameters, half.shape[1])
+                parameters["codes"] = pack_codes(codes.reshape(-1), schemes[i].bits)
+                yield i, parameters
 
 
 def _fed_back(
@@ -269,19 +216,3 @@ def _round(scheme: Scheme, blocks: list[Tensor], parameters: dict[str, Tensor], 
             found = nearest_codes(rows, table[:, groups].reshape(len(rows), -1))
         codes.append(found.view(lines, -1))
     return torch.cat(codes, dim=1)
-
-
-def _check_weight(weight: Tensor, split: int | None, name: str) -> Tensor:
-    """Return the weight as a float32 matrix [C_out, n] after checking it."""
-    if not weight.is_floating_point() or weight.dim() < 2 or weight.numel() == 0:
-        got = f"{weight.dtype} {tuple(weight.shape)}"
-        raise QuantDMError(f"{name}: got {got}, expected a float tensor [C_out, C_in, ...] that is not empty")
-    if weight.is_meta:
-        raise QuantDMError(f"{name}: got a tensor on the meta device, expected one with values; load the weights first")
-    if split is not None and not 0 < split < weight.shape[1]:
-        raise QuantDMError(f"{name}: got split={split}, expected an input channel between 1 and {weight.shape[1] - 1}")
-    matrix = weight.detach().to(torch.float32).reshape(weight.shape[0], -1)
-    bad = int((~torch.isfinite(matrix)).sum())
-    if bad:
-        raise QuantDMError(f"{name}: got {bad} NaN or infinite weights of {weight.numel()}, expected finite ones")
-    return matrix

@@ -3,8 +3,40 @@
 For y = W x it is, row by row, (w_hat - w) H (w_hat - w)^T with H = E[x x^T]; a convolution has one H per conv group.
 """
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+
+class Objective(Protocol):
+    """What a quantized weight is judged by, row by row."""
+
+    def of_rows(self, decoded: Tensor) -> Tensor:
+        """Return the objective of every row, float64 [C]."""
+        ...
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """Return rows [R, n] times H; of several convolution groups times the mean of theirs."""
+        ...
+
+
+class ColumnError:
+    """The squared error of a weight matrix [C, n], every column weighted by its E[x^2] or, without, by one."""
+
+    def __init__(self, matrix: Tensor, importance: Tensor | None = None) -> None:
+        self.matrix, self.importance = matrix, importance  # [G, n]
+
+    def of_rows(self, decoded: Tensor) -> Tensor:
+        """Return the objective of every row, float64 [C]."""
+        square = (decoded - self.matrix).square()
+        if self.importance is not None:
+            square = square * self.importance.repeat_interleave(len(square) // len(self.importance), dim=0)
+        return square.sum(dim=1, dtype=torch.float64)
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """Return rows [R, n] times the weights of the columns."""
+        return rows if self.importance is None else rows * self.importance.mean(dim=0)
 
 
 class OutputError:
@@ -18,6 +50,10 @@ class OutputError:
         """Return rows [C, n] times H."""
         groups, n, _ = self.second.shape
         return torch.bmm(rows.reshape(groups, -1, n), self.second).view(rows.shape)
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """Return rows [R, n] times H; of several convolution groups times the mean of theirs."""
+        return rows @ (self.second[0] if len(self.second) == 1 else self.second.mean(dim=0))
 
     def gradient(self, decoded: Tensor) -> Tensor:
         """Return (w_hat - w) H [C, n], half the gradient."""

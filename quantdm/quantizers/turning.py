@@ -1,6 +1,7 @@
 """The coordinates of the input channels in which a scheme quantizes a weight: as they are, rotated, or equalised."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,18 +11,32 @@ from quantdm.quantizers.moments import Moments
 from quantdm.schemes import Scheme
 
 
-def turned(
-    weight: Tensor, scheme: Scheme, split: int | None, moments: Moments | None
-) -> tuple[Tensor, Moments | None, dict[str, Tensor]]:
-    """Return weight and moments in a scheme's coordinates, and what is stored to turn the weight back."""
-    if scheme.hadamard:
-        seen = None if moments is None else rotate_moments(moments, weight.shape[1], seam=split)
-        return rotate(weight, 1, seam=split), seen, {}
-    if scheme.equalised is None or moments is None:
-        return weight, moments, {}
-    exponents = exponents_from_moments(moments, weight, scheme.equalised / 100)
-    moments = equalise_moments(moments, exponents.to(moments.second.device))
-    return shifted(weight, exponents, 1, 1), moments, {"exponents": exponents}
+@dataclass(frozen=True, eq=False)
+class Turning:
+    """How weights of one layer come into a scheme's coordinates, and the moments there; `stored` turns them back."""
+
+    scheme: Scheme
+    split: int | None
+    moments: Moments | None
+    stored: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, weight: Tensor, scheme: Scheme, split: int | None, moments: Moments | None) -> "Turning":
+        """Return the coordinates of a scheme for a weight whose inputs have these moments."""
+        if scheme.hadamard:
+            seen = None if moments is None else rotate_moments(moments, weight.shape[1], seam=split)
+            return cls(scheme, split, seen, {})
+        if scheme.equalised is None or moments is None:
+            return cls(scheme, split, moments, {})
+        exponents = exponents_from_moments(moments, weight, scheme.equalised / 100)
+        seen = equalise_moments(moments, exponents.to(moments.second.device))
+        return cls(scheme, split, seen, {"exponents": exponents})
+
+    def turn(self, weight: Tensor) -> Tensor:
+        """Return a weight in these coordinates."""
+        if self.scheme.hadamard:
+            return rotate(weight, 1, seam=self.split)
+        return shifted(weight, self.stored["exponents"], 1, 1) if self.stored else weight
 
 
 def turned_back(dense: Tensor, scheme: Scheme, tensors: Mapping[str, Tensor], split: int | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantdm.errors import QuantDMError
 from quantdm.quantizers import log2, shared, uniform
+from quantdm.quantizers.branches import add_branches, stored_branches
 from quantdm.quantizers.packing import packed_size, unpack_at, unpack_codes
 from quantdm.quantizers.rows import pieces, row_blocks, row_layout
 from quantdm.quantizers.tables import gather_
@@ -78,8 +79,8 @@ class QuantizedWeight:
         elif tuple(out.shape) != self.shape or (dtype is not None and out.dtype != dtype):
             expected = f"{dtype or 'any dtype'} {self.shape}"
             raise QuantDMError(f"out: got {out.dtype} {tuple(out.shape)}, expected {expected}")
-        turned = self.scheme.hadamard or self.scheme.equalised is not None
-        dtype = torch.float32 if turned else out.dtype
+        in_place = self.scheme.is_in_place
+        dtype = out.dtype if in_place else torch.float32
         is_direct = out.is_contiguous() and out.dtype == dtype
         target = out if is_direct else torch.empty(self.shape, dtype=dtype, device=out.device)
         matrix = target.view(self.shape[0], -1)
@@ -87,8 +88,9 @@ class QuantizedWeight:
         for suffix, columns in halves(self.shape, self.split):
             tensors = {name: self.tensors[name + suffix] for name in parameters_of(self.scheme)}
             _decode_half_(matrix[:, columns], self.scheme, tensors, limit)
-        if turned:
-            return out.copy_(turned_back(target, self.scheme, self.tensors, self.split).clamp_(-limit, limit))
+        if not in_place:
+            dense = turned_back(target, self.scheme, self.tensors, self.split)
+            target = add_branches(dense, self.scheme, self.tensors).clamp_(-limit, limit)
         return out if target is out else out.copy_(target)
 
     def rows(self, index: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -107,16 +109,17 @@ class QuantizedWeight:
         columns = math.prod(self.shape[1:])
         places = index[:, None] * columns + torch.arange(columns, device=index.device)
         codes = unpack_at(self.tensors["codes"], self.scheme.bits, self.shape[0] * columns, places)
-        is_turned = self.scheme.hadamard or self.scheme.equalised is not None
-        target = torch.float32 if is_turned else dtype
+        in_place = self.scheme.is_in_place
+        target = dtype if in_place else torch.float32
         out = torch.empty((len(index), *self.shape[1:]), dtype=target, device=codes.device)
         limit = min(torch.finfo(self.dtype).max, torch.finfo(torch.float32).max)
         if len(index):
             tensors = _parameters_at(self.scheme, self.tensors, index)
             _decode_codes_(out.view(len(index), -1), codes, self.scheme, tensors, limit)
-        if is_turned:
-            return turned_back(out, self.scheme, self.tensors, None).clamp_(-limit, limit).to(dtype)
-        return out
+        if in_place:
+            return out
+        out = turned_back(out, self.scheme, self.tensors, None)
+        return add_branches(out, self.scheme, self.tensors, index).clamp_(-limit, limit).to(dtype)
 
 
 def stored_tensors(
@@ -127,7 +130,11 @@ def stored_tensors(
     "codes" is flat uint8; "scale" fp16 and "zero_point" int16 are [lines, groups], "factor" fp32 is [1]; "codebook" is
     [lines, groups, k] with k = min(2^bits, weights per row), int8 (times "scale") or fp16 as the scheme's `table` says;
     see rows.py for lines and groups. A shared codebook is [1, 1, 2^bits]; its scales per group are int8, in units of
-    "scale_step" fp16, one for every 256 of them. "exponents" int8 [C_in / groups] are those of an equalised weight.
+    "scale_step" fp16, one for every 256 of them. "exponents" int8 [C_in / groups] are those of an equalised weight;
+    for the factors of branches see `stored_branches`.
+
+    Raises:
+        QuantDMError: a branch of a higher rank than the weight has.
     """
     stored, k, is_shared = {}, 2**scheme.bits, scheme.granularity == "shared"
     for suffix, columns in halves(tuple(shape), split):
@@ -145,7 +152,9 @@ def stored_tensors(
             "factor": ((1,), torch.float32),
         }
         stored |= {key + suffix: sizes[key] for key in parameters_of(scheme)}
-    return stored if scheme.equalised is None else stored | {"exponents": ((shape[1],), torch.int8)}
+    if scheme.equalised is not None:
+        stored["exponents"] = ((shape[1],), torch.int8)
+    return stored | stored_branches(shape, scheme)
 
 
 def count_bits(shape: Sequence[int], scheme: Scheme, split: int | None = None) -> int:
@@ -154,8 +163,11 @@ def count_bits(shape: Sequence[int], scheme: Scheme, split: int | None = None) -
     A row has a scale of 16 bits, asymmetric uniform a zero point of 16 more, k-means a codebook of 8·k (int8 table; an
     fp16 table takes 16·k and no scale). A shared codebook has 16·k bits once, and scales of 16 bits per channel or 8
     per group with a step of 16 for every 256. The 32 bits of each quantizer's factor are counted, and 8 for every input
-    channel of an equalised weight; padding is not.
+    channel of an equalised weight, and the factors of a branch; padding is not. A weight that is left as it is has 16 a
+    weight.
     """
+    if scheme.method == "original":
+        return math.prod(shape) * scheme.bits
     overhead = sum(
         math.prod(size) * dtype.itemsize * 8
         for key, (size, dtype) in stored_tensors(shape, scheme, split).items()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from quantdm.quantizers.branches import fits_rank
 from quantdm.quantizers.weight import count_bits
 from quantdm.schemes import ORIGINAL_BITS, Scheme
 
@@ -15,7 +16,10 @@ def bits_of(shape: Sequence[int], scheme: Scheme, split: int | None = None) -> f
 def is_wasteful(shape: Sequence[int], scheme: Scheme, split: int | None = None) -> bool:
     """Whether what is stored beside the codes takes more bits than all of it saves against ORIGINAL_BITS a weight.
 
-    So it is for a codebook of 256 entries on rows of 256 weights: 15.7 bits instead of 8 save .3 and cost 7.7.
+    So it is for a codebook of 256 entries on rows of 256 weights: 15.7 bits instead of 8 save .3 and cost 7.7. A branch
+    of a higher rank than the weight has counts as wasteful, too.
     """
+    if not fits_rank(shape, scheme):
+        return True
     bits = bits_of(shape, scheme, split)
     return bits - scheme.bits > ORIGINAL_BITS - bits

@@ -23,7 +23,8 @@ PUBLISHED_INSIGHT = "published insight, not measured here"
 def _check_label(label: str | None) -> str | None:
     if label is None or label == ORIGINAL:
         return None
-    Scheme.parse(label)
+    if Scheme.parse(label).lora is not None:
+        raise QuantDMError(f"{label}: a LoRA is fused into quantized layers (quantdm.fuse_lora); leave -lora out")
     return label
 
 
@@ -230,8 +231,7 @@ def check_recipe_path(path: str | Path) -> None:
     """
     real = check_output(path)
     check_replaceable(path)
-    whole = {"run.json": "run", "model_index.json": "export"}
-    for manifest, kind in whole.items():
+    for manifest, kind in (("run.json", "run"), ("model_index.json", "export")):
         if real.exists() and (real.parent / manifest).is_file():
             raise QuantDMError(
                 f"{path}: is the recipe of the {kind} beside it, whose figures and weights are its own; "

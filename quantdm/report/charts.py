@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quantdm.report.figures import as_percent, chart, color, describe, family
-from quantdm.schemes import MAX_BITS
+from quantdm.schemes import MAX_BITS, ORIGINAL
 from quantdm.surrogates import SearchSpace
 
 # Result row -> name beside the point.
@@ -14,13 +14,14 @@ MARKS = {
     "uniform-next-width": "best uniform",
     "least-weight-error": "least weight error",
     "sensitivity-same-size": "sensitivities alone",
+    "gradient-same-size": "gradients alone",
     "recipe": "recipe",
 }
 
 
 def methods(space: SearchSpace, values: NDArray[np.float64] | None) -> str:
     """Draw per method the median one-layer error, and the mean learned value, against the bits that it costs."""
-    families = list(dict.fromkeys(family(option) for option in space.options))
+    families = list(dict.fromkeys(family(option) for option in space.options if option != ORIGINAL))
     cost = space.bits.sum(axis=0) / space.num_weights.sum()
     tables = [("Measured: median one-layer error (log scale)", np.median(space.noise_error, axis=0))]
     tables += [] if values is None else [("Learned: mean value in −log FID per layer", values.mean(axis=0))]

@@ -25,7 +25,7 @@ def sensitivities(records: Records) -> str:
         values = attribution.values
     learned = None if values is None else insights.width_value(space, values)
     right = "" if learned is None else f" Right: what the {source} surrogate learned from {len(records.trials)} trials."
-    clipped = space.noise_error.min() < FLOOR * space.noise_error.max()
+    clipped = space.felt_error.min() < FLOOR * space.noise_error.max()
     floor = " (errors below a millionth of the largest are drawn there)" if clipped else ""
     html = ""
     for by, title in (("op_type", "operation type"), ("block", "block")):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from quantdm.schemes import MAX_BITS, MIN_BITS, Scheme
+from quantdm.schemes import MAX_BITS, MIN_BITS, ORIGINAL, Scheme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -128,14 +128,20 @@ def chart(height: float, label: str) -> Iterator[Canvas]:
 
 def describe(label: str | None) -> str:
     """Say a scheme in words: "k-means per channel, 3 bits"."""
-    if label is None:
+    if label in (None, ORIGINAL.label):
         return "original precision"
+    assert label is not None
     scheme = Scheme.parse(label)
-    return f"{family(scheme)}, {scheme.bits}\u00a0bits"
+    rotated = ", rotated" if scheme.hadamard else ""
+    branches = (("low-rank branch", scheme.lowrank), ("LoRA", scheme.lora))
+    more = "".join(f", {what} of rank\u00a0{rank}" for what, rank in branches if rank is not None)
+    return f"{family(scheme)}, {scheme.bits}\u00a0bits{rotated}{more}"
 
 
 def family(scheme: Scheme) -> str:
     """Say a scheme without its bits: "k-means per channel", "k-means, shared table"."""
+    if scheme == ORIGINAL:
+        return "original precision"
     if scheme.granularity == "shared":
         scales = f", scales of {scheme.group_size}" if scheme.group_size else ""
         return f"{NAMES[scheme.method]}, shared table{scales}"
@@ -145,7 +151,7 @@ def family(scheme: Scheme) -> str:
 
 def color(scheme: Scheme | None) -> str:
     """Return the colour of a scheme: hue by method, darker with more bits."""
-    if scheme is None:
+    if scheme is None or scheme.method == "original":
         return INK
     return tint(HUES[scheme.method, scheme.granularity], bits_strength(scheme.bits))
 

@@ -10,12 +10,17 @@ from numpy.typing import NDArray
 from quantdm.errors import QuantDMError
 from quantdm.report.figures import describe
 from quantdm.report.wording import megabytes, percent, plus_minus, times
+from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
 
 Floats = NDArray[np.float64]
 SAME_SIZE = 1e-3  # sizes that differ by less count as equal in words
 # Rows of the recipe's size that need no search -> what their knapsack is on; and how a verdict reads.
-MIXES = {"sensitivity-same-size": "one-layer noise errors", "least-weight-error": "weight errors"}
+MIXES = {
+    "sensitivity-same-size": "one-layer noise errors",
+    "gradient-same-size": "gradient sensitivities",
+    "least-weight-error": "weight errors",
+}
 WORDS = {"better": "better than", "worse": "worse than", "tie": "within noise of", "unknown": "to be compared with"}
 AFFORDABLE = 0.05  # share of the weights' size within which the best widenings are summed up
 
@@ -71,8 +76,8 @@ def group_layers(space: SearchSpace, by: str, choice: NDArray[np.int64] | None =
 
 
 def widths(space: SearchSpace) -> list[int]:
-    """Return the bit-widths among the options, ascending."""
-    return sorted({option.bits for option in space.options})
+    """Return the bit-widths of codes among the options, ascending."""
+    return sorted({option.bits for option in space.options if option != ORIGINAL})
 
 
 def least_error(space: SearchSpace, width: int) -> Floats:

@@ -20,6 +20,7 @@ ROW_NAMES = {
     "uniform-next-width": "One scheme everywhere, next width",
     "least-weight-error": "Least weight error, same size",
     "sensitivity-same-size": "One-layer sensitivities, same size",
+    "gradient-same-size": "Gradient sensitivities, same size",
     "recipe-untuned": "Recipe before tuning",
     "recipe": "Recipe",
     "recipe+a6": "Recipe, A6",

@@ -16,7 +16,8 @@ from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
 from quantdm.machine import IN_FLIGHT, Gate, cores, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, weight_error
-from quantdm.quantizers.fit import SWEEPS
+from quantdm.quantizers.branches import fits_rank
+from quantdm.quantizers.options import SWEEPS
 from quantdm.runs.weights import weight_reader
 from quantdm.schemes import Scheme
 
@@ -148,7 +149,7 @@ class WeightBank:
             old, meta = load_tensors(before)
             if meta.get("of") == of:
                 tensors, errors = dict(old), dict(meta["errors"])
-        missing = [scheme for scheme in self.options if scheme.label not in errors]
+        missing = [s for s in self.options if s.label not in errors and fits_rank(weight.shape, s)]
         if errors and not missing:
             assert before is not None
             return before

@@ -20,6 +20,7 @@ from quantdm.metrics.samples import Draw, real_floor
 from quantdm.metrics.statistics import mean_and_sd, totals
 from quantdm.progress import bar
 from quantdm.recipe import ActivationSpec, Recipe
+from quantdm.runs.choose import GRADIENTS
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.jobs import measure_jobs
@@ -54,17 +55,14 @@ def final_jobs(
     """Return row name -> (job without its draw, note) of the result table.
 
     "uniform-next-width" is one scheme everywhere, the best by verification of those that are no smaller than the target
-    (the note names it); "least-weight-error" and "sensitivity-same-size" are mixes of the target's size.
+    (the note names it); "least-weight-error", "sensitivity-same-size" and
+    "gradient-same-size" are mixes of the target's size.
 
     Raises:
         QuantDMError: the recipe does not fit the denoiser, or quantizes further parts of the pipeline.
     """
     selection = read_json(run.path("selection.json"), version=1)
-    figures, configs = selection["candidates"], selection["configs"]
-    uniforms = [name for name in configs if name.startswith(BASELINE) and name != LEAST_WEIGHT_ERROR]
-    most = max(figures[name].get("draws", 0) for name in uniforms)  # one that was left out ran fewer, perhaps easy ones
-    finished = [name for name in uniforms if figures[name].get("draws", 0) == most]
-    uniform = min(finished, key=lambda name: figures[name]["fid_fp_mean"])
+    configs, uniform = selection["configs"], _best_uniform(selection)
     chosen, tables = labels_of(run, recipe, space.layers), tables_of(run, recipe, space.layers)
     note = selection["chosen"] if chosen == configs[selection["chosen"]] else "changed by hand"
     uniform_4, kmeans_4 = COMPARED
@@ -72,6 +70,9 @@ def final_jobs(
     spec = activations.model_dump(mode="json")
     note += "" if tuned is None else ", tuned"
     corrected = Job(draw, chosen, spec, correction, tuned), "6-bit activations, corrected sampler"
+    gradients = {}
+    if GRADIENTS in configs:  # which runs before 0.4 have not
+        gradients = {"gradient-same-size": (Job(draw, configs[GRADIENTS]), "knapsack on gradient sensitivities")}
     untuned = {} if tuned is None else {"recipe-untuned": (Job(draw, chosen), "before tuning")}
     jobs = {
         "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
@@ -80,6 +81,7 @@ def final_jobs(
         "uniform-next-width": (Job(draw, configs[uniform]), uniform.removeprefix(BASELINE)),
         "least-weight-error": (Job(draw, configs[LEAST_WEIGHT_ERROR]), "knapsack on weight errors"),
         "sensitivity-same-size": (Job(draw, configs["sensitivity"]), "knapsack on one-layer noise errors"),
+        **gradients,
         **untuned,
         "recipe": (Job(draw, chosen, tuned=tuned), note),
         "recipe+a6": (Job(draw, chosen, spec, tuned=tuned), "6-bit activations"),
@@ -87,6 +89,15 @@ def final_jobs(
     }
     usual, own = with_tables(jobs, run.settings.embeddings), with_tables(jobs, tables)
     return {name: (own if name.startswith("recipe") else usual)[name] for name in jobs}
+
+
+def _best_uniform(selection: dict[str, Any]) -> str:
+    """Return the best by verification of the candidates with one scheme everywhere."""
+    figures, configs = selection["candidates"], selection["configs"]
+    uniforms = [name for name in configs if name.startswith(BASELINE) and name != LEAST_WEIGHT_ERROR]
+    most = max(figures[name].get("draws", 0) for name in uniforms)  # one that was left out ran fewer, perhaps easy ones
+    finished = [name for name in uniforms if figures[name].get("draws", 0) == most]
+    return min(finished, key=lambda name: figures[name]["fid_fp_mean"])
 
 
 def with_tables(

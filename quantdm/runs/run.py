@@ -18,7 +18,7 @@ from quantdm.pipelines.subject import Subject, reopen
 from quantdm.recipe import CalibrationSpec
 from quantdm.runs.claims import CLAIMS, Claims
 from quantdm.runs.manifest import MANIFEST, RUN_VERSION, read_manifest
-from quantdm.schemes import COMPARED, TABLE_SCHEME, Scheme
+from quantdm.schemes import COMPARED, ORIGINAL, TABLE_SCHEME, Scheme, parse_option
 
 CALIBRATION_SEED = 900  # base seed of the trajectories that calibrate: outside those of every draw
 MIN_TRIALS = 30  # the fewest that a search is asked for: surrogates learn nothing from fewer
@@ -67,7 +67,7 @@ class RunSettings(BaseModel):
     @property
     def schemes(self) -> tuple[Scheme, ...]:
         """The options as schemes (the option axis)."""
-        return tuple(Scheme.parse(label) for label in self.options)
+        return tuple(parse_option(label) for label in self.options)
 
     @property
     def calibration(self) -> CalibrationSpec:
@@ -84,7 +84,7 @@ class RunSettings(BaseModel):
     @property
     def bank_schemes(self) -> tuple[Scheme, ...]:
         """The options, and the schemes without calibration that every result is compared with."""
-        return tuple(dict.fromkeys((*self.schemes, *COMPARED)))
+        return tuple(scheme for scheme in dict.fromkeys((*self.schemes, *COMPARED)) if scheme != ORIGINAL)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -14,6 +14,7 @@ from quantdm.recipe import Recipe
 from quantdm.runs.choose import choose
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
+from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import MANIFEST, Run
 from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_dtype, make_settings
 from quantdm.runs.snapshot import keep_snapshot
@@ -136,6 +137,7 @@ def find_recipe(run: Run, engine: Engine, subject: Subject) -> Recipe:
     describe(run, subject)
     bank = build_bank(run, subject, batch_size=engine.batch_size)
     space = measure_space(run, engine, subject, bank)
+    measure_gradients(run, engine.local, space)
     run_trials(run, engine, space)
     fitted = fit_surrogates(run, space, *load_trials(run, space))
     recipe = choose(run, engine, space, explain(run, fitted), fitted["graph"])

@@ -1,23 +1,27 @@
 """What a search is asked for: effort, target, and the settings that determine every number of a run."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
+from quantdm.hub.export import lossless_dtype
 from quantdm.hub.size import ExportSize
 from quantdm.machine import fast_dtype
 from quantdm.metrics.door import check_measures
 from quantdm.modules import packed_layers
 from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import count_bits
-from quantdm.quantizers.fit import SWEEPS
+from quantdm.quantizers.branches import fits_rank
+from quantdm.quantizers.options import SWEEPS
 from quantdm.runs.run import MIN_TRIALS, RunSettings
-from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
+from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL, TABLE_SCHEME, Scheme
+
+_log = logging.getLogger("quantdm")
 
 DTYPES = ("bfloat16", "float16", "float32")
 FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
@@ -65,6 +69,7 @@ def make_settings(
     embeddings: Scheme | None = TABLE_SCHEME,
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
+    options = fitting_options(options, subject.pipe)
     _check_given(trials, options, dtype)
     packed = [part for part, module in subject.denoisers.items() if packed_layers(module)]
     if packed:
@@ -106,7 +111,7 @@ def _free_dtype(subject: Subject) -> str:
 
 
 def _check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> None:
-    least = max(MIN_TRIALS, 2 * len(options))
+    least = max(MIN_TRIALS, 3 * sum(scheme != ORIGINAL for scheme in options) // 2)
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
     check_dtype(dtype)
@@ -128,11 +133,23 @@ def _table_scheme(subject: Subject, embeddings: Scheme | None) -> Scheme | None:
     return embeddings if subject.tables else None
 
 
+def fitting_options(options: Sequence[Scheme], pipe: DiffusionPipeline) -> tuple[Scheme, ...]:
+    """Return the options without `original` where 16 bits do not hold the denoisers' weights: there it would be 32."""
+    wide = [name for name, part in find_denoisers(pipe).items() if lossless_dtype(part).itemsize > 2]
+    if wide and ORIGINAL in options:
+        _log.info("%s: stored in more than 16 bits, every layer is quantized", ", ".join(wide))
+        return tuple(scheme for scheme in options if scheme != ORIGINAL)
+    return tuple(options)
+
+
 def reachable_bits(layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> tuple[float, float]:
     """Return the smallest and the largest average bits that the options allow."""
-    table = np.array([[count_bits(layer.shape, scheme, layer.split) for scheme in options] for layer in layers])
+    table = [
+        [count_bits(layer.shape, scheme, layer.split) for scheme in options if fits_rank(layer.shape, scheme)]
+        for layer in layers
+    ]
     weights = sum(layer.num_weights for layer in layers)
-    return table.min(axis=1).sum() / weights, table.max(axis=1).sum() / weights
+    return sum(map(min, table)) / weights, sum(map(max, table)) / weights
 
 
 def checked_target(

@@ -1,21 +1,24 @@
 """The first stages of a search: layers, bank, search space."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 
 from quantdm.activations.calibration import calibrate
 from quantdm.activations.moments import JointMoments
+from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.pipelines.subject import Subject
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
+from quantdm.quantizers.branches import fits_rank
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Probe
 from quantdm.runs.run import Run
+from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
 
 RECORD_VERSION = 1
@@ -60,32 +63,48 @@ def measure_space(run: Run, engine: Engine, subject: Subject, bank: WeightBank) 
     if path.is_file() and tuple((known := SearchSpace.load(path)).labels) == labels:
         return known
     layers = subject.layers
-    errors = _one_layer_errors(run, engine, [layer.name for layer in layers])
+    errors = _one_layer_errors(run, engine, layers)
     options = run.settings.schemes
-    space = SearchSpace(
-        layers=layers,
-        graph=subject.graph,
-        options=options,
-        bits=np.array([[count_bits(la.shape, scheme, la.split) for scheme in options] for la in layers]),
-        weight_error=np.array([[bank.weight_error(la.name, scheme) for scheme in options] for la in layers]),
-        noise_error=np.array([[errors[la.name][label] for label in labels] for la in layers]),
-    )
+    rows = [
+        {
+            option.label: (
+                count_bits(layer.shape, option, layer.split),
+                0.0 if option == ORIGINAL else bank.weight_error(layer.name, option),
+                errors[layer.name][option.label],
+            )
+            for option in options
+            if fits_rank(layer.shape, option)
+        }
+        for layer in layers
+    ]
+    bits, weight_error, noise_error = np.moveaxis(np.array([_filled(row, labels) for row in rows]), 2, 0)
+    space = SearchSpace(layers, subject.graph, options, bits.astype(np.int64), weight_error, noise_error)
     if not path.is_file() or tuple(SearchSpace.load(path).labels) != labels:
         space.save(path)  # of two processes with one run the first counts: both go on with the same numbers
     return SearchSpace.load(path)
 
 
-def _one_layer_errors(run: Run, engine: Engine, names: Sequence[str]) -> dict[str, dict[str, float]]:
+def _filled(row: Mapping[str, tuple[int, float, float]], labels: Sequence[str]) -> list[tuple[float, ...]]:
+    """Return bits and errors of a layer under all options; one that it cannot have is worse than any other in all."""
+    worst = [max(column) for column in zip(*row.values(), strict=True)]
+    return [row.get(label, (2 * worst[0], worst[1], worst[2])) for label in labels]
+
+
+def _one_layer_errors(run: Run, engine: Engine, layers: Sequence[LayerRecord]) -> dict[str, dict[str, float]]:
     """Return layer -> label -> one-layer noise error; what sensitivity.json has is not measured again."""
-    measured, labels = run.path(SENSITIVITY_FILE), run.settings.options
-    errors = _known_errors(run)
-    missing = {name: tuple(label for label in labels if label not in errors.get(name, {})) for name in names}
+    measured, options = run.path(SENSITIVITY_FILE), run.settings.schemes
+    errors, missing = _known_errors(run), {}
+    for layer in layers:
+        row = errors.setdefault(layer.name, {})
+        row |= {ORIGINAL.label: 0.0} if ORIGINAL in options else {}
+        fitting = (option.label for option in options if fits_rank(layer.shape, option))
+        missing[layer.name] = tuple(label for label in fitting if label not in row)
     todo = [Probe(name, left) for name, left in missing.items() if left]
-    with bar(len(names), "sensitivity: one layer a time") as progress:
-        progress.update(len(names) - len(todo))
+    with bar(len(layers), "sensitivity: one layer a time") as progress:
+        progress.update(len(layers) - len(todo))
         for count, (index, result) in enumerate(engine.map("sensitivity", todo), 1):
             probe = todo[index]
-            errors.setdefault(probe.layer, {}).update(zip(probe.options, result, strict=True))
+            errors[probe.layer].update(zip(probe.options, result, strict=True))
             progress.update()
             if count % 8 == 0 or count == len(todo):
                 write_json(measured, {"version": RECORD_VERSION, "noise_error": errors})

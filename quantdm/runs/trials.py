@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from quantdm.allocation.pruning import prune
+from quantdm.allocation.pruning import fitting, prune
 from quantdm.allocation.sampling import sample_configs, sample_frontier
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, read_json, write_json
@@ -19,6 +19,7 @@ from quantdm.runs.proposals import propose
 from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
+from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import (
     SearchSpace,
 )
@@ -127,7 +128,7 @@ def _earlier(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
 
 def _covers(space: SearchSpace, choices: np.ndarray) -> bool:
     """Tell whether trials are enough to learn from, and every option occurs in them."""
-    return len(choices) >= LEAST and set(choices.ravel().tolist()) == set(range(len(space.options)))
+    return len(choices) >= LEAST and set(choices.ravel().tolist()) >= set(_quantized(space))
 
 
 def _wanted(space: SearchSpace, choices: np.ndarray, total: int, targets: Sequence[float]) -> int:
@@ -151,7 +152,8 @@ def _planned(run: Run, space: SearchSpace, keys: Sequence[str]) -> tuple[np.ndar
 
 def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], seed: int) -> np.ndarray:
     """Return the choices [T, L] that need no labels: every option alone, random mixes, the sensitivities' frontier."""
-    anchors = np.tile(np.arange(len(space.options))[:, None], (1, len(space.layers)))
+    anchors = np.tile(np.array(_quantized(space))[:, None], (1, len(space.layers)))
+    anchors = np.where(space.gather(fitting(space), anchors), anchors, prune(space, anchors))
     mixes = sample_configs(space, max(1, round(total * RANDOM_SHARE) - len(anchors)), seed=seed)
     plan = [anchors, prune(space, mixes)]
     each = max(1, round(total * FRONTIER_SHARE / len(targets)))
@@ -161,6 +163,11 @@ def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], se
         )
         plan.append(prune(space, frontier))
     return _distinct(np.concatenate(plan))[:total]
+
+
+def _quantized(space: SearchSpace) -> list[int]:
+    """Return the options that quantize: a trial of the others everywhere is the reference itself."""
+    return [index for index, option in enumerate(space.options) if option != ORIGINAL]
 
 
 def load_trials(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +183,7 @@ def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
 
     A run that had other options, or labels of other images, may hold more.
     """
-    draw, names, labels = label_draw(run), set(space.layer_names), set(space.labels)
+    draw, names, labels = label_draw(run), set(space.layer_names), {*map(_stored, space.labels)}
     return [
         trial
         for trial in TrialStore(run.path("trials"))
@@ -187,9 +194,15 @@ def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
 
 
 def _arrays(space: SearchSpace, trials: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    rows = [[space.labels.index(trial["config"][name]) for name in space.layer_names] for trial in trials]
+    place = {_stored(label): index for index, label in enumerate(space.labels)}
+    rows = [[place[trial["config"][name]] for name in space.layer_names] for trial in trials]
     choices = np.array(rows, dtype=np.int64).reshape(-1, len(space.layers))
     return choices, np.array([label_of(trial) for trial in trials], dtype=np.float64)
+
+
+def _stored(label: str) -> str | None:
+    """Return an option's label as configurations have it."""
+    return None if label == ORIGINAL.label else label
 
 
 def label_of(trial: dict[str, Any]) -> float:

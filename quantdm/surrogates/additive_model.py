@@ -45,12 +45,12 @@ def make_design(space: SearchSpace, *, kinds: Sequence[str] | None = None) -> De
         type_of = np.array([names.index(kind) for kind in kinds], dtype=np.int64)
     band_of = band_index(space)
     cells = np.unique(type_of * (band_of.max() + 1) + band_of, return_inverse=True)[1]
-    methods = [(option.method, option.granularity, option.group_size) for option in space.options]
+    methods = [(o.method, o.granularity, o.group_size, o.hadamard, o.equalised, o.lowrank) for o in space.options]
     method_of = np.array([methods.index(method) for method in methods])
     width_of = np.unique([option.bits for option in space.options], return_inverse=True)[1]
     layer = {"type": type_of, "band": band_of, "cell": cells, "layer": np.arange(len(type_of))}
     option = {"method": method_of, "width": width_of, "option": np.arange(len(methods))}
-    error = np.maximum(space.noise_error, 1e-9 * space.noise_error.max())
+    error = np.maximum(space.felt_error, 1e-9 * space.noise_error.max())
     # unit: the typical size of S, so that c and the prior mean of every log weight mean the same in every model
     log_error = np.log(error) - np.log(error.mean(axis=1).sum())
     ends = np.cumsum([0, *(part.max() + 1 for part in option.values())])

@@ -68,7 +68,7 @@ def pool(space: SearchSpace, *, logarithms: bool) -> PooledFeatures:
     types, type_of = type_index(space)
     band_of = band_index(space)
     weights = space.num_weights.astype(np.float64)
-    noise = np.maximum(space.noise_error, 1e-12 * space.noise_error.max())
+    noise = np.maximum(space.felt_error, 1e-12 * space.noise_error.max())
     loss = np.maximum(space.weight_error, 1e-12 * space.weight_error.max())
     masks = {"all": np.ones(len(type_of), dtype=bool)}
     masks |= {f"depth {band}": band_of == band for band in np.unique(band_of)}

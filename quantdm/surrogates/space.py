@@ -12,7 +12,7 @@ from quantdm.denoisers.graph import Graph
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, read_json, write_json
-from quantdm.schemes import QuantConfig, Scheme
+from quantdm.schemes import ORIGINAL, QuantConfig, Scheme, parse_option
 
 SPACE_VERSION = 1
 
@@ -74,6 +74,12 @@ class SearchSpace:
         return np.array([layer.num_weights for layer in self.layers], dtype=np.int64)
 
     @cached_property
+    def felt_error(self) -> NDArray[np.float64]:
+        """Noise errors for logarithms [L, O]: one of zero counts as 1/16 of its layer's least other, two bits more."""
+        positive = np.where(self.noise_error > 0, self.noise_error, np.inf).min(axis=1, keepdims=True)
+        return np.where(self.noise_error > 0, self.noise_error, np.where(np.isfinite(positive), positive / 16, 0.0))
+
+    @cached_property
     def depth(self) -> NDArray[np.float64]:
         """Topological position of every layer [L], 0 (input) to 1 (output)."""
         position = {node.layer: node.depth for node in self.graph.nodes if node.layer is not None}
@@ -120,7 +126,8 @@ class SearchSpace:
     def config(self, choice: ArrayLike) -> QuantConfig:
         """Turn one choice [L] into a config."""
         (row,) = self.check(choice)
-        return QuantConfig({name: self.options[o] for name, o in zip(self.layer_names, row, strict=True)})
+        chosen = {name: self.options[o] for name, o in zip(self.layer_names, row, strict=True)}
+        return QuantConfig({name: None if scheme == ORIGINAL else scheme for name, scheme in chosen.items()})
 
     def choice_of(self, config: QuantConfig) -> NDArray[np.int64]:
         """Turn a config into one choice [L].
@@ -136,7 +143,7 @@ class SearchSpace:
                 f"config: {len(unknown)} unknown and {len(missing)} missing layers, first {name!r}; "
                 f"{nearest(name, self.layer_names)}"
             )
-        position: dict[Scheme | None, int] = {option: index for index, option in enumerate(self.options)}
+        position = {None if option == ORIGINAL else option: index for index, option in enumerate(self.options)}
         for name in self.layer_names:
             if config[name] not in position:
                 raise QuantDMError(f"config: {name!r} is {config[name]}, which is no option; {', '.join(self.labels)}")
@@ -167,7 +174,7 @@ class SearchSpace:
             return cls(
                 layers=tuple(LayerRecord(**_tuples(layer)) for layer in record["layers"]),
                 graph=Graph.from_dict(record["graph"]),
-                options=tuple(Scheme.parse(label) for label in record["options"]),
+                options=tuple(parse_option(label) for label in record["options"]),
                 bits=np.array(record["bits"], dtype=np.int64),
                 weight_error=np.array(record["weight_error"]),
                 noise_error=np.array(record["noise_error"]),

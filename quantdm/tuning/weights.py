@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdm.quantizers import QuantizedWeight, shared
+from quantdm.quantizers.branches import add_branches
 from quantdm.quantizers.packing import pack_codes, unpack_codes
 from quantdm.quantizers.refit import ScaleFit, Segments, places, sort_tables
 from quantdm.quantizers.rows import row_layout
@@ -28,13 +29,18 @@ class TunableWeight(nn.Module):
         super().__init__()
         self.weight = weight
         self.columns = dict(halves(weight.shape, weight.split))
+        self.branches: Tensor | None = None  # which stay as they are
+        if weight.scheme.branch_rank:
+            none = torch.zeros(weight.shape, device=next(iter(weight.tensors.values())).device)
+            self.branches = add_branches(none, weight.scheme, weight.tensors)
         self.halves = nn.ModuleList(_half(weight, suffix, columns) for suffix, columns in self.columns.items())
 
     def forward(self) -> Tensor:
         """Return the decoded weight, float32, in its shape."""
         found = [half() for half in self.halves]
         dense = (found[0] if len(found) == 1 else torch.cat(found, dim=1)).view(self.weight.shape)
-        return turned_back(dense, self.weight.scheme, self.weight.tensors, self.weight.split)
+        dense = turned_back(dense, self.weight.scheme, self.weight.tensors, self.weight.split)
+        return dense if self.branches is None else dense + self.branches
 
     @torch.no_grad()
     def stored(self) -> QuantizedWeight:
