@@ -1,82 +1,164 @@
-"""A second ruler: do ImageNet features order the rows of the embedded pipelines as digit features do?
+"""A second ruler: do ImageNet features order the rows of the README's tables as digit features do?
 
-    python eval/second_ruler.py digits-dit -o runs/ruler      # needs the extra `features`; run it again to go on
-    python eval/second_ruler.py digits-sd -o runs/ruler
+    python eval/second_ruler.py digits-dit --run-dir runs/study-dit -o runs/ruler     # after eval/allocation_study.py
+    python eval/second_ruler.py digits-sd --run-dir runs/study-sd -o runs/ruler       # run it again to go on
 
-Rows: shipped recipes and single schemes. Figures to full precision by digit features and by EfficientNet-Lite0, paired
-error, and two that need no reference: whether the digit classifier sees what was asked for, and the Inception Score by
-it. Writes eval/results/second_ruler_PIPELINE.json: the table and the rank agreement of every pair of rulers, over all
-rows, and over those that are better than RUINED by digit features.
+Needs the extra `features`. Every row of the tables, the configuration that was measured there, on the first noises of
+the same draw: Frechet and kernel distances to full precision by digit features and by EfficientNet-Lite0, PSNR, the
+cosine of paired features, and one figure that needs no reference: whether the digit classifier sees what was asked
+for. Writes eval/results/second_ruler_PIPELINE.json: rows, intervals between recipe and best uniform scheme, and the
+rank agreement of the rulers over all rows and trials and over those that are better than RUINED by digit features.
 """
 
 import argparse
 import datetime
+import os
 import platform
 from pathlib import Path
 from typing import Any
 
-from quantdm.cli.rows import Asked, make_table
+import numpy as np
+import torch
+from allocation_study import ACTIVATION_BITS, SIZES, size_name
+from rulers import Rulers, agreements, difference
+
+from quantdm import load_recipe
+from quantdm.activations import usual_activations
+from quantdm.allocation import select
 from quantdm.files import read_json, write_json
-from quantdm.machine import cores
-from quantdm.metrics.agreement import rank_agreement
+from quantdm.machine import cores, versions
+from quantdm.metrics.samples import Draw
+from quantdm.runs.evaluator import Evaluator, Job
+from quantdm.runs.final import run_key, space_config
+from quantdm.runs.run import Run
+from quantdm.runs.stages import load_space
+from quantdm.runs.trials import own_trials
+from quantdm.schemes import Scheme
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGES, STEPS, DRAWS = 250, 10, (801, 802, 803)
-SCHEMES = tuple(f"{method}-channel-{bits}" for method in ("uniform", "kmeans") for bits in (3, 4, 6))
-SIZES = ("2.5", "3.0", "3.5")
-RULERS = {
-    "digits": "fd:digits", "EfficientNet": "fd:efficientnet-lite0", "KID EfficientNet": "kid:efficientnet-lite0",
-    "PSNR": "psnr", "cosine": "cosine", "classifier agreement": "agreement", "Inception Score": "inception_score",
-}  # fmt: skip
-HIGHER = ("PSNR", "cosine", "classifier agreement", "Inception Score")
-RUINED = 0.3
+IMAGES, DRAW, STEPS = 500, 101, 20
+TRIALS, TRIAL_IMAGES, TRIAL_STEPS = 24, 300, 8  # spread evenly over the ranks of all trials
+RULERS = ("digits", "efficientnet-lite0")
+KEYS = ("fd:digits", "fd:efficientnet-lite0", "kid:efficientnet-lite0", "psnr", "cosine", "agreement")
+RUINED = 0.1
+LINKS = ("run.json", "bank", "space.json", "graph.json", "layers.json", "trials", "trials.json")
+ORDER = (
+    "recipe", "uniform", "one-layer sensitivity", "least weight error", "recipe untuned", "recipe A6",
+)  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("--run-dir", type=Path, required=True, help="of the study; nothing is written there")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
-    model, out = arguments.model, arguments.out / arguments.model
-    recipes = [f"recipe-{size}={ROOT / 'recipes' / f'{model}-{size}bit-a16.yaml'}" for size in SIZES]
-    asked = Asked(
-        model, (*recipes, *SCHEMES), out, IMAGES, DRAWS, STEPS, None, "digits,efficientnet-lite0", None,
-        f"recipe-{SIZES[1]}", None, False, None,
-    )  # fmt: skip
-    print(make_table(asked))
-    record = summary(read_json(out / "table.json", version=1))
-    record |= {
-        "model": model,
-        "machine": f"{platform.machine()}, {cores()} cores",
+    out = arguments.out / arguments.model
+    run = linked(arguments.run_dir, out / "run")
+    result = read_json(ROOT / "eval" / "results" / f"calibrated_{arguments.model}.json", version=1)
+    evaluator = Evaluator(run, run.open_subject())
+    rulers = Rulers(evaluator, RULERS, out / "rows")
+    named = jobs_of(run, evaluator, result, arguments.run_dir)
+    draw = Draw(DRAW, IMAGES, STEPS)
+    distinct = {run_key(run, job): job for job in named.values()}
+    rows = rulers.measure(distinct, [draw], "rows of the table")
+    found = {name: rows[run_key(run, job)] for name, job in named.items()}
+    trials = rulers.measure(trial_jobs(run), [Draw(DRAW, TRIAL_IMAGES, TRIAL_STEPS)], "trials")
+    record = {
+        "version": 1,
+        "model": arguments.model,
+        "protocol": f"{IMAGES} images, {STEPS} steps, the first of draw {DRAW}; trials: {TRIAL_IMAGES} images, "
+        f"{TRIAL_STEPS} steps. One draw: {IMAGES} images are fewer than the 1,280 features of EfficientNet-Lite0, so "
+        "its Frechet distance is biased, for all rows of one table alike; KID is not",
+        "reference": rulers.measure({"full precision": Job(draw)}, [draw], "full precision")["full precision"][0][
+            "figures"
+        ],
+        "sizes": {size: sized(found, size) for size in result["sizes"]},
+        "agreement of the table's rows": agreement(rows),
+        f"agreement of the table's rows below {RUINED}": agreement(rows, RUINED),
+        "agreement of trials": agreement(trials),
+        "trials": {name: each[0]["figures"] for name, each in trials.items()},
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {cores()} cores, {run.settings.dtype}",
         "date": datetime.date.today().isoformat(),
     }
-    write_json(ROOT / "eval" / "results" / f"second_ruler_{model}.json", record)
-    for name, found in record["agreement"].items():
-        print(name, found)
+    write_json(ROOT / "eval" / "results" / f"second_ruler_{arguments.model}.json", record)
+    for kind in ("agreement of the table's rows", "agreement of trials"):
+        print(kind, {name: each["spearman"] for name, each in record[kind].items()})
 
 
-def summary(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the table without its per-image parts, and how alike the rulers order its rows."""
-    rows = [row for row in table["rows"] if row["row"] != "full precision"]
-    sound = [row for row in rows if row["mean"][RULERS["digits"]] < RUINED]
+def linked(source: Path, folder: Path) -> Run:
+    """Return a run that reads what a study left, and leaves its own samples elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in LINKS:
+        if not (folder / name).exists():
+            os.symlink((source / name).resolve(), folder / name)
+    return Run.open(folder)
+
+
+def jobs_of(run: Run, evaluator: Evaluator, result: dict[str, Any], study: Path) -> dict[str, Job]:
+    """Return "SIZE ROW" -> what was measured, the most telling rows first; checked against the study's own records."""
+    space, draw = load_space(run), Draw(0, 0, 0)
+    spec = usual_activations(evaluator.subject.denoiser, ACTIVATION_BITS).model_dump(mode="json")
+    found: dict[str, Job] = {}
+    for size in SIZES:
+        notes = {row["name"]: row["note"] for row in result["sizes"][f"{size:g}"]}
+        recipe = load_recipe(ROOT / "recipes" / f"{result['model']}-{size_name(size)}bit-a16.yaml")
+        labels = {name: recipe.layers[name] for name in space.layer_names}
+        tuned = str(study / f"tuned-{size:g}" / "tuned.safetensors") if "tuned" in notes["recipe"] else None
+        mixes = {
+            "least weight error": select(space, -space.weight_error, target_bits=size),
+            "one-layer sensitivity": select(space, -space.noise_error, target_bits=size),
+        }
+        found |= {
+            f"{size:g} recipe": Job(draw, labels, tuned=tuned),
+            f"{size:g} recipe untuned": Job(draw, labels),
+            f"{size:g} recipe A6": Job(draw, labels, spec, tuned=tuned),
+            f"{size:g} uniform": Job(draw, space_config(space, Scheme.parse(notes["uniform"]))),
+            **{f"{size:g} {name}": Job(draw, space.config(choice).to_labels()) for name, choice in mixes.items()},
+        }
+    check(run, found, study)
+    return dict(sorted(found.items(), key=lambda item: ORDER.index(item[0].partition(" ")[2])))
+
+
+def check(run: Run, jobs: dict[str, Job], study: Path) -> None:
+    """Check that the study measured these very configurations, on three draws."""
+    for name, job in jobs.items():
+        missing = [
+            seed
+            for seed in (101, 102, 103)
+            if not (
+                study / "final" / f"{run_key(run, Job(**{**vars(job), 'draw': Draw(seed, 1000, STEPS)}))}.json"
+            ).is_file()
+        ]
+        if missing:
+            raise SystemExit(f"error: {name}: {study} has no measurement of this configuration on draws {missing}")
+
+
+def trial_jobs(run: Run) -> dict[str, Job]:
+    """Return trials spread evenly over their ranks by the label of the search."""
+    trials = sorted(own_trials(run, load_space(run)), key=lambda t: t["fid_fp"])
+    places = np.linspace(0, len(trials) - 1, TRIALS).round().astype(int)
+    return {f"trial {place}": Job(Draw(0, 0, 0), dict(trials[place]["config"])) for place in places}
+
+
+def sized(found: dict[str, list[dict[str, Any]]], size: str) -> dict[str, Any]:
+    """Return the rows of one size, and how far the recipe is from the best uniform scheme by both distances."""
+    rows = {name.partition(" ")[2]: each for name, each in found.items() if name.partition(" ")[0] == size}
     return {
-        "version": 1,
-        "protocol": table["protocol"],
-        "notes": table["notes"],
-        "rows": {row["row"]: {"mean": row["mean"], "sd": row["sd"]} for row in table["rows"]},
-        "agreement": agreement(rows),
-        f"agreement_of_rows_below_{RUINED}": agreement(sound) if len(sound) > 2 else None,
-        "agreement_per_draw": [agreement(rows, draw) for draw in range(len(DRAWS))],
-        "manifest": table["manifest"]["sha256"],
-        "versions": table["manifest"]["versions"],
+        "rows": {name: each[0]["figures"] for name, each in rows.items()},
+        "recipe - uniform": {
+            f"fd:{ruler}": vars(difference(rows["recipe"], rows["uniform"], f"fd:{ruler}")) for ruler in RULERS
+        },
     }
 
 
-def agreement(rows: list[dict[str, Any]], draw: int | None = None) -> dict[str, Any]:
-    """Return the rank agreement of every pair of rulers, of the means or of one draw."""
-    of = [row["mean"] if draw is None else row["draws"][draw] for row in rows]
-    return rank_agreement({name: [row[key] for row in of] for name, key in RULERS.items()}, higher=HIGHER)
+def agreement(rows: dict[str, list[dict[str, Any]]], below: float = np.inf) -> dict[str, Any] | None:
+    """Return the rank agreement of every pair of rulers over rows, of those below a distance by digit features."""
+    chosen = {name: each[0]["figures"] for name, each in rows.items() if each[0]["figures"]["fd:digits"] < below}
+    return agreements(chosen, KEYS) if len(chosen) > 2 else None
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
