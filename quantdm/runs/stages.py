@@ -81,7 +81,7 @@ def _one_layer_errors(run: Run, engine: Engine, names: Sequence[str]) -> dict[st
     errors = _known_errors(run)
     missing = {name: tuple(label for label in labels if label not in errors.get(name, {})) for name in names}
     todo = [Probe(name, left) for name, left in missing.items() if left]
-    with bar(len(names), "sensitivity: one layer a time") as progress:
+    with bar(len(names), "sensitivity: layer by layer") as progress:
         progress.update(len(names) - len(todo))
         for count, (index, result) in enumerate(engine.map("sensitivity", todo), 1):
             probe = todo[index]
