@@ -16,7 +16,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 
 from quantdm import Protocol, Scheme
 from quantdm.activations.moments import LazyMoments
-from quantdm.denoisers.calls import record_calls, replay
+from quantdm.denoisers.calls import Call, record_calls, replay
 from quantdm.files import write_json
 from quantdm.machine import cores, memory_gb, versions
 from quantdm.pipelines.generate import generate
@@ -87,20 +88,17 @@ def stages(subject: Subject, record: dict[str, Any]) -> None:
     with record_calls(denoiser) as recording:
         timed(record, "one image, one step", lambda: generate(subject.pipe, PROTOCOL, [1]))
     for name in LAYERS:
-        moments = LazyMoments(denoiser, recording.calls, [name])
-        own = timed(record, f"moments: {name}", lambda moments=moments, name=name: moments[name])
-        weight, split = denoiser.get_parameter(f"{name}.weight").detach(), _split(subject, name)
-        timed(
-            record,
-            f"two options: {name}",
-            lambda: quantize_options(weight, OPTIONS, split=split, name=name, moments=own, sweeps=0),  # noqa: B023
-        )
-        del moments, own
+        _layer(subject, record, recording.calls, name)
     timed(record, "sensitivity: one layer, one scheme, one call", lambda: replay(denoiser, recording.calls))
 
 
-def _split(subject: Subject, name: str) -> int | None:
-    return next(layer.split for layer in subject.layers if layer.name == name)
+def _layer(subject: Subject, record: dict[str, Any], calls: Sequence[Call], name: str) -> None:
+    denoiser = subject.denoiser
+    moments = timed(record, f"moments: {name}", lambda: LazyMoments(denoiser, calls, [name])[name])
+    weight = denoiser.get_parameter(f"{name}.weight").detach()
+    split = next(layer.split for layer in subject.layers if layer.name == name)
+    make_options = partial(quantize_options, weight, OPTIONS, split=split, name=name, moments=moments, sweeps=0)
+    timed(record, f"two options: {name}", make_options)
 
 
 def estimated(subject: Subject, record: dict[str, Any]) -> dict[str, Any]:
