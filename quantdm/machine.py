@@ -134,7 +134,7 @@ def checked_device(name: str) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition("Expected one of")[0] or "torch knows no such device"
         raise QuantDMError(f"device: got {name!r}, expected cpu, cuda, cuda:1 or mps; {reason:.120}") from None
     return name
 

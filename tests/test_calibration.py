@@ -51,6 +51,14 @@ def test_moments_are_the_mean_of_xtx(name):
     torch.testing.assert_close(found.second.double(), X.mT @ X / X.shape[1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_moments_of_wide_layers_are_summed_piece_by_piece(name, monkeypatch):
+    monkeypatch.setattr(calibration, "WIDE", 1)
+    monkeypatch.setattr(calibration, "PIECE", 4)
+    monkeypatch.setattr(calibration, "ROWS", 5)
+    test_moments_are_the_mean_of_xtx(name)
+
+
 class ByKeyword(nn.Module):
     """Calls its layer as AnimateDiff's motion modules do."""
 

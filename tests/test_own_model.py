@@ -306,6 +306,23 @@ def test_an_interruption_says_what_is_kept(command, told, monkeypatch, capsys):
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./nowhere", "--target-bits", "4"], "there is no ./nowhere; expected a directory"),
+        (["./nowhere"], "target: give exactly one of target_bits (--target-bits"),
+        (["./nowhere", "--target-bits", "4", "--trials", "5"], "trials: got 5, expected at least 30"),
+        (["./nowhere", "--target-bits", "4", "--dtype", "int8"], "dtype: got 'int8'"),
+        (["digits-dit", "--target-bits", "4", "--device", "gpu"], "expected cpu, cuda, cuda:1 or mps; torch knows no"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong_is_said_in_the_words_of_the_command_line(arguments, message):
+    found = CliRunner().invoke(app, ["run", *arguments])
+    assert isinstance(found.exception, QuantDMError)
+    assert message in str(found.exception)
+    assert len(str(found.exception)) < 300
+
+
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "quantdm", "--version"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,9 @@ _log = logging.getLogger("quantdm")
 
 BUDGET_BYTES = 2**31
 ROWS = 2**13  # input vectors that are multiplied at a time
+# Columns from which sums are kept in float32 and made piece by piece: the widest of SDXL, 23,040, would take 4 GB in
+# float64, and half as much again for every product. A thousand sums of float32 are good to five digits.
+WIDE, PIECE = 2**13, 2**11
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -33,7 +36,7 @@ def gather_moments(
 ) -> Mapping[str, Moments]:
     """Return the second moments of the inputs of every layer over recorded calls.
 
-    Moments are n x n per layer, so layers are gathered in groups whose float64 sums fit into `budget_bytes` (a larger
+    Moments are n x n per layer, so layers are gathered in groups whose sums fit into `budget_bytes` (a larger
     layer makes a group of its own); every group replays all calls. Attention poolers read their weights without calling
     the layers: such inputs are never seen and count all alike, which is logged.
 
@@ -176,8 +179,7 @@ def _gather(
         for x in whole.split(max(1, _batch(module, whole))):
             vectors = input_vectors(module, x.float())
             for part in vectors.split(ROWS, dim=1):
-                product = part.mT @ part  # float32 over ROWS vectors, then float64: a sum of thousands keeps its digits
-                sums[name] = sums[name].add_(product) if name in sums else product.double()
+                _add(sums, name, part)
             counts[name] += vectors.shape[1]
 
     handles = [
@@ -210,6 +212,18 @@ def _gather(
             raise QuantDMError(f"{name}: no input in {len(calls)} calls; leave it out, or calibrate where it runs")
 
 
+def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:
+    """Add the products of some vectors [G, M, n] to the sum of a layer, [G, n, n]."""
+    columns = part.shape[-1]
+    if columns < WIDE:
+        product = part.mT @ part  # float32 over ROWS vectors, then float64: a sum of thousands keeps its digits
+        sums[name] = sums[name].add_(product) if name in sums else product.double()
+        return
+    total = sums[name] if name in sums else sums.setdefault(name, part.new_zeros(len(part), columns, columns))
+    for start in range(0, columns, PIECE):
+        total[:, start : start + PIECE] += part[..., start : start + PIECE].mT @ part
+
+
 def _unseen(module: nn.Module) -> Moments:
     """Return the moments of inputs that nobody saw: all alike, so that every weight counts the same."""
     weight: Any = module.weight
@@ -229,7 +243,8 @@ def _groups(layers: Mapping[str, nn.Module], budget_bytes: int) -> Iterator[dict
     size = 0
     for name, module in layers.items():
         weight: Any = module.weight
-        own = 8 * weight[0].numel() ** 2 * getattr(module, "groups", 1)
+        columns = weight[0].numel()
+        own = (8 if columns < WIDE else 4) * columns**2 * getattr(module, "groups", 1)
         if group and size + own > budget_bytes:
             yield group
             group, size = {}, 0

@@ -33,7 +33,7 @@ from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
-from quantdm.runs.settings import check_dtype, make_settings
+from quantdm.runs.settings import check_given, check_one_target, make_settings
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.tune import tune_run
@@ -91,6 +91,8 @@ def run(
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
     start, level = time.monotonic(), level_of(effort, trials=trials)
+    check_one_target(target_bits, target_bytes)
+    check_given(level.trials, options or level.options, dtype)
     subject = _look(pipe, run_dir, example_inputs, device, dtype, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
@@ -123,7 +125,6 @@ def _look(
     """Open and look at what a run is of, on a device that is there."""
     if run_dir is not None:
         check_output(run_dir, folder=True)  # before anything is opened
-    check_dtype(dtype)
     say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
     place = None if device is None else checked_device(device)
     return look_at(pipe, example_inputs=example_inputs, device=place, dtype=dtype)

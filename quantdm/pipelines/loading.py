@@ -49,6 +49,10 @@ def pipeline_path(name_or_path: str | Path) -> str:
         raise QuantDMError(f"pipeline: {path} is a file, expected the directory of a pipeline ({_LONE})")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.isfile(path.parent):
         return name
+    if name.startswith((".", "/", "~")):
+        raise QuantDMError(
+            f"pipeline: there is no {name}; expected a directory, a hub id OWNER/NAME or an embedded one"
+        )
     raise QuantDMError(
         f"pipeline: got {name!r}, expected a directory, a hub id OWNER/NAME or an embedded pipeline; "
         + nearest(name, known_pipelines())

@@ -268,6 +268,7 @@ def default_protocol(model: str) -> Protocol:
     if model in known_pipelines():  # a pipeline of somebody's own may be called like a shipped protocol
         return load_protocol(model)
     raise QuantDMError(
-        f"no protocol for model {model or '(built in memory)'!r}; pass protocol=load_protocol('my.yaml') with the "
-        f"prompts or class labels to measure on (examples: {', '.join(known_protocols())} in calib_data)"
+        f"no protocol for model {model or '(built in memory)'!r}, which says what images it is measured on: name a "
+        f"shipped one ({', '.join(known_protocols())}) or a YAML file of your own, --protocol my.yaml, in Python "
+        "protocol=load_protocol('my.yaml')"
     )

@@ -16,7 +16,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import MANIFEST, Run
-from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_dtype, make_settings
+from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_given, check_one_target, make_settings
 from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
@@ -74,7 +74,8 @@ def search(
             belongs to another run or to another pipeline (the difference is named).
     """
     check_output(run_dir, folder=True)  # before anything is opened
-    check_dtype(dtype)
+    check_one_target(target_bits, target_bytes)
+    check_given(trials, options, dtype)
     subject = look_at(
         pipe, example_inputs=example_inputs, device=None if device is None else checked_device(device), dtype=dtype
     )

@@ -70,7 +70,7 @@ def make_settings(
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     options = fitting_options(options, subject.pipe)
-    _check_given(trials, options, dtype)
+    check_given(trials, options, dtype)
     packed = [part for part, module in subject.denoisers.items() if packed_layers(module)]
     if packed:
         raise QuantDMError(f"{subject.name}: its {packed[0]} is quantized already; give the full-precision pipeline")
@@ -110,7 +110,25 @@ def _free_dtype(subject: Subject) -> str:
     return "float32" if networks == set(subject.part_names) else fast_dtype()
 
 
-def _check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> None:
+def check_one_target(target_bits: float | None, target_bytes: int | None) -> None:
+    """Check that a size is asked for in one unit.
+
+    Raises:
+        QuantDMError: in none or in both.
+    """
+    if (target_bits is None) == (target_bytes is None):
+        raise QuantDMError(
+            "target: give exactly one of target_bits (--target-bits, per weight) and target_bytes (--target-size, the "
+            "denoiser on disk)"
+        )
+
+
+def check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> None:
+    """Check what can be checked before a pipeline is opened.
+
+    Raises:
+        QuantDMError: too few trials for these options, or an unknown number format.
+    """
     least = max(MIN_TRIALS, 3 * sum(scheme != ORIGINAL for scheme in options) // 2)
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
@@ -166,8 +184,7 @@ def checked_target(
     Raises:
         QuantDMError: none or both given, or out of reach; the reachable range is stated in the unit that was given.
     """
-    if (target_bits is None) == (target_bytes is None):
-        raise QuantDMError("target: give exactly one of target_bits (per weight) and target_bytes (denoiser on disk)")
+    check_one_target(target_bits, target_bytes)
     low, high = reachable_bits(layers, options)
     if target_bits is None:
         assert target_bytes is not None

@@ -100,7 +100,7 @@ def _one_layer_errors(run: Run, engine: Engine, layers: Sequence[LayerRecord]) -
         fitting = (option.label for option in options if fits_rank(layer.shape, option))
         missing[layer.name] = tuple(label for label in fitting if label not in row)
     todo = [Probe(name, left) for name, left in missing.items() if left]
-    with bar(len(layers), "sensitivity: one layer a time") as progress:
+    with bar(len(layers), "sensitivity: layer by layer") as progress:
         progress.update(len(layers) - len(todo))
         for count, (index, result) in enumerate(engine.map("sensitivity", todo), 1):
             probe = todo[index]
