@@ -5,7 +5,9 @@ python eval/correction_toy.py [--samples 200000]      # every sampler, 20 and 50
 The data are a mixture of two Gaussians in one dimension, so the network is its exact posterior mean. Its output is
 given a gain, a bias and fresh noise, and the correction is told them. Distances are Wasserstein-1 to the samples of the
 same sampler without them from the same noises; `floor` is that of samples without them from other noises, `last` that
-of samples with noise on the last output alone, which no correction of a sampler can take off.
+of samples with noise on the last output alone, which no correction of a sampler can take off. In the rows of `memory`
+the noise of a step resembles that of the step before, as it does in a network, with a correlation of exp(-PACE d) at d
+apart in log-SNR; `independent` is the correction that takes no notice of it.
 """
 
 import argparse
@@ -33,6 +35,8 @@ K, BIAS, Q = 0.05, 0.02, 0.3
 VARIANTS = ("none", "both", "both+variance")
 STEPS = (20, 50)
 FLOOR_SEEDS = (10, 20, 30)
+PACE = 0.8
+REMEMBERING = ("DDIM, eta 0", "Euler", "Euler, Karras", "DPM-Solver++ 2M", "UniPC", "flow Euler")
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,16 @@ def exact_output(x: torch.Tensor, level: Level, prediction: str) -> torch.Tensor
     return (e * s - x0 * n) / (s**2 + n**2) ** 0.5  # v; the same whether x is scaled to unit variance or not
 
 
-def planted(sampler: Sampler, variant: str) -> Correction:
-    """Return the correction that knows what is planted."""
+def planted(sampler: Sampler, variant: str, pace: float | None = None) -> Correction:
+    """Return the correction that knows what is planted; with a pace, also how long it is remembered."""
     levels = np.linspace(-14.0, 14.0, 281)
     bias = np.full((len(levels), 1), BIAS)
     prediction = prediction_of(make_scheduler(sampler, 10, None))
     q = np.array([planted_std(prediction, float(np.exp(-level / 2))) for level in levels])
-    return Correction(levels, np.full(len(levels), K), bias, bias, q, variant=variant, prediction_type=prediction)
+    return Correction(
+        levels, np.full(len(levels), K), bias, bias, q, variant=variant, prediction_type=prediction,
+        age=np.zeros(0) if pace is None else pace * (levels - levels[0]),
+    )  # fmt: skip
 
 
 def planted_std(prediction: str, sigma: float) -> float:
@@ -125,9 +132,19 @@ def planted_std(prediction: str, sigma: float) -> float:
 
 
 def sample(
-    sampler: Sampler, steps: int, correction: Correction | None, *, noisy: str, seed: int, num: int
+    sampler: Sampler,
+    steps: int,
+    correction: Correction | None,
+    *,
+    noisy: str,
+    seed: int,
+    num: int,
+    pace: float | None = None,
 ) -> torch.Tensor:
-    """Return the sorted samples of one run, with noise on "all" outputs, on the "last" one, or on none ("")."""
+    """Return the sorted samples of one run, with noise on "all" outputs, on the "last" one, or on none ("").
+
+    With a pace the noise of one step is remembered in the next.
+    """
     scheduler = make_scheduler(sampler, steps, correction)
     prediction = prediction_of(scheduler)
     noise, rounding = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1000)
@@ -136,17 +153,17 @@ def sample(
     arguments = {**sampler.arguments}
     if "generator" in taken.__code__.co_varnames:
         arguments["generator"] = noise
+    error, before = torch.zeros_like(x), math.nan
     for i, t in enumerate(scheduler.timesteps):
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, t)
         level = level_of(scheduler, t)
         out = exact_output(x, level, prediction)
+        kept = 0.0 if pace is None or math.isnan(before) else math.exp(-pace * abs(level.log_snr - before))
+        fresh = torch.randn(x.shape, generator=rounding, dtype=torch.float64)
+        error, before = kept * error + math.sqrt(1.0 - kept**2) * fresh, level.log_snr
         if noisy == "all" or (noisy == "last" and i == len(scheduler.timesteps) - 1):
-            out = (
-                (1 + K) * out
-                + BIAS
-                + planted_std(prediction, level.sigma) * torch.randn(x.shape, generator=rounding, dtype=torch.float64)
-            )
+            out = (1 + K) * out + BIAS + planted_std(prediction, level.sigma) * error
         x = scheduler.step(out, t, x, **arguments, return_dict=False)[0].double()
     return x.flatten().sort().values
 
@@ -167,6 +184,20 @@ def distances(
     for variant in variants:
         found[variant] = w1(exact, sample(sampler, steps, planted(sampler, variant), noisy="all", seed=0, num=num))
     return found
+
+
+def remembered(sampler: Sampler, steps: int, num: int) -> dict[str, float]:
+    """Return the distances where noise is remembered: not corrected, taken for independent, and with its memory."""
+    exact = sample(sampler, steps, None, noisy="", seed=0, num=num)
+    corrections = {
+        "none": planted(sampler, "none"),
+        "independent": planted(sampler, "both+variance"),
+        "memory": planted(sampler, "both+variance", PACE),
+    }
+    return {
+        name: w1(exact, sample(sampler, steps, correction, noisy="all", seed=0, num=num, pace=PACE))
+        for name, correction in corrections.items()
+    }
 
 
 def overhead(sampler: Sampler) -> dict[str, float]:
@@ -203,7 +234,13 @@ def main(say: Callable[..., None] = print) -> None:
             holds = full <= none and (full <= 1.5 * floor or full <= 0.15 * none)
             rows.append({"sampler": sampler.name, "steps": steps, **found, "holds": holds})
             say(f"{sampler.name:28} {steps:3} " + " ".join(f"{k} {v:.4f}" for k, v in found.items()), holds, flush=True)
+    memory = []
+    for sampler in (s for s in SAMPLERS if s.name in REMEMBERING and options.only in s.name):
+        for steps in options.steps:
+            memory.append({"sampler": sampler.name, "steps": steps, **remembered(sampler, steps, options.samples)})
+            say(memory[-1], flush=True)
     record = {"k": K, "bias": BIAS, "q": Q, "samples": options.samples, "floor_seeds": FLOOR_SEEDS, "rows": rows}
+    record |= {"pace": PACE, "memory": memory}
     timed = [sampler for sampler in SAMPLERS if sampler.name in ("DDIM, eta 0", "Euler a", "DPM-Solver++ 2M", "UniPC")]
     record["microseconds_per_step"] = {sampler.name: overhead(sampler) for sampler in timed}
     record |= {"versions": versions(), "date": datetime.date.today().isoformat()}

@@ -1,6 +1,7 @@
 """Noise statistics recover what was planted; a record keeps it; closed forms hold the variance."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,19 +133,50 @@ def test_a_saved_correction_comes_back_the_same(tmp_path):
     assert (back.variant, back.prediction_type, back.model) == ("k", "epsilon", "m")
     assert back.measured == {"none": [0.5, 0.25]}
     assert set(back.diagnostics) == {"r2", "k_se", "bias_se", "q_se", "q_robust", "lag1", "count", "snr"}
-    for name in ("log_snr", "k", "bias", "shift", "q"):
+    assert len(fit.age) == len(fit.log_snr)
+    for name in ("log_snr", "k", "bias", "shift", "q", "age"):
         assert np.array_equal(getattr(back, name), getattr(fit, name))
         assert np.array_equal(getattr(Correction.from_dict(fit.to_dict()), name), getattr(fit, name))
     assert all(np.array_equal(back.diagnostics[n], fit.diagnostics[n]) for n in fit.diagnostics)
+
+
+def test_errors_are_remembered_along_a_trajectory_and_for_other_steps_too():
+    levels, pace = [-3.0, -1.0, 0.0, 2.5], 0.4
+    generator = torch.Generator().manual_seed(3)
+    outputs, error, errors = [torch.randn(64, 2, 8, 8, generator=generator) for _ in levels], torch.zeros(()), []
+    for before, level in zip([-1e9, *levels[:-1]], levels, strict=True):
+        kept = math.exp(-pace * (level - before))
+        error = kept * error + math.sqrt(1 - kept**2) * torch.randn(64, 2, 8, 8, generator=generator)
+        errors.append(error)
+    fit = statistics_from_pairs(
+        levels, outputs, [o + 0.1 * e for o, e in zip(outputs, errors, strict=True)]
+    ).correction()
+    assert np.diff(fit.age) == pytest.approx(pace * np.diff(levels), abs=0.05)
+    # a step of another length, or beyond what was fitted, is on the same clock
+    for first, second in ((-2.0, -1.5), (0.0, 1.0), (-5.0, -4.0), (3.0, 4.0)):
+        passed = float(np.subtract(fit.age_at(second), fit.age_at(first)))
+        assert passed == pytest.approx(pace * (second - first), rel=0.25)
+    # errors that do not resemble each other, or the opposite of each other, are soon forgotten
+    fit = statistics_from_pairs([0.0, 1.0], outputs[:2], [outputs[0] + errors[0], outputs[1] - errors[0]]).correction()
+    assert math.exp(fit.age[0] - fit.age[1]) < 0.01
+
+
+def test_a_correction_of_before_takes_errors_for_independent_and_false_clocks_are_refused():
+    fit = statistics_from_pairs(*planted_pairs(0.2, [0.3, -0.1], 0.3)).correction()
+    record = {key: value for key, value in fit.to_dict().items() if key != "age"} | {"version": 2}
+    assert Correction.from_dict(record).age_at(0.0) is None
+    for age in (fit.age[:-1], fit.age[::-1]):
+        with pytest.raises(QuantDMError, match="got ages of shape"):
+            replace(fit, age=age)
 
 
 def test_a_file_that_is_no_correction_is_refused(tmp_path):
     from quantdm.files import save_tensors
 
     save_tensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
-    with pytest.raises(QuantDMError, match="expected a correction of version 2"):
+    with pytest.raises(QuantDMError, match="expected a correction of version 3"):
         load_correction(tmp_path / "other.safetensors")
-    save_tensors(tmp_path / "part.safetensors", {"k": torch.zeros(1)}, {"kind": "correction", "version": 2})
+    save_tensors(tmp_path / "part.safetensors", {"k": torch.zeros(1)}, {"kind": "correction", "version": 3})
     with pytest.raises(QuantDMError, match="lacks log_snr"):
         load_correction(tmp_path / "part.safetensors")
     with pytest.raises(QuantDMError, match="no such file"):

@@ -387,6 +387,12 @@ def test_on_an_exact_score_the_corrected_samples_are_those_of_full_precision(sam
     assert full <= none
 
 
+@pytest.mark.parametrize("name", TOY.REMEMBERING)
+def test_on_an_exact_score_room_is_made_for_errors_that_add_up(name):
+    found = TOY.remembered(next(s for s in TOY.SAMPLERS if s.name == name), 50, 10_000)
+    assert found["memory"] < 0.5 * min(found["none"], found["independent"]), found
+
+
 def test_on_an_exact_score_shrinkage_takes_the_samples_away():
     sampler = next(s for s in TOY.SAMPLERS if s.name == "DDIM, eta 0")
     base = TOY.planted(sampler, "both")

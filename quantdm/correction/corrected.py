@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from quantdm.correction import multistep
 from quantdm.correction.ddim import real_eta
 from quantdm.correction.levels import Level, level_of, plain_name, ratio_level
-from quantdm.correction.moves import step_of
+from quantdm.correction.memory import carried, with_memory
+from quantdm.correction.moves import Step, step_of
 from quantdm.correction.record import Correction, StepCorrection
 from quantdm.correction.variance import ROOMS, Move, Room, epsilon_units
 from quantdm.errors import QuantDMError
@@ -92,6 +93,19 @@ class CorrectedScheduler(SchedulerMixin, ConfigMixin):
         self.__dict__["_excess"] = (move.sigma_next, move.added)
         return ROOMS[correction.room](move, excess)
 
+    def remembering(self, step: Step) -> Move:
+        """Return a step's move, with what its noise shares with that of the steps before where a variant counts it."""
+        correction = self.correction
+        assert correction is not None
+        if correction.room != "full":
+            return step.move
+        end, shared = self.__dict__.get("_carried", (math.nan, 0.0))
+        shared = shared if end == step.move.sigma else 0.0  # a step that is not corrected, or another image
+        here, after = correction.age_at(step.start.log_snr), correction.age_at(step.end.log_snr)
+        correlated = 0.0 if here is None or after is None else math.exp(-abs(after - here))
+        self.__dict__["_carried"] = (step.move.sigma_next, carried(step.move, shared, correlated))
+        return with_memory(step.move, shared)
+
 
 def corrected_step(scheduler: Any, plain: Callable, call: inspect.BoundArguments) -> Any:
     """Take the plain scheduler's step on the corrected output, with room for the noise that remains."""
@@ -111,8 +125,9 @@ def corrected_step(scheduler: Any, plain: Callable, call: inspect.BoundArguments
         step = step_of(scheduler, values, here, scheduler.remaining_std)
     if step is None:  # mean only, or a multistep solver, whose updates make room themselves
         return plain(*call.args, **call.kwargs)
-    room = scheduler.make_room(step.move)
-    scheduler.did = Did(here, at, q, step.move, room)
+    move = scheduler.remembering(step)
+    room = scheduler.make_room(move)
+    scheduler.did = Did(here, at, q, move, room)
     if not room.acts:
         return plain(*call.args, **call.kwargs)
     if values.get("variance_noise") is not None:
@@ -202,7 +217,7 @@ def _corrected_update(plain: Callable, name: str) -> Callable:
         known = history[1] if goes_on else multistep.History()
         base = known.last if corrector else known.now
         move, here, after, carried = multistep.move_of_update(
-            self, own, base, self.remaining_std, partial(_level_at, self, memo)
+            self, own, base, self.remaining_std, partial(_level_at, self, memo), partial(_age_at, correction)
         )
         self.__dict__["_history"] = (self.step_index, multistep.History(carried, known.last if corrector else base))
         room = self.make_room(move)
@@ -215,6 +230,11 @@ def _corrected_update(plain: Callable, name: str) -> Callable:
         return new if room.length == 1.0 else lengthened(new, start, after.signal / here.signal, room.length)
 
     return update
+
+
+def _age_at(correction: Correction, level: Level) -> float | None:
+    """Return the age of the noise at a level, where the variant counts it."""
+    return correction.age_at(level.log_snr) if correction.room == "full" else None
 
 
 def _memo(self: Any) -> dict[Any, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from quantdm.correction.levels import Level, plain_name
@@ -69,27 +70,49 @@ def predicts_data(scheduler: Any) -> bool:
     return scheduler.config.algorithm_type in ("dpmsolver++", "sde-dpmsolver++")
 
 
+# The age of the noise at a level (see `memory`); None: errors of steps are independent.
+Age = Callable[[Level], float | None]
+
+
 def move_of_update(
-    scheduler: Any, update: Update, carried: Weights, noise: Noise, level_at: Callable[[int], Level]
+    scheduler: Any,
+    update: Update,
+    carried: Weights,
+    noise: Noise,
+    level_at: Callable[[int], Level],
+    age: Age,
 ) -> tuple[Move, Level, Level, Weights]:
     """Return the move of an update, the levels between which it goes, and what noise the sample has after it.
 
     An output of before is in the sample already, and multistep weights take part of its noise out again; what the
-    sample has of it shrinks with the level. So the update adds sum_j ((r c_j + w_j)^2 - (r c_j)^2) s_j^2, with weights
-    w, noise c in the sample, r = target / sigma and s the std of the kept predictions' noise. `level_at` gives the
-    level of an entry of `sigmas`.
+    sample has of it shrinks with the level. So with weights w of the update, noise c in the sample and r = target /
+    sigma, the update adds Var(r c + w) - Var(r c), where Var(v) = sum_ij v_i v_j s_i s_j rho_ij, s is the std of the
+    kept predictions' noise and rho the correlation of two steps' errors; those of a solver that injects noise are taken
+    for independent. `level_at` gives the level of an entry of `sigmas`.
     """
     here, after = level_at(update.start), level_at(update.end)
     spare = (update.fresh / after.signal) ** 2 if after.signal > 0.0 else 0.0
     target = math.sqrt(max(after.sigma**2 - spare, 0.0))
     shrink = target / here.sigma if 0.0 < here.sigma < math.inf else 0.0
-    kept = {number: shrink * weight for number, weight in carried.items()}
-    added = 0.0
+    before = {number: shrink * weight for number, weight in carried.items()}
+    kept = dict(before)
     for number, weight in update.outputs.items():
-        level = level_at(number)
-        std = noise(level) * (level.sigma if predicts_data(scheduler) else 1.0)
-        before, own = kept.get(number, 0.0), weight / after.signal
-        if math.isfinite(std):
-            added += ((before + own) ** 2 - before**2) * std**2
-        kept[number] = before + own
+        kept[number] = kept.get(number, 0.0) + weight / after.signal
+
+    covariance = _covariance([level_at(number) for number in kept], noise, age if spare == 0.0 else lambda _: None)
+    if predicts_data(scheduler):
+        scale = np.nan_to_num([level_at(number).sigma for number in kept], posinf=0.0)
+        covariance = covariance * np.outer(scale, scale)
+    rows = [np.array([weights.get(number, 0.0) for number in kept]) for weights in (kept, before)]
+    added = float(rows[0] @ covariance @ rows[0] - rows[1] @ covariance @ rows[1])
     return Move(here.sigma, target, after.sigma, added, spare), here, after, kept
+
+
+def _covariance(levels: Sequence[Level], noise: Noise, age: Age) -> np.ndarray:
+    """Return the covariance of the errors on e at some levels of one trajectory."""
+    std = np.array([noise(level) for level in levels])
+    ages = [age(level) for level in levels]
+    if any(found is None for found in ages):
+        return np.diag(std**2)
+    clock = np.array(ages, dtype=np.float64)
+    return np.outer(std, std) * np.exp(-abs(clock[:, None] - clock))

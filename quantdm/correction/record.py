@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
+from quantdm.correction.memory import age_at
 from quantdm.correction.variants import variant_of
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
 from quantdm.recipe import ActivationSpec, Recipe, weights_digest
 
-CORRECTION_VERSION, KIND = 2, "correction"
+CORRECTION_VERSION, KIND = 3, "correction"
+READABLE = (2, CORRECTION_VERSION)  # 2 takes the errors of different steps for independent
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction", "edm", "consistency", "trigflow")
 MIN_K = -0.5
 NOISIER, FINER = "noisier half", "finer half"
@@ -30,7 +32,7 @@ def load_correction(path: str | Path) -> "Correction":
         QuantDMError: no such file, damaged, not a correction or of another version.
     """
     tensors, metadata = load_tensors(path)
-    if metadata.get("kind") != KIND or metadata.get("version") != CORRECTION_VERSION:
+    if metadata.get("kind") != KIND or metadata.get("version") not in READABLE:
         raise QuantDMError(
             f"{path}: got {metadata.get('kind', 'other tensors')} version {metadata.get('version')}, expected a "
             f"correction of version {CORRECTION_VERSION}; write it again with `fit_correction`"
@@ -43,6 +45,7 @@ def load_correction(path: str | Path) -> "Correction":
     within = metadata.get("within")
     return Correction(
         **{name: arrays[name] for name in _ARRAYS},
+        age=arrays.get("age", np.zeros(0)),
         **labels,
         **parts,
         measured=metadata["measured"],
@@ -110,6 +113,7 @@ class Correction:
         weights: `weights_digest` of the schemes that it was fitted for ("": not known).
         activations: the activation quantization that it was fitted for (None: none, if `weights` is known).
         rivals: "NAME.gain" [T, C], "NAME.bias" [T, C], "NAME.q" [T] of "variance" and the variants of others.
+        age: the clock of the noise at every level, [T] (see `memory.ages`); empty: errors of steps are independent.
         components: with guidance, "mean" [T, 4, C], "cov" [T, 4, 4] and "count" [T] of (unconditional output,
             conditional output, error of the one, error of the other); see `for_guidance`.
     """
@@ -131,6 +135,7 @@ class Correction:
     activations: ActivationSpec | None = None
     rivals: dict[str, np.ndarray] = field(default_factory=dict)
     components: dict[str, np.ndarray] = field(default_factory=dict)
+    age: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def __post_init__(self) -> None:
         tabled = variant_of(self.variant).table
@@ -138,7 +143,7 @@ class Correction:
             raise QuantDMError(
                 f"correction: got prediction type {self.prediction_type!r}, expected {', '.join(PREDICTION_TYPES)}"
             )
-        for name in _ARRAYS:
+        for name in (*_ARRAYS, "age"):
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=np.float64))
         num = len(self.log_snr)
         shapes = {name: getattr(self, name).shape for name in _ARRAYS}
@@ -148,7 +153,9 @@ class Correction:
         )
         if not right:
             raise QuantDMError(f"correction: got shapes {shapes}, expected [T] and, for bias and shift, [T, C]")
-        if not all(np.isfinite(getattr(self, name)).all() for name in _ARRAYS):
+        if len(self.age) and (self.age.shape != (num,) or num < 2 or (np.diff(self.age) < 0).any()):
+            raise QuantDMError(f"correction: got ages of shape {self.age.shape}, expected [T], not decreasing, or none")
+        if not all(np.isfinite(getattr(self, name)).all() for name in (*_ARRAYS, "age")):
             raise QuantDMError("correction: got NaN or infinity; the outputs it was fitted on were not finite")
         if (self.k <= MIN_K).any() or (self.q < 0).any() or (np.diff(self.log_snr) <= 0).any():
             raise QuantDMError("correction: expected k > -0.5, q >= 0 and a strictly increasing log_snr")
@@ -221,6 +228,10 @@ class Correction:
         q = float(self._between(log_snr, self.q)) if variant.room else 0.0
         return StepCorrection(ones / (1.0 + k), self._between(log_snr, mean), q / (1.0 + k))
 
+    def age_at(self, log_snr: float) -> float | None:
+        """Return the age at a log-SNR; None: errors of steps are independent."""
+        return age_at(self.log_snr, self.age, log_snr) if len(self.age) else None
+
     def _between(self, log_snr: float, values: np.ndarray) -> np.ndarray:
         """Return values [T, ...] interpolated to a log-SNR."""
         grid = self.log_snr
@@ -236,7 +247,7 @@ class Correction:
 
     def save(self, path: str | Path) -> Path:
         """Write the correction as safetensors, atomically; it replaces nothing but another correction."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays = {name: getattr(self, name) for name in (*_ARRAYS, "age")}
         for part in ("diagnostics", "rivals", "components"):
             kept = np.float32 if part == "rivals" else np.float64  # below 1 MB with 128 channels, too
             arrays |= {f"{part}.{name}": np.asarray(a, dtype=kept) for name, a in getattr(self, part).items()}
@@ -249,7 +260,7 @@ class Correction:
 
     def to_dict(self) -> dict[str, Any]:
         """Return what sampling needs (no diagnostics) as JSON values that give the same numbers back."""
-        arrays = {name: getattr(self, name).tolist() for name in _ARRAYS}
+        arrays = {name: getattr(self, name).tolist() for name in (*_ARRAYS, "age")}
         used = {name: a.tolist() for name, a in self.rivals.items() if name.startswith(f"{self.variant}.")}
         return {"version": CORRECTION_VERSION, **self._labels(), **arrays, "rivals": used}
 
@@ -261,14 +272,14 @@ class Correction:
             QuantDMError: another version, or a key is missing.
         """
         keys = (*_ARRAYS, "variant", "prediction_type", "model", "axis", "network", "within", "rivals")
-        if record.get("version") != CORRECTION_VERSION or not all(key in record for key in keys):
+        if record.get("version") not in READABLE or not all(key in record for key in keys):
             raise QuantDMError(
                 f"correction in a scheduler: got version {record.get('version')} with keys {', '.join(record)}; "
                 f"expected version {CORRECTION_VERSION} with {', '.join(keys)}; fit it again, or go on without: "
                 "quantdm.remove_correction(pipe)"
             )
         tables = {name: np.asarray(table, dtype=np.float64) for name, table in record["rivals"].items()}
-        return cls(**{**{key: record[key] for key in keys}, "rivals": tables})
+        return cls(**{**{key: record[key] for key in keys}, "rivals": tables}, age=np.asarray(record.get("age", [])))
 
     def _labels(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (*_LABELS, "within")}

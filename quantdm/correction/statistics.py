@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from quantdm.correction.memory import ages
 from quantdm.correction.moments import Moments, NoiseFit, fit_noise
 from quantdm.correction.record import Correction
 from quantdm.correction.variants import rival_tables, variant_of
@@ -105,9 +106,10 @@ class NoiseStatistics:
             raise QuantDMError("noise statistics: got no outputs, expected at least one step; call `update` first")
         levels = sorted(self._steps)  # from noise to image
         fits = {level: _fit(self._steps[level]) for level in levels}
+        following = [self._following(level, fits) for level in levels]
         diagnostics = _errors(fits.values()) | {
             "q_robust": [self._robust_q(level, fits[level]) for level in levels],
-            "lag1": [self._lag1(level, fits) for level in levels],
+            "lag1": [correlation for _, correlation in following],
             "count": [self._steps[level].count for level in levels],
             "snr": [self._snr(level) for level in levels],
         }
@@ -122,6 +124,7 @@ class NoiseStatistics:
             diagnostics={name: np.array(values, dtype=np.float64) for name, values in diagnostics.items()},
             rivals=self._rivals(levels, fits),
             components=self._components(levels),
+            age=ages(levels, following),
         )
 
     def _rivals(self, levels: Sequence[float], fits: dict[float, NoiseFit]) -> dict[str, np.ndarray]:
@@ -161,17 +164,17 @@ class NoiseStatistics:
         low, high = np.quantile(rest.numpy(), [0.25, 0.75])
         return float(high - low) / 1.349
 
-    def _lag1(self, level: float, fits: dict[float, NoiseFit]) -> float:
-        """Return the correlation of the residual with that of the next step, 0 where there is none."""
+    def _following(self, level: float, fits: dict[float, NoiseFit]) -> tuple[float, float]:
+        """Return the level that came next and the correlation of its residual with this one's; itself, 0: none came."""
         following = [(pair[1], moments) for pair, moments in self._pairs.items() if pair[0] == level]
         if not following:
-            return 0.0
+            return level, 0.0
         after, moments = max(following, key=lambda item: item[1].count)
         here = torch.tensor([-fits[level].k, 1.0, 0.0, 0.0], dtype=torch.float64)
         there = torch.tensor([0.0, 0.0, -fits[after].k, 1.0], dtype=torch.float64)
         cov = moments.cov
         scale = ((here @ cov @ here).clamp(min=0) * (there @ cov @ there).clamp(min=0)).sqrt()
-        return float(here @ cov @ there / scale) if scale > 0 else 0.0
+        return after, float(here @ cov @ there / scale) if scale > 0 else 0.0
 
 
 def for_guidance(correction: Correction, scale: float) -> Correction:

@@ -58,8 +58,8 @@ def noise(records: Records) -> str:
     plots = "".join(_step_plot(timesteps, found[key], title, text) for title, key, text in panels)
     caption = (
         "From noise (left) to image (right): error of the quantized network's output on the same inputs, after "
-        "guidance, fitted per noise level as k · output + bias + rest. Where lag-1 is near 1 it repeats from step to "
-        "step; lowering variance absorbs none."
+        "guidance, fitted per noise level as k · output + bias + rest. Lag-1 says how far the rest resembles that of "
+        "the next step: errors that resemble each other add up, and the variance correction makes room for that."
     )
     html = figure(plots, "Quantization noise per sampling step.", caption, kind="small")
     listing = table(
