@@ -42,10 +42,10 @@ TABLES = tuple(base.model_copy(update={"table": "fp16"}) for base in BASES)
 BRANCHED = tuple(base.model_copy(update={"lowrank": rank}) for base in BASES for rank in RANKS)
 
 
-def measure(model: str) -> dict[str, dict[str, tuple[float, float]]]:
-    """Return layer -> label -> (bits per weight, relative output error)."""
+def measure(model: str, every: int) -> dict[str, dict[str, tuple[float, float]]]:
+    """Return layer -> label -> (bits per weight, relative output error) of one layer in `every`."""
     pipe = load_pipeline(model)
-    layers = list_layers(get_denoiser(pipe))
+    layers = list_layers(get_denoiser(pipe))[::every]
     (part, denoiser), *_ = find_denoisers(pipe).items()
     names = [layer.name for layer in layers]
     moments = calibrate(pipe, CalibrationSpec(protocol=model, images=IMAGES), {part: names})[part]
@@ -141,14 +141,17 @@ def knapsacks(found: dict[str, dict[str, tuple[float, float]]], weights: dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="digits-dit")
-    model = parser.parse_args().model
+    parser.add_argument("--every", type=int, default=1, help="of so many layers one")
+    arguments = parser.parse_args()
+    model = arguments.model
     torch.set_num_threads(1)
-    found = measure(model)
-    weights = {layer.name: layer.num_weights for layer in list_layers(get_denoiser(load_pipeline(model)))}
+    found = measure(model, arguments.every)
+    layers = list_layers(get_denoiser(load_pipeline(model)))
+    weights = {layer.name: layer.num_weights for layer in layers if layer.name in found}
     record = {
         "model": model,
         "calibration_images": IMAGES,
-        "layers": len(found),
+        "layers": f"{len(found)} of {len(layers)}",
         "error_over_that_of_the_hull_at_equal_bits": at_equal_bits(found),
         "knapsacks_by_sum_of_relative_output_errors": knapsacks(found, weights),
         "machine": f"{platform.machine()}, {cores()} cores",

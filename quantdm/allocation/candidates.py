@@ -19,7 +19,7 @@ def baseline_choices(space: SearchSpace, target_bits: float) -> dict[str, np.nda
     mix = select(space, -space.weight_error, target_bits=target_bits)
     found, uniform = {LEAST_WEIGHT_ERROR: mix}, {}
     everywhere = {scheme: np.full(len(space.layers), index) for index, scheme in enumerate(space.options)}
-    fits = fitting(space).all(axis=0)
+    fits = [bool(column.all()) for column in fitting(space).T]
     everywhere = {s: choice for fit, (s, choice) in zip(fits, everywhere.items(), strict=True) if fit and s != ORIGINAL}
     size = {scheme: float(space.avg_bits(choice)[0]) for scheme, choice in everywhere.items()}
     for scheme in sorted(everywhere, key=lambda s: size[s]):

@@ -185,7 +185,7 @@ class PackedLayer(nn.Module):
                 self._kept = None  # its codes are in the product now
         if not self._product.fits(coded):
             return self.forward(coded.values())
-        return product_of(self, self._product, coded)
+        return product_of(self, self._product, coded)  # type: ignore[arg-type]
 
     @property
     def held_bytes(self) -> int:

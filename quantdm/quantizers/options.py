@@ -100,7 +100,8 @@ class _Layer:
         """
         factor = factor_of(self.matrix)
         best: dict[Scheme, tuple[float, QuantizedWeight]] = {}
-        for kind in dict.fromkeys(scheme.calibration for scheme in schemes):
+        kinds: list[Calibration | None] = [scheme.calibration for scheme in schemes]
+        for kind in dict.fromkeys(kinds):
             own, error = [scheme for scheme in schemes if scheme.calibration == kind], self._objective(kind)
             first = fit_branch(self.matrix, error, rank, factor)
             # every scheme of the first round quantizes the same matrix

@@ -120,7 +120,9 @@ def _part_choices(evaluator: Evaluator, parts: Sequence[OtherPart]) -> dict[str,
                         evaluator.pipe, evaluator.protocol, evaluator.extractor, draw, may_be_constant=True,
                         batch_size=evaluator.batch_size, what=f"{part.name} under {scheme}",
                     )  # fmt: skip
-                row.append(Choice(scheme, part.bytes_under(rules), float(compare(samples, reference)["fid_fp"])))
+                loss = compare(samples, reference)["fid_fp"]
+                assert loss is not None
+                row.append(Choice(scheme, part.bytes_under(rules), loss))
                 progress.update()
             found[part.name] = [c for c in row if not any(_beats(other, c) for other in row)]
     return found
