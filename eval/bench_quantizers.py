@@ -36,10 +36,14 @@ PEER_PACKAGES = ("bitsandbytes", "sdnq", "hqq", "torchao", "optimum-quanto", "sc
 
 
 def peer_versions(python: Path) -> dict[str, str]:
-    """Return the versions of the peers in their environment."""
-    code = f"import importlib.metadata as m, json; print(json.dumps({{p: m.version(p) for p in {PEER_PACKAGES!r}}}))"
+    """Return the versions of the peers in their environment, those that are there."""
+    code = (
+        "import importlib.metadata as m, json; "
+        "print(json.dumps({d.metadata['Name']: d.version for d in m.distributions()}))"
+    )
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    return {package: found[package] for package in PEER_PACKAGES if package in found}
 
 
 MODELS = ("digits-dit", "digits-sd", "random-dit")
