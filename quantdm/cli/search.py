@@ -128,7 +128,7 @@ def select(
     target_bops: Annotated[
         float | None, typer.Option(help="Bit operations of a call with one sample: activations are chosen as well.")
     ] = None,
-    by: Annotated[str, typer.Option(help="Which explanation chooses: additive, tree or graph.")] = "additive",
+    by: Annotated[str, typer.Option(help="What chooses: additive, tree, graph or sensitivity.")] = "additive",
 ) -> None:
     """Choose a recipe of another size from a run's attributions (predicted, not measured).
 
