@@ -173,6 +173,7 @@ def check(browser: Browser, page: Path, shots: Path | None, axe: Path | None) ->
     shown = "[...document.querySelectorAll('.bands img')].filter((i) => i.getBoundingClientRect().height > 0).length"
     views["1280-light"]["grid_without_script"] = browser.run(shown)
     if shots:
+        browser.send("Emulation.setEmulatedMedia", media="print", features=[])
         data = browser.send("Page.printToPDF", printBackground=False)["data"]
         (shots / "print.pdf").write_bytes(base64.b64decode(data))
     return views
