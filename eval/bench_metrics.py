@@ -1,18 +1,22 @@
 """The instruments themselves: coverage of intervals, memory of statistics, time of a Frechet distance.
 
     python eval/bench_metrics.py coverage     # how often 95 % intervals hold the truth: 2,000 simulations each
-    python eval/bench_metrics.py memory       # 50,000 x 2,048 features: peak memory, all distances of sums
+    python eval/bench_metrics.py memory       # 50,000 x 2,048 features: peak memory, kept on disk, distances and KID
     python eval/bench_metrics.py time         # 2,000 images of digits-dit with their distance, on two threads
+    python eval/bench_metrics.py time_of_one_thread
 
 Writes eval/results/bench_metrics.json, one part per run.
 """
 
 import argparse
 import datetime
+import os
 import platform
 import resource
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +26,18 @@ from quantdm import load_pipeline, load_protocol
 from quantdm.files import read_json, write_json
 from quantdm.machine import cores, fast_dtype, one_torch_thread, versions
 from quantdm.metrics.distance import frechet_distance, frechet_of_moments
-from quantdm.metrics.features import load_extractor
+from quantdm.metrics.feature_sets import feature_set
+from quantdm.metrics.features import FeatureSpace, Kind, load_extractor
+from quantdm.metrics.images import ImageSet
 from quantdm.metrics.influence import frechet_influence
 from quantdm.metrics.intervals import Interval, bootstrap_interval, draws_interval
-from quantdm.metrics.moments import Moments
+from quantdm.metrics.kernels import kid
 from quantdm.metrics.samples import Draw, compare, draw_samples
 from quantdm.progress import bar
 
 OUT = Path(__file__).parent / "results" / "bench_metrics.json"
 SIMULATIONS, RESAMPLES = 2000, 400
-MEMORY_IMAGES, MEMORY_FEATURES = 50_000, 2048
+MEMORY_IMAGES, MEMORY_FEATURES, MEMORY_OTHERS, MEMORY_SUBSETS = 50_000, 2048, 4000, 10
 
 
 # ------------------------------------------------------------------------------------------------------------ coverage
@@ -110,58 +116,98 @@ def coverage() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    """Return the peak memory of sums of 50,000 x 2,048 features, made batch by batch, and of their distance."""
+    """Return the peak memory of 50,000 x 2,048 features, kept and summed batch by batch, their distances, and KID.
+
+    Everything goes the way of `quantdm evaluate fid`: images (small noise), an extractor, the cache on disk.
+    """
     g = torch.Generator().manual_seed(0)
+
+    def noise(count: int) -> ImageSet:
+        def batches() -> Iterator[torch.Tensor]:
+            for start in range(0, count, 500):
+                yield torch.randint(256, (min(500, count - start), 3, 8, 8), generator=g, dtype=torch.uint8)
+
+        return ImageSet(f"noise-{count}", tuple(f"{i:06d}" for i in range(count)), batches, lambda: str(count))
+
+    space = FeatureSpace(
+        "noise", Kind("FD-noise", "none", "random numbers"), "none",
+        lambda images: torch.randn(len(images), MEMORY_FEATURES, generator=g),
+    )  # fmt: skip
     before, start = _peak(), time.perf_counter()
-    sums = None
-    for _ in range(0, MEMORY_IMAGES, 500):  # as `feature_set` sums what comes out of an extractor
-        some = Moments.of(torch.randn(500, MEMORY_FEATURES, generator=g))
-        sums = some if sums is None else sums + some
-    assert sums is not None
-    summed = time.perf_counter()
-    distance = frechet_of_moments(sums, Moments.of(torch.randn(4000, MEMORY_FEATURES, generator=g)))
-    measured, streamed = time.perf_counter(), _peak()
-    features = torch.empty(MEMORY_IMAGES, MEMORY_FEATURES)  # as they are kept for kernel distances
-    for part in features.split(1000):
-        part.normal_(generator=g)
-    frechet_of_moments(Moments.of(features), sums)
+    with tempfile.TemporaryDirectory() as folder, own_cache(folder):
+        few = feature_set(noise(MEMORY_OTHERS), space, keep=True)
+        many = feature_set(noise(MEMORY_IMAGES), space, keep=True)
+        extracted, peak_of_features = time.perf_counter(), _peak()
+        distance = frechet_of_moments(many.moments, few.moments)
+        measured, peak_of_distance = time.perf_counter(), _peak()
+        assert many.features is not None
+        assert few.features is not None
+        subsets = kid(many.features, few.features, subsets=MEMORY_SUBSETS)[0]
     return {
         "features": [MEMORY_IMAGES, MEMORY_FEATURES],
         "peak_mib_after_imports": before,
-        "peak_mib_sums_only": streamed,
-        "peak_mib_features_kept": _peak(),
-        "seconds_of_sums": summed - start,
-        "seconds_of_distance": measured - summed,
+        "peak_mib_features_kept_and_cached": peak_of_features,
+        "peak_mib_with_distance": peak_of_distance,
+        "peak_mib_with_kid": _peak(),
+        "seconds_of_features": extracted - start,
+        "seconds_of_distance": measured - extracted,
         "distance": distance,
+        "kid": subsets,
     }
+
+
+@contextmanager
+def own_cache(folder: str) -> Iterator[None]:
+    """Let statistics be kept in a folder of their own."""
+    before = os.environ.get("QUANTDM_CACHE")
+    os.environ["QUANTDM_CACHE"] = folder
+    try:
+        yield
+    finally:
+        os.environ.pop("QUANTDM_CACHE")
+        if before is not None:
+            os.environ["QUANTDM_CACHE"] = before
 
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def frechet_time() -> dict[str, Any]:
+def frechet_time(threads: int) -> dict[str, Any]:
     """Return the time of 2,000 images of digits-dit by the shipped protocol and their distance to 2,000 others."""
-    torch.set_num_threads(min(2, cores()))
+    torch.set_num_threads(threads)
     protocol = load_protocol("digits-dit")
     pipe = load_pipeline("digits-dit", torch_dtype=getattr(torch, fast_dtype()))
     extractor = load_extractor("digits")
     other = draw_samples(pipe, protocol, extractor, Draw(2, 2000, 5))
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     mine = draw_samples(pipe, protocol, extractor, Draw(1, 2000, protocol.steps))
     figures = compare(mine, other)
-    seconds = time.perf_counter() - start
-    return {"images": 2000, "steps": protocol.steps, "seconds": seconds, "dtype": fast_dtype(), "fd": figures["fid_fp"]}
+    return {
+        "images": 2000,
+        "steps": protocol.steps,
+        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time() - used,  # of all threads: what other work beside it does not change
+        "load_of_the_machine": os.getloadavg()[0],
+        "dtype": fast_dtype(),
+        "fd": figures["fid_fp"],
+    }
 
 
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"coverage": coverage, "memory": memory, "time": frechet_time}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "coverage": coverage,
+    "memory": memory,
+    "time": lambda: frechet_time(min(2, cores())),
+    "time_of_one_thread": lambda: frechet_time(1),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=list(PARTS))
     part = parser.parse_args().part
-    if part == "time":
+    if part.startswith("time"):
         found = PARTS[part]()
     else:
         with one_torch_thread():

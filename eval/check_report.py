@@ -4,8 +4,8 @@ python eval/check_report.py runs/mine/report.html               # prints what wa
 python eval/check_report.py REPORT --axe axe.min.js -o eval/results/check_report.json   # with axe-core's rules, too
 
 Needs chromium or chrome on the PATH. At 390 and 1,280 pixels, light and dark: no console message, no request, every
-image decodes, nothing is wider than the page, the three answers stand above the fold; the slider, the keys on the map,
-the choice of a size and the buttons do what they say; without scripts the grid is there.
+image decodes, nothing is wider than the page, no chart scrolls sideways, the three answers stand above the fold; the
+slider, the keys on the map, the choice of a size and the buttons do what they say; without scripts the grid is there.
 """
 
 import argparse
@@ -28,7 +28,8 @@ STATE = """(() => { const of = (s) => [...document.querySelectorAll(s)];
 const answers = of('.answer'), below = (a) => a.getBoundingClientRect().bottom > innerHeight;
 return { answers: answers.length, below_fold: answers.filter(below).length,
 broken: of('img').filter((i) => !i.complete || !i.naturalWidth).length, images: of('img').length,
-too_wide: document.documentElement.scrollWidth - innerWidth, small_text: of('.answer p').filter(
+too_wide: document.documentElement.scrollWidth - innerWidth,
+sideways: of('.chart').filter((c) => c.scrollWidth > c.clientWidth + 1).length, small_text: of('.answer p').filter(
 (p) => parseFloat(getComputedStyle(p).fontSize) < 12).length }; })()"""
 ACTIONS = {
     "slider": """(() => { const r = document.querySelector('.stage input'); if (!r) return 'none';
@@ -43,7 +44,8 @@ return before !== document.querySelector('.seeds').textContent; })()""",
 r.value = r.max; r.dispatchEvent(new Event('input'));
 return document.querySelector('.size.picked').dataset.size === r.max
 && /predicted/.test(document.querySelector('.says').textContent); })()""",
-    "keys on the map": """(() => { const m = document.querySelector('svg.map'); if (!m) return 'none';
+    "keys on the map": """(() => {
+const m = [...document.querySelectorAll('svg.map')].find((each) => each.checkVisibility()); if (!m) return 'none';
 m.focus(); m.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));
 return document.querySelector('#tip.on')?.textContent ?? ''; })()""",
     "escape": """(() => { document.dispatchEvent(new KeyboardEvent('keydown', {key: 'Escape'}));
@@ -171,6 +173,7 @@ def check(browser: Browser, page: Path, shots: Path | None, axe: Path | None) ->
     shown = "[...document.querySelectorAll('.bands img')].filter((i) => i.getBoundingClientRect().height > 0).length"
     views["1280-light"]["grid_without_script"] = browser.run(shown)
     if shots:
+        browser.send("Emulation.setEmulatedMedia", media="print", features=[])
         data = browser.send("Page.printToPDF", printBackground=False)["data"]
         (shots / "print.pdf").write_bytes(base64.b64decode(data))
     return views
@@ -180,7 +183,7 @@ def faults(views: dict[str, Any]) -> list[str]:
     """Return what is wrong, as sentences."""
     found = []
     for name, view in views.items():
-        bad = {k: view[k] for k in ("broken", "small_text", "below_fold") if view[k]}
+        bad = {k: view[k] for k in ("broken", "small_text", "below_fold", "sideways") if view[k]}
         bad |= {"too_wide": view["too_wide"]} if view["too_wide"] > 0 else {}
         bad |= {"complaints": view["complaints"]} if view["complaints"] else {}
         bad |= {"axe": view["axe"]} if view.get("axe") else {}

@@ -29,6 +29,8 @@ from quantdm.runs.final import row_bits, space_config, with_tables
 from quantdm.runs.search import find_recipe, start_run
 from quantdm.runs.settings import Effort
 from quantdm.runs.stages import load_space
+from quantdm.schemes import TABLE_SCHEME
+from quantdm.surrogates import SearchSpace
 
 HERE = Path(__file__).resolve().parent
 OUT = HERE / "results" / "foreign.json"
@@ -41,7 +43,7 @@ EFFORT = Effort(
     label_images=8, label_steps=1, verify_images=12, noise_images=1, calibration_images=8, sweeps=1, verify_draws=2
 )
 RIVALS = ("kmeans-shared-3-feedback", "kmeans-channel-3-feedback", "kmeans-shared-4-feedback")
-IMAGES, DRAWS = 32, (901, 902, 903)
+IMAGES, DRAWS = 20, (901, 902, 903)
 RULERS = ("pyramid", "efficientnet-lite0")
 LOWER = tuple(f"fd:{name}" for name in RULERS)
 
@@ -58,13 +60,7 @@ def main() -> None:
     with Engine(run, subject, workers=1) as engine:
         find_recipe(run, engine, subject)
         selection, space = read_json(run.path("selection.json"), version=1), load_space(run)
-        draw, size = Draw(0, 0, 0), ExportSize(subject.pipe, embeddings=Scheme.parse(run.settings.embeddings or "none"))
-        rows = {"recipe": Job(draw, selection["configs"][selection["chosen"]])}
-        rows["one-layer sensitivities (knapsack)"] = Job(draw, selection["configs"]["sensitivity"])
-        rows |= {label: Job(draw, space_config(space, Scheme.parse(label))) for label in RIVALS}
-        jobs = {
-            k: v for k, (v, _) in with_tables({k: (v, "") for k, v in rows.items()}, run.settings.embeddings).items()
-        }
+        jobs = jobs_of(selection, space, run.settings.embeddings)
         draws = [Draw(seed, IMAGES, run.settings.protocol.steps) for seed in DRAWS]
         found = Rulers(engine.local, RULERS, arguments.out / "rows").measure(jobs, draws, "final: rows x draws")
     record = {
@@ -72,21 +68,14 @@ def main() -> None:
         "protocol": f"{len(DRAWS)} draws of {IMAGES} images, one step, to full precision on equal noises",
         "search": {
             "bits": BITS, "trials": TRIALS, "options": run.settings.options, "chosen": selection["chosen"],
-            **{key: getattr(EFFORT, key) for key in vars(EFFORT)},
+            **vars(EFFORT),
         },
-        "rows": {
-            name: {
-                "bits": row_bits(space, jobs[name]) / int(space.num_weights.sum()),
-                "denoiser_bytes": size.of(jobs[name].labels),
-                **mean_and_sd([each["figures"] for each in figures]),
-            }
-            for name, figures in found.items()
-        },
+        "rows": rows_of(found, jobs, space, ExportSize(subject.pipe, embeddings=TABLE_SCHEME)),
         "versions": versions(),
         "machine": f"{platform.machine()}, {cores()} cores, {run.settings.dtype}",
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-    record["differences_to_recipe"] = {
+    record["differences_of_recipe"] = {
         name: {key: vars(difference(found["recipe"], rows, key)) for key in LOWER}
         for name, rows in found.items()
         if name != "recipe"
@@ -96,6 +85,30 @@ def main() -> None:
     for name, row in record["rows"].items():
         print(name, {k: round(v, 4) for k, v in row["mean"].items() if v is not None}, round(row["bits"], 3))
     print(record["beats_best_3_bit_scheme_of_no_fewer_bytes"])
+
+
+def jobs_of(selection: dict[str, Any], space: SearchSpace, embeddings: str | None) -> dict[str, Job]:
+    """Return what is measured by name: the recipe, what sensitivities alone choose, single schemes everywhere."""
+    draw, configs = Draw(0, 0, 0), selection["configs"]
+    rows = {"recipe": Job(draw, configs[selection["chosen"]])}
+    rows["one-layer sensitivities (knapsack)"] = Job(draw, configs["sensitivity"])
+    rows |= {label: Job(draw, space_config(space, Scheme.parse(label))) for label in RIVALS}
+    return {name: job for name, (job, _) in with_tables({k: (v, "") for k, v in rows.items()}, embeddings).items()}
+
+
+def rows_of(
+    found: dict[str, list[dict[str, Any]]], jobs: dict[str, Job], space: SearchSpace, size: ExportSize
+) -> dict[str, Any]:
+    """Return per row bits, bytes of the denoiser on disk, and figures with their spread over draws."""
+    weights = int(space.num_weights.sum())
+    return {
+        name: {
+            "bits": row_bits(space, jobs[name]) / weights,
+            "denoiser_bytes": size.of(jobs[name].labels),
+            **mean_and_sd([each["figures"] for each in figures]),
+        }
+        for name, figures in found.items()
+    }
 
 
 def verdict(rows: dict[str, Any]) -> dict[str, Any]:

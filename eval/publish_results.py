@@ -1,10 +1,12 @@
 """Publish finished allocation studies: the README's tables, and pictures of the same noises in docs/.
 
 PYTHONPATH=. python eval/publish_results.py digits-dit digits-sd        # after eval/allocation_study.py of both
+PYTHONPATH=. python eval/publish_results.py digits-dit digits-sd --tables-only      # the pictures stay
 """
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ ROWS = {
     "one-layer sensitivity": "one-layer sensitivities (knapsack)",
     "least weight error": "least weight error (knapsack)",
 }
+SECOND = {"recipe": "recipe", "uniform": "uniform, next width"}
+IMAGENET = "fd:efficientnet-lite0"
 
 
 def draw_samples(model: str, size: str, rows: dict[str, Any], out: Path) -> None:
@@ -57,10 +61,20 @@ def draw_samples(model: str, size: str, rows: dict[str, Any], out: Path) -> None
     plt.close(fig)
 
 
-def table(result: dict[str, Any], before: dict[str, Any]) -> str:
+def second_rows(second: dict[str, Any], sizes: Iterable[str]) -> list[str]:
+    """Return the rows by ImageNet features; "-" where a row was not measured."""
+    found = []
+    for name, label in SECOND.items():
+        cells = [second["sizes"].get(size, {}).get("rows", {}).get(name) for size in sizes]
+        told = ["-" if cell is None else f"{cell[IMAGENET]:.3f}" for cell in cells]
+        found.append(f"| {label}: FD with ImageNet features | {' | '.join(told)} |")
+    return found
+
+
+def table(result: dict[str, Any], before: dict[str, Any], second: dict[str, Any] | None) -> str:
     """Return a study as a Markdown table: one column per size.
 
-    `before` is the study of nine options without calibration, at some of the sizes.
+    `before` is the study of nine options without calibration, at some of the sizes; `second` what another ruler says.
     """
     sizes = {size: {row["name"]: row for row in rows} for size, rows in result["sizes"].items()}
     floor = real_floor(load_protocol(result["model"]))
@@ -84,6 +98,7 @@ def table(result: dict[str, Any], before: dict[str, Any]) -> str:
     told = ["-" if row is None else spread(row["fid_fp"], row["fid_fp_sd"], 4) for row in cells]
     lines.append(f"| recipe of data-free options | {' | '.join(told)} |")
     recipes = [rows["recipe"] for rows in sizes.values()]
+    lines += [] if second is None else second_rows(second, sizes)
     lines += [
         f"| recipe: PSNR to full precision | {' | '.join(f'''{row['psnr_fp']:.1f} dB''' for row in recipes)} |",
         f"| recipe: FID to real digits (full precision {fp['fid_real']:.3f}, real against real {floor:.3f}) | "
@@ -97,15 +112,18 @@ def table(result: dict[str, Any], before: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", choices=["digits-dit", "digits-sd"])
-    tables = []
-    for model in parser.parse_args().models:
+    parser.add_argument("--tables-only", action="store_true", help="draw no pictures")
+    arguments, tables = parser.parse_args(), []
+    for model in arguments.models:
         results = ROOT / "eval" / "results"
         result, before = (
             read_json(results / f"{kind}_{model}.json", version=1) for kind in ("calibrated", "allocation")
         )
         size, found = next(iter(result["sizes"].items()))  # the smallest: there differences are seen
-        draw_samples(model, size, {row["name"]: row for row in found}, ROOT / "docs" / f"{model}.png")
-        tables.append(table(result, before))
+        if not arguments.tables_only:
+            draw_samples(model, size, {row["name"]: row for row in found}, ROOT / "docs" / f"{model}.png")
+        other = results / f"second_ruler_{model}.json"
+        tables.append(table(result, before, read_json(other, version=1) if other.is_file() else None))
     readme = (ROOT / "README.md").read_text()
     block = "<!-- results:begin -->\n" + "\n\n".join(tables) + "\n<!-- results:end -->"
     with atomic_path(ROOT / "README.md") as temporary:

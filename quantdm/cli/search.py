@@ -139,7 +139,7 @@ def select(
     target_pipeline_bytes: Annotated[
         int | None, typer.Option(help="Bytes of all weight files: text encoders and VAE are in the budget as well.")
     ] = None,
-    by: Annotated[str, typer.Option(help="Which explanation chooses: additive, tree or graph.")] = "additive",
+    by: Annotated[str, typer.Option(help="What chooses: additive, tree, graph or sensitivity.")] = "additive",
 ) -> None:
     """Choose a recipe of another size from a run's attributions (predicted, not measured).
 

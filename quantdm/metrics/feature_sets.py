@@ -3,6 +3,7 @@
 import os
 import zipfile
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from quantdm.errors import QuantDMError
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.metrics.features import FeatureSpace, batched
 from quantdm.metrics.images import ImageSet
+from quantdm.metrics.kept import KeptFeatures
 from quantdm.metrics.moments import Moments
 from quantdm.progress import bar
 
@@ -25,7 +27,7 @@ class FeatureSet:
     """Features of images with what a figure of them has to say."""
 
     moments: Moments
-    features: torch.Tensor | None = None  # float32 [N, F]
+    features: torch.Tensor | None = None  # float32 [N, F], memory-mapped
     name: str = ""  # of the features, as asked for
     distance: str = "FD"  # what their Frechet distance is called
     resize: str = ""  # what the extractor does, and what was done before
@@ -119,23 +121,27 @@ def feature_set(images: ImageSet, space: FeatureSpace, *, keep: bool = False, ca
         if found.features is not None or not keep:
             moments = replace(found.moments, source=images.source)
             return replace(found, moments=moments, steps=images.steps, seeds=images.seeds)
-    moments, kept, constant = None, [], 0
-    with bar(len(images), f"features of {Path(images.source).name}") as progress:
+    moments, constant, features = None, 0, None
+    with (
+        KeptFeatures(None if place is None else place.parent) if keep else nullcontext() as kept,
+        bar(len(images), f"features of {Path(images.source).name}") as progress,
+    ):
         for batch in images.batches():
-            features = batched(space.extract, batch)
-            some = Moments.of(features, ruler=space.ruler, source=images.source)
+            found = batched(space.extract, batch)
+            some = Moments.of(found, ruler=space.ruler, source=images.source)
             moments = some if moments is None else moments + some
-            kept += [features] if keep else []
+            if kept is not None:
+                kept.add(found)
             pixels = batch.flatten(2)
             constant += int((pixels.amax(2) == pixels.amin(2)).all(1).sum())
             progress.update(len(batch))
+        features = None if kept is None else kept.tensor()
     assert moments is not None
-    found = FeatureSet(
-        moments, torch.cat(kept) if keep else None, **told, steps=images.steps, seeds=images.seeds, constant=constant
-    )
-    if place is not None:
-        found.save(place)
-    return found
+    found = FeatureSet(moments, features, **told, steps=images.steps, seeds=images.seeds, constant=constant)
+    if place is None:
+        return found
+    found.save(place)  # what it read of the features stays in memory with them: the copy in the cache is read instead
+    return found if features is None else replace(found, features=FeatureSet.load(place).features)
 
 
 def merged(sets: Iterable[FeatureSet]) -> FeatureSet:

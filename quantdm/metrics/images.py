@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class ImageSet:
     seeds: str | None = None
     prompts: tuple[str, ...] | None = None  # one per image, where it is known
     resized: str = ""  # what was done to them before any features: "256 px, ..."
+    frames: int = 1  # of each video, which are images one after another
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,10 +101,36 @@ def _of_folder(folder: Path, side: int | None, rgb: bool) -> ImageSet:
             )
         if len(prompts := record.get("prompts") or ()) == len(names):
             told["prompts"] = tuple(str(p) for p in prompts)
-    return ImageSet(
+        told["frames"] = record.get("frames", 1)
+    found = ImageSet(
         str(folder), names, lambda: _read(((str(p), p.read_bytes) for p in files), side, rgb),
         lambda: _digest((n, p.read_bytes) for n, p in zip(names, files, strict=True)), resized=_told(side), **told,
     )  # fmt: skip
+    if found.frames > 1 and side is not None:
+        raise QuantDMError(f"{folder}: side: got {side}, but its pictures are videos; leave it out")
+    if found.frames == 1:
+        return found
+    content = lambda: f"{found.digest()}, frames of {found.frames}"  # noqa: E731
+    return replace(framed(found, found.frames), batches=lambda: _frames_of(found), digest=content)
+
+
+def framed(videos: ImageSet, frames: int) -> ImageSet:
+    """Return a set with one name and one prompt per frame instead of one per video."""
+    stems = [name.rpartition(".")[0] or name for name in videos.names]
+    names = tuple(f"{stem}-{frame:03d}" for stem in stems for frame in range(frames))
+    prompts = None if videos.prompts is None else tuple(p for p in videos.prompts for _ in range(frames))
+    return replace(videos, names=names, prompts=prompts, frames=frames)
+
+
+def _frames_of(videos: ImageSet) -> Iterator[torch.Tensor]:
+    """Yield the frames of pictures that hold the frames of a video below each other."""
+    for stacks in videos.batches():
+        if stacks.shape[2] % videos.frames:
+            raise QuantDMError(
+                f"{videos.source}: its pictures are {stacks.shape[2]} px high, expected {videos.frames} frames below "
+                "each other, as its manifest says"
+            )
+        yield torch.cat([torch.stack(stack.chunk(videos.frames, dim=1)) for stack in stacks])
 
 
 class _Zip:

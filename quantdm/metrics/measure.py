@@ -15,6 +15,7 @@ from quantdm.metrics.kernels import cmmd, kid
 from quantdm.metrics.neighbours import neighbour_figures
 from quantdm.metrics.one_by_one import classes_of, inception_score, values_of_each
 from quantdm.metrics.registry import METRICS, Need, check_metrics
+from quantdm.metrics.videos import frechet_of_clips
 
 Reference = ImageSet | FeatureSet
 
@@ -49,7 +50,10 @@ def measure(
             features or resizes, pairs that do not match, or images that cannot be read.
     """
     asked = tuple(prompts) if prompts is not None else made.prompts
-    check_metrics(tuple(metrics), _have(space, reference, pairs, asked, clip))
+    have = _have(space, reference, pairs, asked, clip)
+    if made.frames > 1 and isinstance(reference, ImageSet) and reference.frames == made.frames:
+        have.add("videos")
+    check_metrics(tuple(metrics), have)
     sets = [name for name in metrics if "set" in METRICS[name].needs]
     each = [name for name in metrics if {"pairs", "prompts", "class scores"} & set(METRICS[name].needs)]
     found: dict[str, Figure] = {}
@@ -62,7 +66,7 @@ def measure(
             if isinstance(reference, FeatureSet)
             else feature_set(reference, space, keep=keep or len(made) < ENOUGH, cached=cached)
         )
-        found |= set_figures(sets, mine, other, paired=pairs is not None)
+        found |= set_figures(sets, mine, other, paired=pairs is not None, frames=made.frames)
     if each:
         found |= _each_figures(each, made, space, pairs, asked, clip)
     order = [*metrics, *(name for name in found if name not in metrics)]
@@ -98,7 +102,7 @@ def _have(
 
 
 def set_figures(
-    names: Sequence[str], mine: FeatureSet, other: FeatureSet, *, paired: bool = False
+    names: Sequence[str], mine: FeatureSet, other: FeatureSet, *, paired: bool = False, frames: int = 1
 ) -> dict[str, Figure]:
     """Return the figures that compare two sets of features; KID is added where a Frechet distance is of few images.
 
@@ -118,6 +122,9 @@ def set_figures(
         elif name == "kid":
             value, error = kid(_kept(x), _kept(y), paired=paired)
             notes = () if error is None else (f"mean of 100 subsets of 1,000, standard error {error:.1e}",)
+        elif name == "fvd":
+            value = frechet_of_clips(_kept(x), _kept(y), frames)
+            notes = (f"{mine.moments.n // frames:,} videos of {frames} frames; features of frames, not I3D's",)
         elif name == "cmmd":
             value = cmmd(_kept(x), _kept(y))
         else:

@@ -6,7 +6,7 @@ import torch
 
 from quantdm.errors import QuantDMError
 
-CHUNK = 4096  # rows that become float64 at a time
+CHUNK = 1024  # rows that become float64 at a time
 
 
 @dataclass(frozen=True)

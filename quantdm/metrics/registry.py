@@ -7,7 +7,9 @@ from typing import Literal
 from quantdm.errors import QuantDMError, nearest
 from quantdm.metrics import lpips, prompted
 
-Need = Literal["images", "set", "pairs", "prompts", "class scores", "classes", "features kept", "CLIP features"]
+Need = Literal[
+    "images", "set", "pairs", "prompts", "class scores", "classes", "features kept", "CLIP features", "videos"
+]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ METRICS: dict[str, Metric] = {
     "recall": Metric("recall", "higher", ("set", "features kept"), "share of real images that can be made"),
     "density": Metric("density", "higher", ("set", "features kept"), "precision that outliers do not fool"),
     "coverage": Metric("coverage", "higher", ("set", "features kept"), "recall that outliers do not fool"),
+    "fvd": Metric(
+        "FVD-like on {features}", "lower", ("set", "features kept", "videos"), "looks and motion of videos, by frames"
+    ),
     "inception_score": Metric(
         "Inception Score by {features}", "higher", ("class scores",), "sure classes, and many of them; no reference"
     ),
@@ -110,4 +115,5 @@ _WHAT: dict[Need, str] = {
     "classes": "one class per image: a number, or a prompt that names a digit (--prompts, or the images' manifest)",
     "features kept": "the features of the reference, not only sums: make its statistics with --keep-features",
     "CLIP features": "features clip:PATH",
+    "videos": "videos of as many frames on both sides: of video pipelines, or what `evaluate generate` made of them",
 }

@@ -8,13 +8,16 @@ import torch
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest
 from quantdm.metrics.door import check_measures
-from quantdm.metrics.images import ImageSet
+from quantdm.metrics.images import ImageSet, framed
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.to_folder import manifest_of
 from quantdm.pipelines.generate import as_pictures, generate_batches
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.signature import CallSignature, output_of
 from quantdm.pipelines.text_memory import memoized_text_encoders
+
+FRAME_COUNTS = ("num_frames", "video_length")  # what pipelines call the number of frames
 
 
 def sampled_images(
@@ -28,16 +31,40 @@ def sampled_images(
     if draw.images < 2:
         raise QuantDMError(f"images: got {draw.images}, expected two or more: one has no distance to others")
     check_measures(pipe, protocol)
-    manifest = manifest_of(pipe, protocol, draw.seeds, draw.steps)
+    manifest, frames = manifest_of(pipe, protocol, draw.seeds, draw.steps), frames_of(pipe, protocol)
 
     def batches() -> Iterator[torch.Tensor]:
         with told(f"draw {draw.base_seed} of {name}"), memoized_text_encoders(pipe):
-            for found in generate_batches(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size):
+            for found in generate_batches(
+                pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size, lots=True
+            ):
+                if found.images.ndim == 5 and found.images.shape[1] != frames:
+                    raise QuantDMError(
+                        f"videos: got {found.images.shape[1]} frames, expected {frames}; give num_frames in call as "
+                        "the pipeline makes them"
+                    )
                 yield as_pictures(found.images, protocol)
 
     names = tuple(f"{i:06d}" for i in range(draw.images))
     prompts = manifest["prompts"]
-    return ImageSet(
+    found = ImageSet(
         name, names, batches, lambda: digest(manifest["identity"], manifest["versions"]), draw.steps,
         manifest["seeds"], None if prompts is None else tuple(prompts),
     )  # fmt: skip
+    return found if frames == 1 else framed(found, frames)
+
+
+def frames_of(pipe: DiffusionPipeline, protocol: Protocol) -> int:
+    """Return how many frames each video has by the protocol, else by the pipeline's default; 1 for images.
+
+    Raises:
+        QuantDMError: neither says it.
+    """
+    signature = CallSignature.of(pipe)
+    if output_of(signature, protocol) != "video":
+        return 1
+    names = [name for name in FRAME_COUNTS if name in signature]
+    given = [protocol.of_image(0).get(name, signature.parameters[name].default) for name in names]
+    if not given or not isinstance(given[0], int):
+        raise QuantDMError(f"{signature.kind}: how many frames its videos have is not known; give num_frames in call")
+    return given[0]

@@ -15,6 +15,7 @@ from quantdm.metrics import batched, frechet_distance, load_extractor
 from quantdm.metrics.classifier import load_digit_classifier
 from quantdm.metrics.distance import check_features, psnr_of_bytes
 from quantdm.metrics.features import Extractor
+from quantdm.metrics.videos import by_frame, flicker, frechet_of_clips
 from quantdm.pipelines.embedded.digits import digit_of, load_digit_images
 from quantdm.pipelines.generate import Generated, as_pictures, generate_batches
 from quantdm.pipelines.inputs import open_picture, pictures_in
@@ -105,7 +106,9 @@ def draw_samples(
     with told(f"draw {draw.base_seed} ({draw.images} images, {draw.steps} steps) of {what}"):
         kept, seconds, mark = [], 0.0, time.monotonic()
         with memoized_text_encoders(pipe):
-            for found in generate_batches(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size):
+            for found in generate_batches(
+                pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size, lots=True
+            ):
                 seconds += time.monotonic() - mark
                 kept.append(_reduced(found, protocol, extractor))
                 mark = time.monotonic()
@@ -136,7 +139,9 @@ def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
     """Compare samples with the full-precision samples of the same noises.
 
     Returns:
-        fid_fp: Frechet distance of the features. psnr_fp: dB over all paired 8-bit images (None when equal).
+        fid_fp: Frechet distance of the features. psnr_fp: dB over all paired 8-bit images (None when equal). Of videos
+        these are of all frames, and beside them are fvd_fp (see `frechet_of_clips`), psnr_first_fp and psnr_last_fp, of
+        the first and the last frames alone, and flicker_fp, the change from frame to frame over that of the reference.
         flagged, constant: pairs of which at least one image was flagged, or else has one colour only: they tell nothing
         of the quantization, and where both are such, they are equal.
     """
@@ -149,7 +154,19 @@ def compare(samples: Samples, reference: Samples) -> dict[str, float | None]:
     return {
         "fid_fp": frechet_distance(samples.features, reference.features),
         "psnr_fp": None if paired == float("inf") else paired,
+        **(_compare_videos(samples, reference) if samples.frames > 1 else {}),
         **count_blank(samples, reference),
+    }
+
+
+def _compare_videos(samples: Samples, reference: Samples) -> dict[str, float | None]:
+    frames = samples.frames
+    psnr, still = by_frame(samples.images, reference.images, frames), flicker(reference.images, frames)
+    return {
+        "fvd_fp": frechet_of_clips(samples.features, reference.features, frames),
+        "psnr_first_fp": None if psnr[0] == float("inf") else psnr[0],
+        "psnr_last_fp": None if psnr[-1] == float("inf") else psnr[-1],
+        "flicker_fp": flicker(samples.images, frames) / still if still else None,
     }
 
 

@@ -101,7 +101,8 @@ def generate_to_folder(
         seeds: neighbours, one per image.
         folder: where to; of this pipeline, protocol and seeds only.
         steps: denoising steps (None: the protocol's).
-        batch_size: images at once at most; images do not depend on it (to rounding).
+        batch_size: images at once at most; small images of small pipelines are the same bit by bit whatever it is, and
+            larger ones to rounding.
         shard: number and count of this process; all write to one folder.
         latents: write what the denoiser made, as `00000i.safetensors`, instead of pictures.
         what: shown beside the bar.
@@ -125,9 +126,12 @@ def generate_to_folder(
         for start, stop in _runs(lacks):
             at = start
             batches = generate_batches(
-                pipe, protocol, seeds[start:stop], steps=steps, first=start, batch_size=batch_size
+                pipe, protocol, seeds[start:stop], steps=steps, first=start, batch_size=batch_size,
+                lots=True,
             )  # fmt: skip
             for found in batches:
+                if found.images.ndim == 5:
+                    _tell_frames(folder, found.images.shape[1])
                 for image in found.images:
                     _write(folder, at, image, protocol, latents)
                     at += 1
@@ -148,6 +152,13 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
     if others:
         raise QuantDMError(f"{folder}: is not empty and has no {MANIFEST}; choose another folder")
     write_json(path, manifest)
+
+
+def _tell_frames(folder: Path, frames: int) -> None:
+    """Write into the manifest how many frames a picture holds; nobody knows before the first video is there."""
+    record = read_json(folder / MANIFEST, version=VERSION)
+    if record.get("frames") != frames:
+        write_json(folder / MANIFEST, {**record, "frames": frames})
 
 
 def _path(folder: Path, index: int, latents: bool) -> Path:

@@ -16,7 +16,7 @@ from quantdm.pipelines.parts import find_denoisers, get_denoiser
 from quantdm.pipelines.planning import arguments_of, plan, stands_alone
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.signature import CallSignature, output_of
-from quantdm.pipelines.sizes import auto_batch, halve_batch, held, is_out_of_memory
+from quantdm.pipelines.sizes import LOT, auto_batch, come_in_lots, halve_batch, held, is_out_of_memory
 
 # What pipelines call the list of the images that their safety checker blanked.
 FLAGS = ("nsfw_content_detected", "nsfw_detected")
@@ -43,6 +43,7 @@ def generate(
     steps: int | None = None,
     first: int = 0,
     batch_size: int | Literal["auto"] = "auto",
+    lots: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
     """Generate one image (or video) per seed; image i is given what the protocol says of image `first + i`.
@@ -55,6 +56,9 @@ def generate(
         first: index of the first image.
         batch_size: images per call of the pipeline at most ("auto": found from memory, see `auto_batch`); halved where
             memory runs out. Videos and images with pictures are made one by one in any case.
+        lots: make the small images of small pipelines in lots of one size, the last filled up, whatever `batch_size`
+            says: sums in products of other shapes are rounded otherwise, so only then an image is the same bit by bit
+            in every batch. Off where calls are recorded: what fills a lot up is no image.
         progress: called with the number of images done after every batch.
 
     Returns:
@@ -68,7 +72,7 @@ def generate(
     found = [
         batch.images
         for batch in generate_batches(
-            pipe, protocol, seeds, steps=steps, first=first, batch_size=batch_size, progress=progress
+            pipe, protocol, seeds, steps=steps, first=first, batch_size=batch_size, lots=lots, progress=progress
         )
     ]
     return torch.cat(found).contiguous()
@@ -82,6 +86,7 @@ def generate_batches(
     steps: int | None = None,
     first: int = 0,
     batch_size: int | Literal["auto"] = "auto",
+    lots: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[Generated]:
     """Generate as `generate` does, and yield the images of every call as they come, in the order of the seeds."""
@@ -89,30 +94,32 @@ def generate_batches(
     if not len(seeds):
         raise QuantDMError("images: got no seeds, expected one or more, one per image")
     signature = CallSignature.of(pipe)
-    output = output_of(signature, protocol)
-    alone = stands_alone(signature, protocol, output)
+    alone = stands_alone(signature, protocol, output := output_of(signature, protocol))
     most = most_at_once(pipe, protocol, batch_size)
     if most < 1:
         raise QuantDMError(f"batch_size: got {most}, expected one image or more, or 'auto'")
-    shape, start = None, 0
+    fill = lots and not alone and come_in_lots(pipe, protocol)
+    most, shape, start = LOT if fill else most, None, 0
     while start < len(seeds):  # planned anew after every call: memory may have said that fewer images fit
         call = next(plan(signature, protocol, len(seeds) - start, first=first + start, most=most))
         batch = list(seeds[start : start + call.count])
+        call = call.filled(LOT) if fill else call
         settings = arguments_of(
-            pipe, signature, protocol, call, generators=image_generators(batch), steps=steps or protocol.steps,
-            output=output, alone=alone,
+            pipe, signature, protocol, call,
+            generators=image_generators(batch + batch[-1:] * (call.count - len(batch))),
+            steps=steps or protocol.steps, output=output, alone=alone,
         )  # fmt: skip
         take_back = mark_recordings(find_denoisers(pipe).values())
         out = _call(pipe, settings, batch)
         if out is None:
             take_back()
-            most = halve_batch(pipe, call.count)
+            most, fill = halve_batch(pipe, call.count), False
             continue
-        start += call.count
-        images = results_of(pipe, out, output, len(batch))
+        start += len(batch)
+        images = results_of(pipe, out, output, call.count)[: len(batch)]
         check_pixels(images, batch)
         shape = _same_shape(images, shape, batch[0])
-        yield Generated(images, _flags(out, len(batch)))
+        yield Generated(images, _flags(out, call.count)[: len(batch)])
         if progress is not None:
             progress(len(batch))
 

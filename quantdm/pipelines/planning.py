@@ -1,7 +1,7 @@
 """From a protocol to calls of a pipeline: which images one call makes, and with which arguments."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,13 @@ class PlannedCall:
     shared: dict[str, Any]
     each: dict[str, list[Any]] = field(default_factory=dict)
     count: int = 0
+
+    def filled(self, count: int) -> "PlannedCall":
+        """Return a call of `count` images: the last one again where there are fewer."""
+        more = count - self.count
+        return replace(
+            self, each={name: values + values[-1:] * more for name, values in self.each.items()}, count=count
+        )
 
 
 def stands_alone(signature: CallSignature, protocol: Protocol, output: Output) -> bool:

@@ -16,6 +16,7 @@ from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol
 
 MOST_IMAGES = 250  # of one batch
+LOT, _OF_LOT = 16, 2**28  # images that small pipelines make at once whatever is asked for, and the memory they may take
 # How many feature maps of the widest kind at full size are alive at once: measured in the decoder of SD (256 and 512
 # pixels, one and four images) 4.1 to 5.3, in U-Nets on pixels, which keep what they pass on by skips, 10 to 15.
 _OF_DECODER, _OF_UNET = 6, 16
@@ -73,6 +74,11 @@ def bytes_per_image(pipe: DiffusionPipeline, protocol: Protocol) -> int:
         widths = [w for part in find_denoisers(pipe).values() for w in _widths(part)[:2]]
         channels, copies = max(widths, default=_USUAL_WIDTH), _OF_UNET
     return width * height * channels * copies * 4
+
+
+def come_in_lots(pipe: DiffusionPipeline, protocol: Protocol) -> bool:
+    """Tell whether a lot of images is so small that it fits anywhere; configurations decide, and whether one failed."""
+    return held(pipe, LOT) == LOT and LOT * bytes_per_image(pipe, protocol) <= _OF_LOT
 
 
 def auto_batch(pipe: DiffusionPipeline, protocol: Protocol) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from quantdm.denoisers.graph import Graph, Node
-from quantdm.report.drawing import RADIUS, SMALL, Layout, boxes, edges, layout
+from quantdm.report.drawing import ASPECT, RADIUS, SMALL, Layout, boxes, edges, layout
 from quantdm.report.figures import describe
 from quantdm.report.markup import esc, figure, missing
 from quantdm.report.records import Records
@@ -14,6 +14,7 @@ from quantdm.report.wording import percent
 from quantdm.surrogates import SearchSpace
 
 LEAST, MOST = 2, 8  # bits at the ends of the colours
+SLIM = 0.25  # width over height on a phone
 TOP = 40.0  # of the drawing's head, which the page says in words
 
 
@@ -25,22 +26,33 @@ def atlas(records: Records) -> str:
     if choice is None:
         return missing("recipe.yaml", "No recipe to draw on the graph")
     bits = space.gather(space.bits, choice)[0] / space.num_weights
-    svg = drawn(space, bits, [_tip(space, choice, position) for position in range(len(space.layers))])
+    tips = [_tip(space, choice, position) for position in range(len(space.layers))]
     caption = (
         f"{len(space.layers)} layers from input to output, in rows like text: circles are layers with their bits per "
         "weight (codebooks and scales included), deeper colours for more; dots are operations without weights, boxes "
         "are blocks. Point at a node, or go to the map with the Tab key and through it with the arrow keys. The "
         "table of all layers says the same."
     )
-    return figure(svg, "Where the bits are.", caption)
+    slim = drawn(space, bits, tips, aspect=SLIM)
+    return figure(drawn(space, bits, tips), "Where the bits are.", caption, narrow=slim)
 
 
 def drawn(
-    space: SearchSpace, bits: np.ndarray, tips: Sequence[str], *, over: Callable[[Layout], str] = lambda place: ""
+    space: SearchSpace,
+    bits: np.ndarray,
+    tips: Sequence[str],
+    *,
+    aspect: float = ASPECT,
+    over: Callable[[Layout], str] = lambda place: "",
 ) -> str:
-    """Return the graph as an SVG with bits [L] in its nodes and a tip per layer; `over` draws on its edges."""
+    """Return the graph as an SVG with bits [L] in its nodes and a tip per layer.
+
+    Args:
+        aspect: width over height.
+        over: draws on its edges.
+    """
     graph = space.graph
-    place = layout(graph)
+    place = layout(graph, aspect=aspect)
     marks = "".join(_mark(graph, node, place.xy[node.id], space, bits, tips) for node in graph.nodes)
     ground = themed("\n".join([*boxes(graph, place), *edges(graph, place)]))
     width, height = round(place.width), round(place.height - TOP)

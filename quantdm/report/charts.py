@@ -19,14 +19,15 @@ MARKS = {
 }
 
 
-def methods(space: SearchSpace, values: NDArray[np.float64] | None) -> str:
+def methods(space: SearchSpace, values: NDArray[np.float64] | None, *, narrow: bool = False) -> str:
     """Draw per method the median one-layer error, and the mean learned value, against the bits that it costs."""
     families = list(dict.fromkeys(family(option) for option in space.options if option != ORIGINAL))
     cost = space.bits.sum(axis=0) / space.num_weights.sum()
     tables = [("Measured: median one-layer error (log scale)", np.median(space.noise_error, axis=0))]
     tables += [] if values is None else [("Learned: mean value in −log FID per layer", values.mean(axis=0))]
-    with chart(2.7, "Methods against the bits they cost") as canvas:
-        found = canvas.axes(1, 2, squeeze=False)[0]
+    panels = len(tables) if narrow else 2
+    with chart(2.9 * panels if narrow else 2.7, "Methods against the bits they cost", narrow=narrow) as canvas:
+        found = canvas.panels(panels)
         for axes, (title, heights) in zip(found, tables, strict=False):
             for name in families:
                 members = [i for i, option in enumerate(space.options) if family(option) == name]
@@ -35,7 +36,7 @@ def methods(space: SearchSpace, values: NDArray[np.float64] | None) -> str:
                 for i in members:
                     mark = axes.plot(cost[i], heights[i], "o", ms=5, color=hue, mec="white", mew=0.6)[0]
                     canvas.hover(mark, f"{describe(space.labels[i])}: {cost[i]:.3f} bits, {heights[i]:.3g}")
-            axes.set(title=title, xlabel="average bits per weight, overhead included")
+            axes.set(title=canvas.fold(title), xlabel="average bits per weight, overhead included")
             axes.grid(axis="y")
         found[0].set_yscale("log")
         as_percent(found[0].yaxis, log=True)

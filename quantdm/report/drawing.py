@@ -93,8 +93,11 @@ def _check(graph: Graph, values: Mapping[str, float], log: bool) -> dict[str, fl
 # -------------------------------------------------------------------------------------------------------------- layout
 
 
-def layout(graph: Graph) -> Layout:
-    """Place nodes by rank (horizontally) and lane, and break the line of ranks into rows between blocks."""
+def layout(graph: Graph, *, aspect: float = ASPECT) -> Layout:
+    """Place nodes by rank (horizontally) and lane, and break the line of ranks into rows between blocks.
+
+    `aspect` is the width over the height that the wrapping aims at.
+    """
     rank = _ranks(graph)
     lane = _lanes(graph, rank)
     last = int(rank.max(initial=0))
@@ -103,7 +106,7 @@ def layout(graph: Graph) -> Layout:
         members = [rank[node.id] for node in graph.nodes if node.block == block.index]
         free[min(members, default=0) + 1 : max(members, default=0) + 1] = False
     heights = np.ptp(lane) + 2 if len(lane) else 1
-    per_row = max(12, round(np.sqrt(ASPECT * (last + 1) * (heights * LANE + GAP) / STEP)))
+    per_row = max(12, round(np.sqrt(aspect * (last + 1) * (heights * LANE + GAP) / STEP)))
     starts = [0]
     while last + 1 - starts[-1] > per_row:
         end = starts[-1] + per_row

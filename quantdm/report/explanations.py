@@ -35,15 +35,16 @@ def sensitivities(records: Records) -> str:
             f"{order}. Left: relative squared error of the denoiser's output when a single layer is quantized, on "
             f"full-precision trajectories of {records.settings.noise_images} images at middle timesteps{floor}.{right}"
         )
-        svg = layer_charts.sensitivity(space, groups, learned, title)
-        html += f"<h3>Per {title}</h3>" + figure(svg, "Where precision is worth its bits.", caption)
+        svg, slim = (layer_charts.sensitivity(space, groups, learned, title, narrow=n) for n in (False, True))
+        html += f"<h3>Per {title}</h3>" + figure(svg, "Where precision is worth its bits.", caption, narrow=slim)
     caption = (
         "Left: median over all layers of the one-layer error, against what each method really costs with its codebooks "
         f"and scales.{'' if values is None else f' Right: mean value under the {source} surrogate.'}"
     )
     html += "<h3>Per method</h3>" + figure(
-        charts.methods(space, values), "What each method gives for its bits.", caption
-    )
+        charts.methods(space, values), "What each method gives for its bits.", caption,
+        narrow=charts.methods(space, values, narrow=True),
+    )  # fmt: skip
     if values is None:
         html += missing("attribution.json", "What the surrogates learned is not shown")
     return html
@@ -76,12 +77,14 @@ def allocation(records: Records) -> str:
         "Bits per layer.",
         f"All {len(space.layers)} layers in data-flow order. Above: bits of the codes, coloured by method. Below: the "
         "error of the output that this layer alone causes with the option it got. The table below has their names.",
+        narrow=layer_charts.bits_per_layer(space, choice, narrow=True),
     )
     html += figure(
         layer_charts.shares_per_type(space, choice),
         "Method and bits per operation type.",
         "Share of each operation type's weights that got each option; beside it its average bits (codebooks and scales "
         "included), its share of all weights and its share of all bits.",
+        narrow=layer_charts.shares_per_type(space, choice, narrow=True),
     )
     error, bits = space.gather(space.noise_error, choice)[0], space.gather(space.bits, choice)[0]
     rows = []

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -32,7 +33,8 @@ HUES = {
     ("log2", "group"): "#3d6b52",
 }
 NAMES = {"uniform": "uniform", "kmeans": "k-means", "log2": "log2"}
-WIDTH = 10.0  # inches; a chart is scaled to the page, so this sets the size of its text
+WIDTH, NARROW = 10.0, 4.2  # inches, of a page and of a phone; a chart is scaled, so this sets the size of its text
+FOLD = 40  # characters of a title or an axis in a row on a phone
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -75,14 +77,24 @@ STYLE: dict[Any, Any] = {
 class Canvas:
     """A figure being drawn: its axes, and the hover titles given to its parts."""
 
-    def __init__(self, figure: "Figure") -> None:
-        self.figure = figure
+    def __init__(self, figure: "Figure", *, narrow: bool = False) -> None:
+        self.figure, self.narrow = figure, narrow
         self._titles: list[str] = []
         self.svg = ""
 
     def axes(self, rows: int = 1, columns: int = 1, **grid: Any) -> Any:
         """Return axes as `Figure.subplots` does."""
         return self.figure.subplots(rows, columns, **grid)
+
+    def panels(self, count: int, **grid: Any) -> Any:
+        """Return axes beside each other, on a phone below each other."""
+        return (
+            self.axes(count, 1, squeeze=False)[:, 0] if self.narrow else self.axes(1, count, squeeze=False, **grid)[0]
+        )
+
+    def fold(self, text: str) -> str:
+        """Break a title into rows on a phone."""
+        return textwrap.fill(text, FOLD) if self.narrow else text
 
     def hover(self, artist: Any, text: str) -> None:
         """Give a drawn part a title that the browser shows under the pointer."""
@@ -107,18 +119,20 @@ class Canvas:
 
 
 @contextmanager
-def chart(height: float, label: str) -> Iterator[Canvas]:
+def chart(height: float, label: str, *, narrow: bool = False) -> Iterator[Canvas]:
     """Yield a canvas in the house style; afterwards `canvas.svg` holds the chart.
 
     Args:
-        height: in inches, at `WIDTH` inches of width.
+        height: in inches, at `WIDTH` inches of width, on a phone at `NARROW`.
         label: what one sees, for readers who cannot; it also keeps the ids of several charts on a page apart.
+        narrow: for a phone.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
-        canvas = Canvas(Figure(figsize=(WIDTH, height), layout="constrained"))
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": f"{label}{' on a phone' if narrow else ''}"}):
+        size = (NARROW if narrow else WIDTH, height)
+        canvas = Canvas(Figure(figsize=size, layout="constrained"), narrow=narrow)
         yield canvas
         canvas.svg = canvas.finish(label)
 
@@ -170,22 +184,22 @@ def tint(hue: str, strength: float) -> str:
 # ---------------------------------------------------------------------------------------------------------------- axes
 
 
-def plain_log(axis: Any, *, dense: float = 300) -> None:
-    """Write the ticks of a log axis as plain numbers, at 1, 2 and 5 where it spans less than a factor of `dense`."""
+def plain_log(axis: Any, *, dense: float = 300, most: int | None = None) -> None:
+    """Write about `most` ticks of a log axis as plain numbers, at 1, 2 and 5 where it spans less than `dense`."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < dense else (1,)))
+    axis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high / low < dense else (1,), numticks=most))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def as_percent(axis: Any, *, log: bool = False) -> None:
-    """Write the ticks of an axis as per cent."""
+def as_percent(axis: Any, *, log: bool = False, most: int | None = None) -> None:
+    """Write the ticks of an axis as per cent, on a log scale about `most`."""
     from matplotlib.ticker import FuncFormatter
 
     if log:
-        plain_log(axis, dense=60)
+        plain_log(axis, dense=60, most=most)
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.8f}".rstrip("0").rstrip(".") + " %"))
 
 
@@ -202,10 +216,10 @@ def rows_of(axes: "Axes", names: Sequence[str], *, mono: bool = True) -> None:
             label.set_fontsize(7.5)
 
 
-def legend_above(canvas: Any, *found: Any) -> None:
+def legend_above(canvas: Canvas, *found: Any) -> None:
     entries = [entry for axes in found for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
     handles, labels = [handle for handle, _ in entries], [label for _, label in entries]
-    canvas.figure.legend(handles, labels, loc="outside upper left", ncols=4, columnspacing=1.6)
+    canvas.figure.legend(handles, labels, loc="outside upper left", ncols=2 if canvas.narrow else 4, columnspacing=1.6)
 
 
 def short_name(name: str, limit: int = 44) -> str:

@@ -12,8 +12,10 @@ from quantdm.report.figures import describe
 from quantdm.report.markup import esc, missing, paragraph, spread_cell, table
 from quantdm.report.plot import Plot, around
 from quantdm.report.records import Records
+from quantdm.report.sections import draws_of
 from quantdm.report.sizes import Size, front, other_sizes, read_values
 from quantdm.report.wording import megabytes
+from quantdm.runs.resize import SENSITIVITY
 from quantdm.schemes import Scheme
 
 LEAST = 1e-9  # distances are drawn on a log scale
@@ -40,8 +42,9 @@ def frontier(records: Records) -> str:
     if others or rows:
         protocol = (records.summary or {}).get("protocol", {})
         images, steps = protocol.get("images", settings.verify_images), protocol.get("steps", settings.protocol.steps)
-        draws = len(protocol.get("draws", []))
-        spreads = f"one standard deviation over {draws} draws" if draws > 1 else "one draw, so no spread"
+        counts = draws_of(list(rows.values())) or [len(protocol.get("draws", []))]
+        draws = " or ".join(map(str, counts))
+        spreads = f"one standard deviation over {draws} draws" if max(counts) > 1 else "one draw, so no spread"
         final = _figure(
             _final_plot(records, others),
             f"{'Result' if rows else 'Verification'}: {images:,} images, {steps} steps",
@@ -109,8 +112,8 @@ def _mark_recipe(plot: Plot, records: Records) -> None:
     labels = records.space.config(records.choice).to_labels()
     same = next((t["fid_fp"] for t in records.trials if t["config"] == labels), None)
     reading = read_values(records)
-    if same is None and reading is not None and records.explanation is not None:
-        fid, word = reading.fid(float(records.explanation[1].total(records.choice)[0])), "predicted here"
+    if same is None and reading is not None:
+        fid, word = reading.fid(records.choice), "predicted here"
     elif same is not None:
         fid, word = same, "as measured here"
     else:
@@ -140,7 +143,8 @@ def _final_plot(records: Records, candidates: dict[str, dict[str, Any]]) -> str:
         kind, x = ("chosen" if name == "recipe" else "rival"), row["avg_bits"]
         low, high = _reach(row)
         plot.upright(x, low, high, f"spread {kind}")
-        tip = f"{MARKS[name]}: {x:.3f} bits, fid_fp {spread(row['fid_fp'], row.get('fid_fp_sd'))}"
+        over = f", {row['draws']} draws" if "draws" in row else ""
+        tip = f"{MARKS[name]}: {x:.3f} bits, fid_fp {spread(row['fid_fp'], row.get('fid_fp_sd'))}{over}"
         plot.dot(x, row["fid_fp"], kind, tip, radius=5.5 if name == "recipe" else 4)
     plot.labels(
         [(r["avg_bits"], r["fid_fp"], MARKS[n], "strong" if n == "recipe" else "name") for n, r in rows.items()]
@@ -158,10 +162,10 @@ def _reach(row: dict[str, Any]) -> tuple[float, float]:
 
 def _choose(records: Records, sizes: Sequence[Size]) -> str:
     """Return the slider over predicted sizes (it needs the script) and the same as a table (it does not)."""
-    if not sizes or records.explanation is None:
+    reading = read_values(records)
+    if not sizes or reading is None:
         return ""
-    name = records.explanation[0]
-    command = f"quantdm select --run-dir RUN_DIR --by {name} --target-bits {{bits}} -o recipe.yaml"
+    command = f"quantdm select --run-dir RUN_DIR --by {reading.name} --target-bits {{bits}} -o recipe.yaml"
     entries = [
         {
             "says": f"{s.bits:.2f} bits per weight, {megabytes(s.denoiser_bytes)}: predicted fid_fp {s.fid:.2g}, "
@@ -181,10 +185,12 @@ def _choose(records: Records, sizes: Sequence[Size]) -> str:
         for s in sizes
     ]
     head = [("Bits", "per weight"), ("Denoiser", "on disk"), ("FID to full", "predicted"), ("Range", "trials scatter")]
+    by = "one-layer sensitivities" if reading.name == SENSITIVITY else f"the {reading.name} surrogate's values"
     note = (
-        f"Predicted, not measured: the best recipe of each size by the {name} surrogate's values, read as fid_fp by a "
-        "line through the trials; the range is two standard deviations of the trials around it. What is best by a "
-        "prediction is often a little worse than predicted."
+        f"Predicted, not measured: the best recipe of each size by {by}, which of all explanations predict the trials "
+        "best, read as fid_fp by a curve through the trials that never falls. The range is two standard deviations of "
+        "trials of such totals that the curve was not fitted to. What is best by a prediction is often a little worse "
+        "than predicted."
     )
     listing = f"<details><summary>All {len(sizes)} predicted sizes</summary>{table(head, rows)}</details>"
     return f"<h3>Other sizes, predicted</h3>{slider}{paragraph(note, 'caption')}{listing}"

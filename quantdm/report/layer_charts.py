@@ -12,9 +12,11 @@ from quantdm.report.figures import (
     FLOOR,
     INK,
     MUTED,
+    NARROW,
     RECIPE,
     ROW,
     RULE,
+    WIDTH,
     Canvas,
     as_percent,
     bits_strength,
@@ -31,23 +33,38 @@ from quantdm.report.insights import Group, group_layers, least_error, widths
 from quantdm.report.wording import percent
 from quantdm.surrogates import SearchSpace
 
+LONG, SHORT = 44, 22  # characters of a name on a page and on a phone
+COLUMNS = ((8, "avg bits"), (62, "of weights"), (116, "of bits"))
 
-def sensitivity(space: SearchSpace, groups: Sequence[Group], learned: NDArray[np.float64] | None, title: str) -> str:
+
+def sensitivity(
+    space: SearchSpace,
+    groups: Sequence[Group],
+    learned: NDArray[np.float64] | None,
+    title: str,
+    *,
+    narrow: bool = False,
+) -> str:
     """Draw box plots per group of layers: one-layer noise error at every bit-width, and the learned value of bits.
 
     Args:
         groups: operation types or blocks, drawn in this order.
         learned: per layer the value between the narrowest and the widest option under an explanation, [L], or None.
         title: names the groups.
+        narrow: for a phone: panels below each other.
     """
     panels = 1 if learned is None else 2
-    with chart(0.95 + 0.33 * len(groups), f"Sensitivity per {title}") as canvas:
-        found = canvas.axes(1, panels, squeeze=False, sharey=True, width_ratios=(1.7, 1)[:panels])[0]
+    names = [short_name(group.name, SHORT if narrow else LONG) for group in groups]
+    height = 0.95 + 0.33 * len(groups)
+    with chart(panels * (height + 0.5) if narrow else height, f"Sensitivity per {title}", narrow=narrow) as canvas:
+        found = canvas.panels(panels, sharey=True, width_ratios=(1.7, 1)[:panels])
         _measured_panel(canvas, found[0], space, groups)
-        rows_of(found[0], [short_name(group.name) for group in groups])
-        as_percent(found[0].xaxis, log=True)
+        rows_of(found[0], names)
+        as_percent(found[0].xaxis, log=True, most=4 if narrow else None)
         if learned is not None:
             _learned_panel(canvas, found[1], widths(space), groups, learned)
+            if narrow:
+                rows_of(found[1], names)
     return canvas.svg
 
 
@@ -69,10 +86,11 @@ def _measured_panel(canvas: Canvas, axes: Any, space: SearchSpace, groups: Seque
     lowest = max(float(least_error(space, sizes[-1]).min()), floor)
     axes.set_xlim(lowest / 1.6, top * 1.6)
     axes.grid(axis="x")
-    axes.set_title("Measured: error of the output when one layer is quantized")
-    axes.set_xlabel("share of the output's energy (log scale, best method at each bit-width)")
-    axes.legend(loc="lower left", ncols=len(sizes), bbox_to_anchor=(0.0, 1.0), borderaxespad=0.0, columnspacing=1.2)
-    axes.set_title(axes.get_title("left"), pad=22)
+    axes.set_xlabel(canvas.fold("share of the output's energy (log scale, best method at each bit-width)"))
+    columns = min(len(sizes), 4) if canvas.narrow else len(sizes)
+    axes.legend(loc="lower left", ncols=columns, bbox_to_anchor=(0.0, 1.0), borderaxespad=0.0, columnspacing=1.2)
+    title = canvas.fold("Measured: error of the output when one layer is quantized")
+    axes.set_title(title, pad=10 + 12 * -(-len(sizes) // columns))
 
 
 def _learned_panel(
@@ -86,7 +104,7 @@ def _learned_panel(
     axes.set_xlim(low - pad, high + pad)
     axes.axvline(0, color=FAINT, lw=0.8, zorder=0)
     axes.grid(axis="x")
-    axes.set_title(f"Learned: worth of {sizes[-1]} instead of {sizes[0]} bits", pad=22)
+    axes.set_title(f"Learned: worth of {sizes[-1]} instead of {sizes[0]} bits", pad=8 if canvas.narrow else 22)
     axes.set_xlabel("gain in −log FID per layer, as explained")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -101,23 +119,24 @@ def _box(axes: Any, values: NDArray[np.float64], y: float, height: float, hue: s
     return box
 
 
-def bits_per_layer(space: SearchSpace, choice: NDArray[np.int64]) -> str:
+def bits_per_layer(space: SearchSpace, choice: NDArray[np.int64], *, narrow: bool = False) -> str:
     """Draw the bits of every layer in data-flow order, coloured by scheme, above the noise error that it costs."""
     order = np.argsort([layer.index for layer in space.layers], kind="stable")
     schemes = [space.options[o] for o in choice]
     true = space.gather(space.noise_error, choice)[0]
     error = np.maximum(true, FLOOR * true.max())
-    with chart(4.2, "Bits per layer in data-flow order") as canvas:
+    mark = 2.6 if narrow else 4.2
+    with chart(4.2, "Bits per layer in data-flow order", narrow=narrow) as canvas:
         top, bottom = canvas.axes(2, 1, sharex=True, height_ratios=(1.5, 1))
         for x, position in enumerate(order):
             layer, scheme = space.layers[position], schemes[position]
             text = f"{layer.name}: {describe(scheme.label)}, {layer.num_weights:,} weights, "
             text += f"one-layer error {percent(float(true[position]))}"
             canvas.hover(top.bar(x, scheme.bits, width=0.82, color=color(scheme), lw=0)[0], text)
-            canvas.hover(bottom.plot(x, error[position], "o", ms=4.2, color=color(scheme), mec=MUTED, mew=0.5)[0],
-                         text)  # fmt: skip
+            dot = bottom.plot(x, error[position], "o", ms=mark, color=color(scheme), mec=MUTED, mew=0.5)[0]
+            canvas.hover(dot, text)
             bottom.plot([x, x], [error.min() / 2, error[position]], color=RULE, lw=1, zorder=0)
-        _stages(top, bottom, [space.layers[position].name for position in order])
+        _stages(canvas, top, bottom, [space.layers[position].name for position in order])
         top.set_yticks(range(0, max(s.bits for s in schemes) + 1))
         top.set(ylabel="bits of the codes", xlim=(-0.8, len(order) - 0.2))
         for scheme in sorted(set(schemes), key=lambda s: (family(s), s.bits)):
@@ -131,9 +150,10 @@ def bits_per_layer(space: SearchSpace, choice: NDArray[np.int64]) -> str:
     return canvas.svg
 
 
-def _stages(top: Any, bottom: Any, names: Sequence[str]) -> None:
+def _stages(canvas: Canvas, top: Any, bottom: Any, names: Sequence[str]) -> None:
     """Mark the runs of layers that share a numbered parent, and name those that are wide enough."""
     starts: list[tuple[int, str]] = []
+    character = CHARACTER * (WIDTH / NARROW if canvas.narrow else 1)
     for x, name in enumerate(names):
         if not starts or starts[-1][1] != _stage(name):
             starts.append((x, _stage(name)))
@@ -144,13 +164,13 @@ def _stages(top: Any, bottom: Any, names: Sequence[str]) -> None:
                 axes.axvline(start - 0.5, color=RULE, lw=0.7, zorder=0)
         parent, _, number = stage.rpartition(".")
         for text in (stage, number if parent else ""):
-            if text and (end - start) / len(names) > CHARACTER * (len(text) + 1):
+            if text and (end - start) / len(names) > character * (len(text) + 1):
                 ticks.append(((start + end - 1) / 2, text))
                 numbered |= {parent} if text != stage else set()
                 break
     bottom.set_xticks([x for x, _ in ticks], [text for _, text in ticks])
     where = f" (numbers: {', '.join(sorted(numbered))})" if numbered else ""
-    bottom.set_xlabel(f"layers in data-flow order{where}")
+    bottom.set_xlabel(canvas.fold(f"layers in data-flow order{where}"))
 
 
 def _stage(name: str) -> str:
@@ -158,11 +178,13 @@ def _stage(name: str) -> str:
     return f"{parts[0]}.{parts[1]}" if len(parts) > 1 and parts[1].isdigit() else parts[0]
 
 
-def shares_per_type(space: SearchSpace, choice: NDArray[np.int64]) -> str:
+def shares_per_type(space: SearchSpace, choice: NDArray[np.int64], *, narrow: bool = False) -> str:
     """Draw per operation type how its weights are spread over schemes, with its average bits and share of weights."""
     groups = group_layers(space, "op_type", choice)
     used = sorted(set(choice.tolist()), key=lambda o: (family(space.options[o]), space.options[o].bits))
-    with chart(0.95 + ROW * len(groups), "Method and bits per operation type") as canvas:
+    legend = 0.2 * -(-len(used) // 2) if narrow else 0.35
+    beside = COLUMNS[:2] if narrow else COLUMNS  # points right of the bars
+    with chart(0.6 + legend + ROW * len(groups), "Method and bits per operation type", narrow=narrow) as canvas:
         axes = canvas.axes()
         for row, group in enumerate(groups):
             left, weights = 0.0, space.num_weights[group.members]
@@ -173,14 +195,11 @@ def shares_per_type(space: SearchSpace, choice: NDArray[np.int64]) -> str:
                     bar = axes.barh(row, share, left=left, height=0.66, color=color(scheme), lw=0)[0]
                     canvas.hover(bar, f"{group.name}: {percent(share)} of its weights, {describe(scheme.label)}")
                     left += share
-            for x, text in (
-                (8, f"{group.avg_bits:.2f}"),
-                (62, percent(group.weight_share)),
-                (116, percent(group.bit_share or 0)),
-            ):
+            texts = (f"{group.avg_bits:.2f}", percent(group.weight_share), percent(group.bit_share or 0))
+            for (x, _), text in zip(beside, texts, strict=False):
                 axes.annotate(text, (1, row), (x + 34, 0), xycoords=("axes fraction", "data"), va="center", ha="right",
                               textcoords="offset points", fontsize=8)  # fmt: skip
-        for x, text in ((8, "avg bits"), (62, "of weights"), (116, "of bits")):
+        for x, text in beside:
             axes.annotate(text, (1, -1), (x + 34, 0), xycoords=("axes fraction", "data"), va="center", ha="right",
                           textcoords="offset points", fontsize=7.5, color=MUTED)  # fmt: skip
         for option in used:
@@ -190,5 +209,5 @@ def shares_per_type(space: SearchSpace, choice: NDArray[np.int64]) -> str:
         axes.set_xlim(0, 1)
         axes.set_xticks([])
         axes.spines["bottom"].set_visible(False)
-        rows_of(axes, [short_name(group.name) for group in groups])
+        rows_of(axes, [short_name(group.name, SHORT if narrow else LONG) for group in groups])
     return canvas.svg

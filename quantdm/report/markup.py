@@ -37,13 +37,12 @@ def missing(record: str, what: str) -> str:
     )
 
 
-def figure(content: str, title: str, caption: str, *, kind: str = "chart") -> str:
-    """Return a figure with a caption that starts with a short title."""
+def figure(content: str, title: str, caption: str, *, kind: str = "chart", narrow: str = "") -> str:
+    """Return a figure with a caption that starts with a short title; `narrow` is the chart as a phone shows it."""
     content = themed(content) if kind == "chart" else content
-    return (
-        f'<figure><div class="{kind}">{content}</div>'
-        f"<figcaption><b>{esc(title)}</b> {esc(caption)}</figcaption></figure>"
-    )
+    shown = f'<div class="{kind}{" broad" if narrow else ""}">{content}</div>'
+    shown += f'<div class="{kind} slim">{themed(narrow)}</div>' if narrow else ""
+    return f"<figure>{shown}<figcaption><b>{esc(title)}</b> {esc(caption)}</figcaption></figure>"
 
 
 def table(

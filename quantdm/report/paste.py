@@ -4,6 +4,7 @@ from typing import Any
 
 from quantdm.report.glance import answers
 from quantdm.report.records import Records
+from quantdm.report.sections import draws_of
 from quantdm.report.wording import guidance, megabytes, model_label, plus_minus
 
 COLUMNS = (("Row", "---"), ("Bits", "--:"), ("Denoiser", "--:"), ("fid_fp", "--:"), ("PSNR", "--:"))
@@ -16,10 +17,11 @@ def markdown(records: Records) -> str:
     lines = [title, "", *(f"- **{a.question}** {_plain(a.sentence)}" for a in answers(records))]
     if records.rows:
         real = "fid_real" in next(iter(records.rows.values()))
-        columns = (*COLUMNS, ("fid_real", "--:")) if real else COLUMNS
+        counted = len(draws_of(summary.get("rows", []))) > 1
+        columns = (*COLUMNS, *[("fid_real", "--:")] * real, *[("Draws", "--:")] * counted)
         lines += ["", "| " + " | ".join(name for name, _ in columns) + " |"]
         lines.append("|" + "|".join(rule for _, rule in columns) + "|")
-        lines += ["| " + " | ".join(_cells(row, real)) + " |" for row in records.rows.values()]
+        lines += ["| " + " | ".join(_cells(row, real, counted)) + " |" for row in records.rows.values()]
         protocol = summary.get("protocol", {})
         lines += [
             "",
@@ -33,7 +35,7 @@ def markdown(records: Records) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cells(row: dict[str, Any], real: bool) -> list[str]:
+def _cells(row: dict[str, Any], real: bool, counted: bool) -> list[str]:
     psnr = row.get("psnr_fp")
     cells = [
         row["name"],
@@ -42,6 +44,7 @@ def _cells(row: dict[str, Any], real: bool) -> list[str]:
         plus_minus(row) if row["fid_fp"] > 1e-9 else "0",
         "–" if psnr is None else f"{psnr:.1f}",
         *([plus_minus(row, "fid_real")] if real else []),
+        *([str(row.get("draws", "–"))] if counted else []),
     ]
     return [_plain(cell) for cell in cells]
 

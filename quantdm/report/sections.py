@@ -41,7 +41,7 @@ def results(records: Records) -> str:
     if records.summary is None:
         return missing("summary.json", "No result table")
     rows = records.summary["rows"]
-    real, agreement = "fid_real" in rows[0], "agreement" in rows[0]
+    real, agreement, counted = "fid_real" in rows[0], "agreement" in rows[0], len(draws_of(rows)) > 1
     asked = records.summary.get("metrics", {})
     metrics = {key: better for key, better in asked.items() if key != "agreement" and rows[0].get(key) is not None}
     head = [
@@ -53,6 +53,7 @@ def results(records: Records) -> str:
         *[("FID to real", "images")] * real,
         *[("Agreement", "with request")] * agreement,
         *((key, f"{better} is better") for key, better in metrics.items()),
+        *[("Draws", "of noise")] * counted,
         ("Time", "s per draw"),
     ]
     fp_digits, real_digits = (column_decimals(rows, key) for key in ("fid_fp", "fid_real"))
@@ -67,6 +68,7 @@ def results(records: Records) -> str:
             *[spread_cell(row, "fid_real", real_digits)] * real,
             *[f"{100 * row.get('agreement', 0):.1f}\u00a0%"] * agreement,
             *(spread_cell(row, key, column_decimals(rows, key)) for key in metrics),
+            *[str(row.get("draws", "–"))] * counted,
             f"{row['seconds']:.1f}",
         ]
 
@@ -81,6 +83,11 @@ def results(records: Records) -> str:
     return html + paragraph(text, "caption")
 
 
+def draws_of(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """Return how many draws rows were measured on, every number once; none where a run did not record it."""
+    return sorted({row["draws"] for row in rows if "draws" in row})
+
+
 def _headline(records: Records) -> str:
     if not {"fp", "recipe", "uniform-next-width"} <= set(records.rows):
         return ""
@@ -92,6 +99,9 @@ def _final_protocol(summary: dict[str, Any]) -> str:
     protocol, noise, floor = summary.get("protocol", {}), summary.get("fp_noise"), summary.get("fid_floor")
     draws = protocol.get("draws", [])
     over = f"Mean ± standard deviation over {len(draws)} draws" if len(draws) > 1 else "One draw, so without spread,"
+    counts = draws_of(summary["rows"])
+    if len(counts) > 1:
+        over = f"Mean ± standard deviation over up to {max(counts)} draws"
     text = (
         f"{over} of {protocol.get('images', 0):,} images (base seeds "
         f"{', '.join(map(str, draws))}; the search never saw these noises), {protocol.get('steps')} steps, guidance "
@@ -102,6 +112,11 @@ def _final_protocol(summary: dict[str, Any]) -> str:
     if noise and noise["mean"] is not None:
         apart = plus_minus({"noise": noise["mean"], "noise_sd": noise["sd"]}, "noise")
         text += f" Two full-precision draws of different noises are {apart} apart."
+    if len(counts) > 1:
+        text += (
+            f" A row that {min(counts)} draws tell clearly from the recipe (99\u00a0% interval over images of equal "
+            "noises) is not measured on more; each row says how many it has."
+        )
     if floor is not None:
         text += f" Floor of the FID to real images (real training against real test images): {floor:.3f}."
     return text

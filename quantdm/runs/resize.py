@@ -1,4 +1,4 @@
-"""Another size from a run's attributions."""
+"""Another size from a run's attributions, or from its one-layer sensitivities."""
 
 from quantdm.allocation import select
 from quantdm.allocation.pruning import dominated
@@ -11,13 +11,17 @@ from quantdm.runs.labels import calibration_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION, load_space
 
+SENSITIVITY = "sensitivity"  # what one-layer noise errors choose, beside the explanations
+
 
 def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
-    """Choose a recipe of another size from a run's attributions; it is predicted, not measured, and says so."""
+    """Choose a recipe of another size from a run's attributions or sensitivities; it is not measured, and says so."""
     space, attributions = load_space(run), load_attributions(run)
-    if by not in attributions:
-        raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(attributions)}")
-    choice = select(space, attributions[by].values, target_bits=target_bits, forbidden=dominated(space))
+    values = {name: each.values for name, each in attributions.items()} | {SENSITIVITY: -space.noise_error}
+    if by not in values:
+        raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(values)}")
+    source = "one-layer sensitivities" if by == SENSITIVITY else f"the {by} surrogate"
+    choice = select(space, values[by], target_bits=target_bits, forbidden=dominated(space))
     labels = space.config(choice).to_labels()
     return Recipe(
         model=run.settings.model,
@@ -25,7 +29,7 @@ def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
         calibration=calibration_of(run.settings, labels),
         avg_bits=round(float(space.avg_bits(choice)[0]), 6),
         provenance=Provenance(
-            source=f"predicted by the {by} surrogate, not measured",
+            source=f"predicted by {source}, not measured",
             quantdm=versions().get("quantdm"),
             seed=run.settings.seed,
             trials=read_json(run.path("surrogate.json"), version=RECORD_VERSION).get("trials", run.settings.trials),
