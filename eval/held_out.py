@@ -2,8 +2,9 @@
 
     python eval/held_out.py RUN_DIR ...
 
-Nested five folds (nothing is chosen with the fold that is judged), three splits. Near the budget: held-out predictions
-of trials within 0.3 bits of 3.0, all folds together. Writes eval/results/held_out.json (runs of other models stay).
+Trials near the target weigh more, as in a run. Nested five folds (nothing is chosen with the fold that is judged),
+three splits. Near the budget: held-out predictions of trials within 0.3 bits of 3.0, all folds together. Writes
+eval/results/held_out.json (runs of other models stay).
 """
 
 import argparse
@@ -16,6 +17,7 @@ import numpy as np
 
 from quantdm.files import read_json, write_json
 from quantdm.machine import versions
+from quantdm.runs.explain import weights_near
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 from quantdm.runs.trials import load_trials
@@ -31,6 +33,7 @@ SPLITS, TARGET, WITHIN = 3, 3.0, 0.3
 def judge(space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, dict[str, list[float]]]:
     """Return mean and standard deviation over splits of every figure of every surrogate and of what needs no trial."""
     near = np.abs(space.avg_bits(choices) - TARGET) < WITHIN
+    weights = weights_near(space, choices, TARGET)  # as a run for this target fits
     rows: dict[str, list[dict[str, float]]] = {}
     known = {
         "sum of noise errors": -space.gather(space.noise_error, choices).sum(axis=1),
@@ -40,7 +43,7 @@ def judge(space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, d
     for split in range(SPLITS):
         for kind in KINDS:
             cpu = time.process_time()
-            found = kind(space, random_state=split).fit(choices, y)
+            found = kind(space, random_state=split).fit(choices, y, weights)
             assert found.held_out_ is not None
             row = {"spearman": np.mean(found.cv_scores_), "ndcg10": np.mean(found.cv_ndcg_)}
             row |= {"near": spearman(found.held_out_[near], y[near]), "fit_cpu_s": time.process_time() - cpu}

@@ -37,7 +37,7 @@ from quantdm.machine import cores, versions
 from quantdm.metrics.samples import Draw
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import job_of
-from quantdm.runs.explain import SURROGATES
+from quantdm.runs.explain import SURROGATES, weights_near
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 from quantdm.runs.store import TrialStore
@@ -65,11 +65,14 @@ def main() -> None:
     arguments = parser.parse_args()
     run = Run.open(arguments.run_dir)
     space = load_space(run)
-    trials = load_trials(run, space)
-    fitted = {name: kind(space, random_state=run.settings.seed).fit(*trials) for name, kind in SURROGATES.items()}
+    choices, y = load_trials(run, space)
+    weights = weights_near(space, choices, run.settings.target_bits)  # as the run fits
+    fitted = {
+        name: kind(space, random_state=run.settings.seed).fit(choices, y, weights) for name, kind in SURROGATES.items()
+    }
     path = ROOT / "eval" / "results" / f"restore_{run.settings.model}.json"
     record: dict[str, Any] = read_json(path, version=1) if path.exists() else {"version": 1}
-    record |= {"trials": len(trials[1]), "machine": platform.machine(), "versions": versions()}
+    record |= {"trials": len(y), "machine": platform.machine(), "versions": versions()}
     plans = {name: STUDIES[name][0](space, fitted, arguments.swaps) for name in arguments.only}
     at, left = Measurements(run, space, arguments.images), arguments.limit
     for name, plan in plans.items():

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from quantdm.allocation.sampling import sample_configs
+from quantdm.runs.explain import weights_near
+from quantdm.surrogates import GraphSurrogate
 from quantdm.surrogates.additive_model import AdditiveCurve, body_size, log_terms
 from quantdm.surrogates.amplitudes import LOG_GATE_SD, SIGNED_MEAN, SIGNED_SD, make_net
-from quantdm.surrogates.gauss_newton import solve
+from quantdm.surrogates.gauss_newton import Scaled, solve
 from quantdm.surrogates.ranking import spearman
 from quantdm.surrogates.wiring import paths_to_root, sources_of
 from tests.planted import Interaction, MeetingTruth, planted_space
@@ -139,3 +141,33 @@ def test_it_learns_how_errors_meet(space, net):
         found[kind] = net.messages(solve(net, x, -y, np.ones(300), 3.0)).power.mean()
     assert found["coherent"] < 1.6 < found["none"] < found["worst"]
     assert found["worst"] > 3
+
+
+def test_held_back_parameters_keep_to_their_prior(space, net, theta, choices):
+    scale = np.ones(len(theta))
+    scale[body_size(net.design) :] = 0.1
+    held = Scaled(net, scale)
+    assert held.log_fid(theta, choices) == pytest.approx(net.log_fid(scale * theta, choices))
+    step = 1e-6 * np.random.default_rng(1).normal(size=len(theta))
+    change = (held.log_fid(theta + step, choices) - held.log_fid(theta - step, choices)) / 2
+    assert held.jacobian(theta, choices) @ step == pytest.approx(change, rel=1e-4, abs=1e-12)
+    truth = MeetingTruth(space, "worst")
+    trials, y = truth.trials(100)
+    free, tight = (solve(curve, trials, -y, np.ones(100), 3.0) for curve in (net, held))
+    tight = scale * tight
+    sizes = [np.abs(found[body_size(net.design) :]).mean() for found in (tight, free)]
+    assert sizes[0] < 0.3 * sizes[1]
+
+
+def test_where_only_the_worst_counts_messages_are_left_free(space):
+    found = GraphSurrogate(space).fit(*MeetingTruth(space, "worst").trials(200))
+    assert found.looseness_ == 1.0
+    assert GraphSurrogate.from_dict(found.to_dict(), space).looseness_ == 1.0
+
+
+def test_trials_near_the_target_weigh_most(space):
+    trials = sample_configs(space, 200, seed=0)
+    weights, apart = weights_near(space, trials, 3.0), np.abs(space.avg_bits(trials) - 3.0)
+    assert (np.diff(weights[np.argsort(apart)]) <= 1e-12).all()
+    assert weights.max() <= 5
+    assert weights[apart > 1.6] == pytest.approx(1, abs=0.03)

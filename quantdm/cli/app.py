@@ -77,6 +77,10 @@ Dtype = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Determines every sampled configuration and noise.")]
 ProtocolFile = Annotated[str | None, typer.Option("--protocol", help="YAML file: what images to measure on.")]
+LearnedFrom = Annotated[
+    list[Path] | None,
+    typer.Option(help="Run directory of another model, whose trials say where to look first; may be repeated."),
+]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="PATTERN=SCHEME on top of the recipe; may be repeated, last wins.")
 ]

@@ -98,6 +98,7 @@ def _show_advice(run_dir: Path) -> None:
 def _explain_recipe(run: Any, surrogate: Any, recipe: str, against: str, *, top: int, as_json: bool) -> None:
     from quantdm.runs.why import choice_of, measured_difference
     from quantdm.surrogates import explain_one
+    from quantdm.surrogates.smallest_set import SHARE, carrying_layers
 
     space = surrogate.space
     choice, reference = choice_of(run, space, recipe), choice_of(run, space, against)
@@ -126,6 +127,10 @@ def _explain_recipe(run: Any, surrogate: Any, recipe: str, against: str, *, top:
         f"{len(layers)} of {differ} layers that differ: {100 * found.share(layers):.0f} % of all that changed "
         "(sum of sizes)"
     )
+    carrying = carrying_layers(surrogate, choice, reference)
+    names = ", ".join(space.layer_names[layer] for layer in carrying.members[:top])
+    text = f"Needed and enough for {100 * SHARE:.0f} % of the difference: {carrying.size} layers: {names}"
+    typer.echo(textwrap.fill(text + (" ..." if carrying.size > top else ""), WIDTH, subsequent_indent="  "))
 
 
 def _show_layers(found: Any, layers: Any) -> None:

@@ -11,6 +11,7 @@ from quantdm.cli.app import (
     Dtype,
     Embeddings,
     ExampleInputs,
+    LearnedFrom,
     Model,
     ProtocolFile,
     RunDir,
@@ -82,6 +83,7 @@ def run(
     dtype: Dtype = None,
     minutes: Minutes = None,
     dry_run: DryRun = False,
+    learned_from: LearnedFrom = None,
 ) -> None:
     """Make your own pipeline small: search, tune, measure, export, report. Run it again to go on."""
     from quantdm.corridor.run import run
@@ -96,12 +98,11 @@ def run(
         trials=trials,
         options=None if options is None else [parse_option(label) for label in options.split(",")],
         protocol=None if protocol is None else load_protocol(protocol),
-        seed=seed,
-        workers=workers,
-        tuned=tune,
+        seed=seed, workers=workers, tuned=tune,
         example_inputs=given_inputs(example_inputs),
         embeddings=table_scheme(embeddings),
-        batch_size=batch_size_of(batch_size), device=device, dtype=dtype, minutes=minutes, dry_run=dry_run,
+        learned_from=learned_from or (), batch_size=batch_size_of(batch_size), device=device, dtype=dtype,
+        minutes=minutes, dry_run=dry_run,
         say=typer.echo,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from quantdm.cli.app import (
     Dtype,
     Embeddings,
     ExampleInputs,
+    LearnedFrom,
     Model,
     Out,
     ProtocolFile,
@@ -82,6 +83,7 @@ def search(
     batch_size: BatchSize = "auto",
     device: Device = None,
     dtype: Dtype = None,
+    learned_from: LearnedFrom = None,
 ) -> None:
     """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""
     from quantdm.pipelines.protocol import load_protocol
@@ -101,6 +103,7 @@ def search(
         device=device,
         dtype=dtype,
         embeddings=table_scheme(embeddings),
+        learned_from=learned_from or (),
     )
     typer.echo(f"recipe: {run_dir / 'recipe.yaml'}  ({recipe.avg_bits:.4f} bits per weight)")
 

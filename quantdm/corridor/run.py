@@ -65,6 +65,7 @@ def run(
     dtype: str | None = None,
     minutes: float | None = None,
     dry_run: bool = False,
+    learned_from: Sequence[str | Path] = (),
     say: Say = print,
 ) -> dict[str, Any]:
     """Make a pipeline small: search, tune, correct, measure, export and report; return the summary.
@@ -80,7 +81,7 @@ def run(
         effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
         options: the schemes that every layer may take (None: as the effort has it).
-        protocol, seed, workers, example_inputs, embeddings, batch_size, device, dtype: as in `search`.
+        protocol, seed, workers, example_inputs, embeddings, batch_size, device, dtype, learned_from: as in `search`.
         minutes: trials end in time for the other stages to fit, as far as can be told before (None: all trials).
         dry_run: say what every stage would take of time, memory and disk, by estimate, and return that; nothing is
             measured but a few images, nothing is written.
@@ -105,9 +106,8 @@ def run(
     if dry_run and plan is not None:
         return plan.said(say)
     folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
-    started, subject = start_run(subject, folder, **given)
-    check_places(started)
-    say(f"       {_counted(subject)}; run directory {started.folder}")
+    started, subject = start_run(subject, folder, **given, learned_from=learned_from)
+    _begin(started, subject, say)
     most = None if plan is None or not minutes else plan.trials_within(start + 60 * minutes, say)
     with Engine(started, subject, workers=workers, batch_size=batch_size) as engine:
         summary = _Way(started, engine, level, say, most).walk(tuned=tuned)
@@ -128,6 +128,12 @@ def _look(
     say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
     place = None if device is None else checked_device(device)
     return look_at(pipe, example_inputs=example_inputs, device=place, dtype=dtype)
+
+
+def _begin(started: Run, subject: Subject, say: Say) -> None:
+    """Check, before anything is computed, that results have a place, and say what is made small."""
+    check_places(started)
+    say(f"       {_counted(subject)}; run directory {started.folder}")
 
 
 def _counted(subject: Subject) -> str:

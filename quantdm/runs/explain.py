@@ -21,6 +21,8 @@ from quantdm.surrogates import (
 from quantdm.surrogates.graph_surrogate import GRAPH_VERSION
 from quantdm.surrogates.ranking import spearman
 
+# Trials near the target count up to five times as much as those far from it: there the recipe lies.
+AT_TARGET, WIDTH = 4.0, 0.5  # extra weight, and standard deviation in bits
 SURROGATES = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
 
 
@@ -32,6 +34,12 @@ def is_current(path: Path, inputs: str) -> bool:
 # ------------------------------------------------------------------------------------------- surrogates, attribution
 
 
+def weights_near(space: SearchSpace, choices: np.ndarray, target_bits: float) -> np.ndarray:
+    """Return how much every trial [T, L] counts in a fit for a target: more, the nearer its size is."""
+    apart = (space.avg_bits(choices) - target_bits) / WIDTH
+    return 1 + AT_TARGET * np.exp(-(apart**2) / 2)
+
+
 def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     """Write surrogates/ and surrogate.json, held-out rank quality; return the fitted surrogates that explain.
 
@@ -39,16 +47,18 @@ def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndar
     yardstick only.
     """
     arrays = (choices.tolist(), y.tolist(), space.noise_error.tolist(), space.weight_error.tolist())
-    inputs = digest(space.digest, space.graph.to_dict(), *arrays, run.settings.seed, GRAPH_VERSION)
+    target = run.settings.target_bits
+    inputs = digest(space.digest, space.graph.to_dict(), *arrays, run.settings.seed, GRAPH_VERSION, target)
     path = run.path("surrogate.json")
     files = {name: run.path("surrogates") / f"{name}.json" for name in SURROGATES}
     if is_current(path, inputs) and all(file.is_file() for file in files.values()):
         return {name: kind.load(files[name], space) for name, kind in SURROGATES.items()}
     path.unlink(missing_ok=True)  # from here on the files are not what it speaks of
     fitted: dict[str, Any] = {}
+    weights = weights_near(space, choices, target)
     with bar(len(SURROGATES) + 1, "surrogates: five folds each") as progress:
         for name, kind in {**SURROGATES, "ridge": RidgeSurrogate}.items():
-            fitted[name] = kind(space, random_state=run.settings.seed).fit(choices, y)
+            fitted[name] = kind(space, random_state=run.settings.seed).fit(choices, y, weights)
             if name in files:
                 fitted[name].save(files[name])
             progress.update()

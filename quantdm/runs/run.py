@@ -57,11 +57,12 @@ class RunSettings(BaseModel):
     calibration_steps: int | None = None  # None: those of the trials, as runs before 0.3 had
     dtype: Literal["bfloat16", "float16", "float32"]
     embeddings: str | None = None  # scheme of embedding tables in all that is measured; None: they stay as they are
+    learned: str | None = None  # digest of what other runs taught (learned.json); None: nothing
 
     @model_serializer(mode="wrap")
     def _as_older_runs(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what runs before 0.4 did not have, so that what they have recorded stays theirs."""
-        absent = {"embeddings": None, "verify_draws": 2}
+        absent = {"embeddings": None, "verify_draws": 2, "learned": None}
         return {key: value for key, value in dump(self).items() if key not in absent or value != absent[key]}
 
     @property

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from quantdm.files import check_output
+from quantdm.files import check_output, write_json
 from quantdm.machine import checked_device
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
@@ -15,10 +15,11 @@ from quantdm.runs.choose import choose
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
+from quantdm.runs.learned import learn_from
 from quantdm.runs.run import MANIFEST, Run
 from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_given, check_one_target, make_settings
 from quantdm.runs.snapshot import keep_snapshot
-from quantdm.runs.stages import build_bank, describe, measure_space
+from quantdm.runs.stages import LEARNED_FILE, build_bank, describe, measure_space
 from quantdm.runs.trials import load_trials, run_trials
 from quantdm.runs.why import explain_choice
 from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
@@ -41,6 +42,7 @@ def search(
     device: str | None = None,
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
+    learned_from: Sequence[str | Path] = (),
 ) -> Recipe:
     """Find the configuration of a pipeline's denoisers that keeps the images closest at a given size.
 
@@ -65,6 +67,8 @@ def search(
             own). A pipeline that is stored in it is opened in it, and calibrated in it.
         embeddings: scheme of embedding tables, which are not searched (None: they stay as they are). A run that goes on
             keeps its own if it is not asked for another than the default.
+        learned_from: run directories of other models: what their trials say of roles and options chooses where the
+            first trials lie (docs/method.md, Surrogates). A run that goes on keeps what it learned.
 
     Returns:
         The recipe; it lies in `run_dir/recipe.yaml` too.
@@ -91,6 +95,7 @@ def search(
         effort=effort,
         dtype=dtype,
         embeddings=embeddings,
+        learned_from=learned_from,
     )
     with Engine(run, subject, workers=workers, batch_size=batch_size) as engine:
         return find_recipe(run, engine, subject)
@@ -109,14 +114,17 @@ def start_run(
     effort: Effort = FULL,
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
+    learned_from: Sequence[str | Path] = (),
 ) -> tuple[Run, Subject]:
     """Start (or go on with) a run of a subject; one that lies nowhere is kept in the run directory.
 
     See `search` for the arguments and errors.
     """
-    if embeddings == TABLE_SCHEME and os.path.isfile(Path(run_dir) / MANIFEST):  # the default: a run keeps its own
-        known = Run.open(run_dir).settings.embeddings
-        embeddings = None if known is None else Scheme.parse(known)
+    known = Run.open(run_dir).settings if os.path.isfile(Path(run_dir) / MANIFEST) else None
+    if embeddings == TABLE_SCHEME and known is not None:  # the default: a run keeps its own
+        embeddings = None if known.embeddings is None else Scheme.parse(known.embeddings)
+    told = learn_from(learned_from, options) if learned_from else None
+    learned = told["digest"] if told is not None else None if known is None else known.learned
     settings = make_settings(
         subject,
         target_bits=target_bits,
@@ -128,8 +136,11 @@ def start_run(
         effort=effort,
         dtype=dtype,
         embeddings=embeddings,
+        learned=learned,
     )
     run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free and dtype is None)
+    if told is not None:
+        write_json(run.path(LEARNED_FILE), told)
     return run, keep_snapshot(run, subject)
 
 

@@ -67,6 +67,7 @@ def make_settings(
     effort: Effort = FULL,
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
+    learned: str | None = None,
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     options = fitting_options(options, subject.pipe)
@@ -95,6 +96,7 @@ def make_settings(
         protocol=protocol or default_protocol(subject.name),
         dtype=dtype or own,  # type: ignore[arg-type]
         embeddings=None if embeddings is None else embeddings.label,
+        learned=learned,
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )

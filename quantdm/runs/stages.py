@@ -20,9 +20,11 @@ from quantdm.runs.evaluator import Probe
 from quantdm.runs.run import Run
 from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
+from quantdm.surrogates.transfer import values_by
 
 RECORD_VERSION = 1
 SENSITIVITY_FILE = "sensitivity.json"
+LEARNED_FILE, LEARNED_VERSION = "learned.json", 1
 
 
 # ------------------------------------------------------------------------------------------------------ layers, bank
@@ -133,3 +135,13 @@ def load_space(run: Run) -> SearchSpace:
     if not run.path("space.json").is_file():
         raise QuantDMError(f"no search space in {run.folder}; run `quantdm search --run-dir {run.folder}` first")
     return SearchSpace.load(run.path("space.json"))
+
+
+def learned_values(run: Run, space: SearchSpace) -> np.ndarray | None:
+    """Return what options are worth by what other runs taught this one [L, O]; None if none did."""
+    if run.settings.learned is None:
+        return None
+    record = read_json(run.path(LEARNED_FILE), version=LEARNED_VERSION)
+    if record["digest"] != run.settings.learned:
+        raise QuantDMError(f"{run.path(LEARNED_FILE)}: not what this run learned from others; start it anew")
+    return values_by(space, record["effects"])

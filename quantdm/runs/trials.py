@@ -17,7 +17,7 @@ from quantdm.runs.explain import SURROGATES, is_current
 from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.proposals import propose
 from quantdm.runs.run import MIN_TRIALS, Run
-from quantdm.runs.stages import RECORD_VERSION
+from quantdm.runs.stages import RECORD_VERSION, learned_values
 from quantdm.runs.store import TrialStore
 from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import (
@@ -67,8 +67,8 @@ def run_trials(
     choices, y = _earlier(run, space)
     first = choices[:0]
     if not _covers(space, choices):
-        planned = first_trials(space, run.settings.trials, targets=targets, seed=seed)
-        first = _distinct(np.concatenate([choices, planned]))[len(choices) :]
+        plan = first_trials(space, run.settings.trials, targets=targets, seed=seed, values=learned_values(run, space))
+        first = _distinct(np.concatenate([choices, plan]))[len(choices) :]
     kept = len(choices)
     wanted = kept + max(_wanted(space, choices, run.settings.trials, targets), len(first))
     free = kept + _already(run, space, first)  # what lies there takes no time
@@ -150,17 +150,21 @@ def _planned(run: Run, space: SearchSpace, keys: Sequence[str]) -> tuple[np.ndar
     return _arrays(space, found) if len(found) == len(keys) else None
 
 
-def first_trials(space: SearchSpace, total: int, *, targets: Sequence[float], seed: int) -> np.ndarray:
-    """Return the choices [T, L] that need no labels: every option alone, random mixes, the sensitivities' frontier."""
+def first_trials(
+    space: SearchSpace, total: int, *, targets: Sequence[float], seed: int, values: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the choices [T, L] that need no labels: every option alone, random mixes, those near a frontier.
+
+    The frontier is that of `values` [L, O], of one-layer noise errors if there are none.
+    """
+    values = -space.noise_error if values is None else values
     anchors = np.tile(np.array(_quantized(space))[:, None], (1, len(space.layers)))
     anchors = np.where(space.gather(fitting(space), anchors), anchors, prune(space, anchors))
     mixes = sample_configs(space, max(1, round(total * RANDOM_SHARE) - len(anchors)), seed=seed)
     plan = [anchors, prune(space, mixes)]
     each = max(1, round(total * FRONTIER_SHARE / len(targets)))
     for index, target in enumerate(targets):
-        frontier = sample_frontier(
-            space, -space.noise_error, each, target_bits=target, seed=seed + index, allow_fewer=True
-        )
+        frontier = sample_frontier(space, values, each, target_bits=target, seed=seed + index, allow_fewer=True)
         plan.append(prune(space, frontier))
     return _distinct(np.concatenate(plan))[:total]
 

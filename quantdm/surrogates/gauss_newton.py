@@ -1,6 +1,7 @@
 """Gauss-Newton descent on squared errors with a Gaussian prior, solved in the dual: parameters may outnumber trials."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,26 @@ class Curve(Protocol):
     def jacobian(self, theta: Floats, choices: Ints) -> Floats:
         """Return d(log fid_fp) / d(theta): [T, parameters]."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A curve of parameters that are `scale` times as large: those below 1 are drawn more strongly to 0."""
+
+    inner: Curve
+    scale: Floats
+
+    def start(self, mean: float) -> Floats:
+        """Return where the prior's mode predicts `mean`."""
+        return self.inner.start(mean) / self.scale
+
+    def log_fid(self, theta: Floats, choices: Ints) -> Floats:
+        """Return log fid_fp: [T, L] -> [T]."""
+        return self.inner.log_fid(self.scale * theta, choices)
+
+    def jacobian(self, theta: Floats, choices: Ints) -> Floats:
+        """Return d(log fid_fp) / d(theta): [T, parameters]."""
+        return self.inner.jacobian(self.scale * theta, choices) * self.scale
 
 
 def solve(curve: Curve, choices: Ints, target: Floats, weights: Floats, strength: float) -> Floats:

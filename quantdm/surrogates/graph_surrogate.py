@@ -5,7 +5,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from quantdm.surrogates.additive_model import head_of
+from quantdm.surrogates.additive_model import body_size, head_of
 from quantdm.surrogates.amplitudes import AmplitudeNet, make_net
 from quantdm.surrogates.block_scores import layer_values
 from quantdm.surrogates.curve_surrogate import CurveSurrogate
@@ -14,7 +14,7 @@ from quantdm.surrogates.space import SearchSpace
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-GRAPH_VERSION = 4
+GRAPH_VERSION = 5
 BACKGROUND = 64  # trials around which values of single layers are looked at
 
 
@@ -24,13 +24,15 @@ class GraphSurrogate(CurveSurrogate):
     log fid_fp = a + b · log(c + S), where S is exactly additive over the roots of blocks; so what predicts is what is
     explained, and the whole-block knapsack on S is the exact optimum of the prediction. Before it learns it is the
     plain one-layer sensitivity, and without interactions it is the additive surrogate. All parameters are drawn to
-    their prior by a common strength, chosen by the held-out error; every fold chooses its own inside its training
-    trials. The final network is fitted to all trials; those of the folds tell how sure it is.
+    their prior by a common strength, those of messages by a tighter one where that predicts better; both are chosen by
+    the held-out error, and every fold chooses its own inside its training trials. The final network is fitted to all
+    trials; those of the folds tell how sure it is.
     """
 
     name = "graph"
     version = GRAPH_VERSION
     strengths = (0.3, 1.0, 3.0, 10.0, 30.0)
+    looseness = (1.0, 0.1)  # of the messages: with hardly any it is nearly the additive surrogate
 
     def __init__(self, space: SearchSpace, *, random_state: int = 0) -> None:
         super().__init__(space, random_state=random_state)
@@ -41,6 +43,12 @@ class GraphSurrogate(CurveSurrogate):
     def curve(self) -> AmplitudeNet:
         """The network."""
         return self.net
+
+    def scale_of(self, looseness: float) -> Floats:
+        """Return 1 for the terms and `looseness` for what is said of messages [P]."""
+        scale = super().scale_of(looseness)
+        scale[body_size(self.net.design) :] = looseness
+        return scale
 
     def fit(self, choices: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> Self:
         """Fit as `CurveSurrogate.fit`, and remember trials around which to look at single layers."""

@@ -3,35 +3,37 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from quantdm.surrogates.additive_model import Floats, Ints
 
-Fit = Callable[[Ints, float], Floats]  # training trials, strength -> parameters
-Path = Callable[[Ints, Sequence[float]], list[Floats]]  # the same for several strengths, good enough to compare them
+Setting = TypeVar("Setting")  # a strength, or what else is chosen with it
+Fit = Callable[[Ints, Setting], Floats]  # training trials, setting -> parameters
+Path = Callable[[Ints, Sequence[Setting]], list[Floats]]  # the same for several settings, good enough to compare them
 Predict = Callable[[Floats, Ints], Floats]  # parameters, trials -> predictions
 
 
 @dataclass(frozen=True, eq=False)
-class Nested:
+class Nested(Generic[Setting]):
     """What every fold chose without its own trials, what all trials choose, and predictions that are fit to judge."""
 
-    strength: float  # of least held-out error over all folds: for the final fit
-    fold_strengths: tuple[float, ...]  # chosen inside each fold's training trials
+    strength: Setting  # of least held-out error over all folds: for the final fit
+    fold_strengths: tuple[Setting, ...]  # chosen inside each fold's training trials
     fold_parameters: Floats  # [K, P] fitted to each fold's training trials with its own strength
     held_out: Floats  # [T] of every trial by the parameters of its fold
 
 
 def choose_nested(
-    fit: Fit,
-    path: Path,
+    fit: Fit[Setting],
+    path: Path[Setting],
     predict: Predict,
-    strengths: Sequence[float],
+    strengths: Sequence[Setting],
     labels: Floats,
     weights: Floats,
     folds: list[Ints],
-) -> Nested:
+) -> Nested[Setting]:
     """Choose a strength for every fold by inner folds, and one for all trials.
 
     The inner folds of fold k are the other folds. A fit without folds j and k then serves k (judged on j) and j (judged

@@ -4,25 +4,21 @@ Every parameter of the additive surrogate is standardised. Those that have a nam
 slope of the curve; effects of roles, depth bands, methods, widths, options and pairs of role and option) are theta_d =
 sqrt(1 - rho) · mu + sqrt(rho) · delta_d, mu shared and delta_d the denoiser's own; cells and layers are own. Donors
 tell of mu by the curvature of their likelihood (Laplace), and what mu says is the Gaussian prior of the new denoiser:
-with no trial of it, it predicts by the mean alone.
+with no trial of it, it predicts by the mean alone. Measured in eval/transfer_study.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from quantdm.errors import QuantDMError
-from quantdm.surrogates.additive_model import AdditiveCurve, Design, Floats, Ints, make_design
+from quantdm.surrogates.additive_model import AdditiveCurve, Design, Floats, Ints, log_terms, make_design
 from quantdm.surrogates.features import band_index
 from quantdm.surrogates.gauss_newton import NOISE_SD, solve
 from quantdm.surrogates.roles import role_of
 from quantdm.surrogates.space import SearchSpace
-from quantdm.surrogates.trials import split_folds
 
-STRENGTHS, RHOS = (0.3, 1.0, 3.0, 10.0), (0.1, 0.3, 0.6)
-ZERO_RHO = 0.3  # of a prediction without trials
-FOLDS = 5
+RHO = 0.3  # of the variance of a shared parameter that is a denoiser's own; set before anything was measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,29 +28,6 @@ class Donor:
     names: tuple[str | None, ...]
     curvature: Floats
     linear: Floats
-
-
-@dataclass(frozen=True, eq=False)
-class Moved:
-    """A curve whose parameters are m + factor · z, z standardised: the Gaussian prior that donors leave."""
-
-    inner: AdditiveCurve
-    centre: Floats
-    factor: Floats
-
-    def start(self, mean: float) -> Floats:
-        """Return z = 0 but for the level, at which the prior's mode predicts about `mean`."""
-        z = np.zeros(len(self.centre))
-        z[0] = self.inner.start(mean)[0] / self.factor[0, 0]
-        return z
-
-    def log_fid(self, theta: Floats, choices: Ints) -> Floats:
-        """Return log fid_fp: [T, L] -> [T]."""
-        return self.inner.log_fid(self.centre + self.factor @ theta, choices)
-
-    def jacobian(self, theta: Floats, choices: Ints) -> Floats:
-        """Return d(log fid_fp) / dz: [T, parameters]."""
-        return self.inner.jacobian(self.centre + self.factor @ theta, choices) @ self.factor
 
 
 def role_curve(space: SearchSpace) -> AdditiveCurve:
@@ -86,22 +59,17 @@ def learn(space: SearchSpace, choices: Ints, y: Floats, *, strength: float = 1.0
     return Donor(shared_names(space, curve.design), curvature, curvature @ theta + strength * theta)
 
 
-def prior_of(space: SearchSpace, donors: Sequence[Donor], rho: float) -> Moved:
-    """Return the curve of a new denoiser under the prior that donors leave; without donors, the plain one.
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What donors say of a new denoiser's shared parameters: names, mean [N] and covariance [N, N]."""
 
-    Raises:
-        QuantDMError: no donor shares an option with the space: it is a run of another options set.
-    """
-    curve = role_curve(space)
-    names = shared_names(space, curve.design)
-    wanted = {f"option {label}" for label in space.labels}
-    for donor in donors:
-        if not wanted & set(donor.names):
-            theirs = [name.removeprefix("option ") for name in donor.names if name and name.startswith("option ")]
-            raise QuantDMError(
-                f"learned from: that run measured {', '.join(theirs[:3])}..., and none of the options of this one "
-                f"({', '.join(space.labels[:3])}...); give a run with the same options"
-            )
+    names: tuple[str, ...]
+    mean: Floats
+    covariance: Floats
+
+
+def share(donors: Sequence[Donor], *, rho: float = RHO) -> Shared:
+    """Return what donors say of another denoiser; without donors, nothing."""
     known = list(dict.fromkeys(name for donor in donors for name in donor.names if name is not None))
     place = {name: index for index, name in enumerate(known)}
     information, pulled = np.eye(len(known)), np.zeros(len(known))
@@ -115,24 +83,15 @@ def prior_of(space: SearchSpace, donors: Sequence[Donor], rho: float) -> Moved:
         information[np.ix_(at[rows], at[rows])] += (1 - rho) * told[np.ix_(rows, rows)]
         pulled[at[rows]] += np.sqrt(1 - rho) * said[rows]
     spread = np.linalg.inv(information)
-    mean, covariance = np.zeros(len(names)), np.eye(len(names))
-    mine = np.array([index for index, name in enumerate(names) if name in place], dtype=np.int64)
-    theirs = np.array([place[name] for name in names if name in place], dtype=np.int64)
-    mean[mine] = np.sqrt(1 - rho) * (spread @ pulled)[theirs]
-    covariance[np.ix_(mine, mine)] = (1 - rho) * spread[np.ix_(theirs, theirs)] + rho * np.eye(len(mine))
-    return Moved(curve, mean, np.linalg.cholesky(covariance))
+    covariance = (1 - rho) * spread + rho * np.eye(len(known))
+    return Shared(tuple(known), np.sqrt(1 - rho) * (spread @ pulled), covariance)
 
 
-def fit_few(curves: Sequence[Moved], choices: Ints, y: Floats, *, seed: int = 0) -> tuple[Moved, Floats]:
-    """Fit the curve and strength of least held-out error to few trials; return the curve and its parameters."""
-    weights, folds = np.ones(len(y)), split_folds(len(y), FOLDS, seed)
-    errors = {}
-    for index, curve in enumerate(curves):
-        for strength in STRENGTHS:
-            errors[index, strength] = 0.0
-            for fold in folds:
-                rest = np.setdiff1d(np.arange(len(y)), fold)
-                theta = solve(curve, choices[rest], -y[rest], weights[rest], strength)
-                errors[index, strength] += float(((curve.log_fid(theta, choices[fold]) + y[fold]) ** 2).sum())
-    index, strength = min(errors, key=lambda key: errors[key])
-    return curves[index], solve(curves[index], choices, -y, weights, strength)
+def values_by(space: SearchSpace, effects: Mapping[str, float]) -> Floats:
+    """Return what every option of every layer is worth by effects that others taught, larger is better: [L, O].
+
+    Minus the terms of the cost: the best choice by them is the best by the prediction without trials.
+    """
+    curve = role_curve(space)
+    theta = np.array([0.0 if name is None else effects.get(name, 0.0) for name in shared_names(space, curve.design)])
+    return -np.exp(log_terms(curve.design, theta))
