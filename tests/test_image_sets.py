@@ -17,7 +17,7 @@ from quantdm.metrics.features import default_features, load_extractor, open_feat
 from quantdm.metrics.images import open_images
 from quantdm.metrics.inception import InceptionV3
 from quantdm.metrics.lpips import Lpips
-from quantdm.metrics.measure import measure
+from quantdm.metrics.measure import measure, set_figures
 from quantdm.metrics.one_by_one import values_of_each
 from quantdm.metrics.paired import psnr_each, ssim_each
 from quantdm.metrics.registry import METRICS, check_metrics
@@ -164,6 +164,16 @@ def test_statistics_survive_the_disk_merge_and_refuse_others(tmp_path):
     other = feature_set(open_images(tmp_path / "a"), open_features("pyramid"))
     with pytest.raises(QuantDMError, match=r"a: are of FD-pyramid, weights .*, but .*s.safetensors of FD-digits"):
         again + other
+
+
+def test_statistics_of_pictures_of_another_size_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "a", IMAGES[:8])
+    pyramid = open_features("pyramid")
+    raw, same, larger = (feature_set(open_images(folder, side=side), pyramid) for side in (None, 32, 40))
+    with pytest.raises(QuantDMError, match=r"a: is of pictures scaled and cropped to 40 px .* cropped to 32 px"):
+        set_figures(["fd"], same, larger)
+    for other in (raw, same):
+        assert set_figures(["fd"], same, other)["fd"].value >= 0
 
 
 def test_the_cache_is_found_by_content_and_not_by_name(tmp_path):

@@ -25,6 +25,7 @@ Keep = Annotated[bool, typer.Option("--keep-features", help="Keep features, for 
 Count = Annotated[int, typer.Option(min=2, help="Images of a pipeline.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of a pipeline: image i has seed SEED * 1,000,000 + i.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Compute features anew, keep none.")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file, one prompt per image.")]
 Metrics = Annotated[str, typer.Option(help="Names with commas between; `quantdm evaluate fid metrics` lists them.")]
 
 
@@ -66,6 +67,8 @@ def calc(
     steps: Steps = None,
     protocol: ProtocolFile = None,
     batch_size: BatchSize = None,
+    clip: Clip = None,
+    prompts: Prompts = None,
     as_json: AsJson = False,
     no_cache: NoCache = False,
 ) -> None:
@@ -73,7 +76,7 @@ def calc(
     from quantdm.cli.sources import How, measured
 
     how = How(side, rgb, images, seed, steps, protocol, batch_size)
-    found = measured(source, reference, how, features, metrics, cached=not no_cache)
+    found = measured(source, reference, how, features, metrics, cached=not no_cache, clip=clip, prompts=prompts)
     _show(found, as_json)
 
 
@@ -91,7 +94,7 @@ def compare(
     protocol: ProtocolFile = None,
     batch_size: BatchSize = None,
     clip: Clip = None,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per image.")] = None,
+    prompts: Prompts = None,
     as_json: AsJson = False,
     no_cache: NoCache = False,
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.metrics.features import FeatureSpace, batched
-from quantdm.metrics.images import ImageSet
+from quantdm.metrics.images import SCALED, ImageSet
 from quantdm.metrics.kept import KeptFeatures
 from quantdm.metrics.moments import Moments
 from quantdm.progress import bar
@@ -142,6 +142,21 @@ def feature_set(images: ImageSet, space: FeatureSpace, *, keep: bool = False, ca
         return found
     found.save(place)  # what it read of the features stays in memory with them: the copy in the cache is read instead
     return found if features is None else replace(found, features=FeatureSet.load(place).features)
+
+
+def check_same_size(mine: FeatureSet, other: FeatureSet) -> None:
+    """Check that two sets of pictures that were both scaled before any features were scaled to one size.
+
+    One that was not scaled says nothing: photographs are scaled to the size in which a pipeline makes images.
+
+    Raises:
+        QuantDMError: names both sources and both sizes.
+    """
+    first, second = (each.resize.partition("; ")[0] for each in (mine, other))
+    if SCALED in first and SCALED in second and first != second:
+        raise QuantDMError(
+            f"{other.moments.source}: is of pictures {second}, but {mine.moments.source} {first}; expected one --side"
+        )
 
 
 def merged(sets: Iterable[FeatureSet]) -> FeatureSet:

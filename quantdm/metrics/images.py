@@ -21,6 +21,7 @@ from quantdm.metrics.to_folder import MANIFEST
 from quantdm.pipelines.inputs import PICTURES
 
 BATCH = 64
+SCALED = "scaled and cropped"
 _TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 
@@ -79,7 +80,7 @@ def open_images(path: str | Path, *, side: int | None = None, rgb: bool = False)
 
 
 def _told(side: int | None) -> str:
-    return "" if side is None else f"scaled and cropped to {side} px by PIL, bicubic"
+    return "" if side is None else f"{SCALED} to {side} px by PIL, bicubic"
 
 
 # ------------------------------------------------------------------------------------------------- pictures in files

@@ -6,7 +6,7 @@ import torch
 
 from quantdm.errors import QuantDMError
 from quantdm.metrics.distance import frechet_of_moments
-from quantdm.metrics.feature_sets import ENOUGH, FeatureSet, feature_set
+from quantdm.metrics.feature_sets import ENOUGH, FeatureSet, check_same_size, feature_set
 from quantdm.metrics.features import FeatureSpace
 from quantdm.metrics.figures import Figure
 from quantdm.metrics.images import ImageSet
@@ -109,6 +109,7 @@ def set_figures(
     Raises:
         QuantDMError: statistics of different features or resizes, or too few images.
     """
+    check_same_size(mine, other)
     found: dict[str, Figure] = {}
     x, y = mine.features, other.features
     near: dict[str, float] = {}
