@@ -58,9 +58,10 @@ def make(folder: Path) -> Path:
         pipe = diffusers.StableDiffusionXLPipeline(
             vae=decoder("kl"), text_encoder=encoder("clip", hidden_size=768),
             text_encoder_2=encoder("clip-projection", hidden_size=1280, projection_dim=1280),
-            tokenizer=tokenizer("clip"), tokenizer_2=tokenizer("clip"), unet=None, add_watermarker=False,
-            scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear"),
-        )  # pyright: ignore[reportArgumentType] # fmt: skip
+            tokenizer=tokenizer("clip"), tokenizer_2=tokenizer("clip"), add_watermarker=False,
+            unet=None,  # pyright: ignore[reportArgumentType]
+            scheduler=diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear"),  # pyright: ignore[reportArgumentType]
+        )  # fmt: skip
         pipe.to(dtype=torch.bfloat16).save_pretrained(place)
         index = json.loads((place / "model_index.json").read_text())
         index["unet"] = ["diffusers", "UNet2DConditionModel"]

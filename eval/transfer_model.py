@@ -46,7 +46,7 @@ def prior_of(space: SearchSpace, donors: Sequence[Donor], rho: float) -> Moved:
     theirs = np.array([place[name] for name in names if name in place], dtype=np.int64)
     mean[mine] = told.mean[theirs]
     covariance[np.ix_(mine, mine)] = told.covariance[np.ix_(theirs, theirs)]
-    return Moved(curve, mean, np.linalg.cholesky(covariance))
+    return Moved(curve, mean, np.linalg.cholesky(covariance).astype(np.float64))
 
 
 def fit_few(curves: Sequence[Moved], choices: Ints, y: Floats, *, seed: int = 0) -> tuple[Moved, Floats]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,18 +92,15 @@ def run(
     Raises:
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
-    start, level = time.monotonic(), level_of(effort, trials=trials)
+    start, level = time.monotonic(), _asked(effort, trials, options, dtype)
     check_one_target(target_bits, target_bytes)
-    check_given(level.trials, options or level.options, dtype)
     subject = _look(pipe, run_dir, example_inputs, device, dtype, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
         "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
     }  # fmt: skip
-    settings = make_settings(subject, **given)
-    plan = None
-    if dry_run or minutes:
-        plan = plan_run(subject, settings, level, workers=workers, tuned=tuned, batch_size=batch_size)
+    planned = partial(plan_run, subject, make_settings(subject, **given), level, workers=workers, tuned=tuned)
+    plan = planned(batch_size=batch_size) if dry_run or minutes else None
     if dry_run and plan is not None:
         return plan.said(say)
     folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
@@ -112,6 +110,13 @@ def run(
     with Engine(started, subject, workers=workers, batch_size=batch_size) as engine:
         summary = _Way(started, engine, level, say, most).walk(tuned=tuned)
     return _hand_over(started, subject, summary, say, tuned=tuned, start=start)
+
+
+def _asked(effort: str, trials: int | None, options: Sequence[Scheme] | None, dtype: str | None) -> Level:
+    """Return what an effort means, with what is asked for beside it checked before a pipeline is opened."""
+    level = level_of(effort, trials=trials)
+    check_given(level.trials, options or level.options, dtype)
+    return level
 
 
 def _look(

@@ -141,8 +141,8 @@ class _Carrier(TorchDispatchMode):
                 return tensor
             return tensor.copy_(value) if func._schema.is_mutable else value
 
-        args, kwargs = map_tensors((args, kwargs or {}), change)
-        return func(*args, **kwargs)
+        changed: tuple[Any, dict[str, Any]] = map_tensors((args, kwargs or {}), change)
+        return func(*changed[0], **changed[1])
 
 
 def _is_silent(func: Any) -> bool:

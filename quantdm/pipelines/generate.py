@@ -96,8 +96,6 @@ def generate_batches(
     signature = CallSignature.of(pipe)
     alone = stands_alone(signature, protocol, output := output_of(signature, protocol))
     most = most_at_once(pipe, protocol, batch_size)
-    if most < 1:
-        raise QuantDMError(f"batch_size: got {most}, expected one image or more, or 'auto'")
     fill = lots and not alone and come_in_lots(pipe, protocol)
     most, shape, start = LOT if fill else most, None, 0
     while start < len(seeds):  # planned anew after every call: memory may have said that fewer images fit
@@ -105,8 +103,7 @@ def generate_batches(
         batch = list(seeds[start : start + call.count])
         call = call.filled(LOT) if fill else call
         settings = arguments_of(
-            pipe, signature, protocol, call,
-            generators=image_generators(batch + batch[-1:] * (call.count - len(batch))),
+            pipe, signature, protocol, call, generators=image_generators(batch + batch[-1:] * (call.count - len(batch))),
             steps=steps or protocol.steps, output=output, alone=alone,
         )  # fmt: skip
         take_back = mark_recordings(find_denoisers(pipe).values())
@@ -135,7 +132,13 @@ def _same_shape(images: torch.Tensor, before: torch.Size | None, seed: int) -> t
 
 
 def most_at_once(pipe: DiffusionPipeline, protocol: Protocol, batch_size: int | Literal["auto"] = "auto") -> int:
-    """Return how many images one call of a pipeline makes at most."""
+    """Return how many images one call of a pipeline makes at most.
+
+    Raises:
+        QuantDMError: fewer than one is asked for.
+    """
+    if batch_size != "auto" and batch_size < 1:
+        raise QuantDMError(f"batch_size: got {batch_size}, expected one image or more, or 'auto'")
     signature = CallSignature.of(pipe)
     if stands_alone(signature, protocol, output_of(signature, protocol)):
         return 1

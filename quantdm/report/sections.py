@@ -73,19 +73,25 @@ def results(records: Records) -> str:
         ]
 
     html = _headline(records) + table(head, [("chosen" if row["name"] == "recipe" else "", cells(row)) for row in rows])
-    text = _final_protocol(records.summary) + _blank(rows)
-    if records.space is not None and "recipe" in records.rows:
-        recipe = records.rows["recipe"]
-        rest = recipe["denoiser_bytes"] - round(recipe["avg_bits"] * int(records.space.num_weights.sum()) / 8)
-        text += f" Of the recipe's file {megabytes(rest)} are no Linear or Conv weights: biases, norms, tables, header."
-        left = told_left(recipe.get("left", {}), recipe["denoiser_bytes"])
-        text += "" if left is None else f" {left[0].upper()}{left[1:]}."
+    text = _final_protocol(records.summary) + _blank(rows) + _beside_weights(records)
     return html + paragraph(text, "caption")
 
 
 def draws_of(rows: Sequence[dict[str, Any]]) -> list[int]:
     """Return how many draws rows were measured on, every number once; none where a run did not record it."""
     return sorted({row["draws"] for row in rows if "draws" in row})
+
+
+def _beside_weights(records: Records) -> str:
+    """Say what of the recipe's file is no quantized weight."""
+    if records.space is None or "recipe" not in records.rows:
+        return ""
+    recipe = records.rows["recipe"]
+    rest = recipe["denoiser_bytes"] - round(recipe["avg_bits"] * int(records.space.num_weights.sum()) / 8)
+    text = f" Of the recipe's file {megabytes(rest)} are no Linear or Conv weights: biases, norms, tables, header."
+    left = told_left(recipe.get("left", {}), recipe["denoiser_bytes"])
+    text += "" if left is None else f" {left[0].upper()}{left[1:]}."
+    return text
 
 
 def _headline(records: Records) -> str:

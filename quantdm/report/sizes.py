@@ -86,8 +86,8 @@ def fit_curve(total: Floats, y: Floats) -> Curve | None:
             before, count, places = pooled.pop()
             mean, weight, at = (before * count + mean * weight) / (count + weight), count + weight, places + at
         pooled.append((mean, weight, at))
-    knots = [(x, mean) for mean, _, places in pooled for x in places]
-    return Curve(*np.array(knots).T, slope)
+    knots = np.array([(x, mean) for mean, _, places in pooled for x in places])
+    return Curve(knots[:, 0], knots[:, 1], slope)
 
 
 def _held_out(total: Floats, y: Floats) -> Floats | None:

@@ -28,7 +28,7 @@ from quantdm.runs.labels import label_bits, labels_of, tables_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
-from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
+from quantdm.runs.tune import tuning_of
 from quantdm.runs.verify import fid_difference, plain
 from quantdm.schemes import COMPARED, ORIGINAL_BITS, QuantConfig, Scheme
 from quantdm.surrogates import SearchSpace
@@ -279,14 +279,6 @@ def write_summary(
     }
     write_json(run.path("summary.json"), summary)
     return summary
-
-
-def tuning_of(run: Run) -> dict[str, Any] | None:
-    """Return what a summary says about the tuning: its settings, held-out curve, figures, and whether it is used."""
-    if not run.path(TUNING_FILE).is_file():
-        return None
-    record = read_json(run.path(TUNING_FILE), version=TUNING_VERSION)
-    return {key: record[key] for key in ("settings", "curve", "figures", "used", "seconds")}
 
 
 def summary_of(run: Run) -> dict[str, Any]:

@@ -80,9 +80,8 @@ def search(
     check_output(run_dir, folder=True)  # before anything is opened
     check_one_target(target_bits, target_bytes)
     check_given(trials, options, dtype)
-    subject = look_at(
-        pipe, example_inputs=example_inputs, device=None if device is None else checked_device(device), dtype=dtype
-    )
+    device = None if device is None else checked_device(device)
+    subject = look_at(pipe, example_inputs=example_inputs, device=device, dtype=dtype)
     run, subject = start_run(
         subject,
         run_dir,

@@ -84,11 +84,7 @@ def make_settings(
         seen=subject.seen,
         options=tuple(scheme.label for scheme in options),
         target_bits=checked_target(
-            subject.layers,
-            options,
-            subject.pipe,
-            target_bits=target_bits,
-            target_bytes=target_bytes,
+            subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes,
             embeddings=embeddings,
         ),
         trials=trials,
@@ -99,7 +95,7 @@ def make_settings(
         learned=learned,
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
-    )
+    )  # fmt: skip
 
 
 def _free_dtype(subject: Subject) -> str:

@@ -191,3 +191,11 @@ def _compare(run: Run, engine: Engine, job: Job, path: Path) -> dict[str, list[d
             rows[index] = result
             progress.update()
     return {"untuned": [plain(found[key]) for key in untuned], "tuned": rows}
+
+
+def tuning_of(run: Run) -> dict[str, Any] | None:
+    """Return what a summary says about the tuning: its settings, held-out curve, figures, and whether it is used."""
+    if not run.path(TUNING_FILE).is_file():
+        return None
+    record = read_json(run.path(TUNING_FILE), version=TUNING_VERSION)
+    return {key: record[key] for key in ("settings", "curve", "figures", "used", "seconds")}
