@@ -162,8 +162,7 @@ def _watched_steps(pipe: DiffusionPipeline, recorded: Sequence[Step] | None = No
         return original(whole, timestep, sample, *args, **kwargs)
 
     def mark() -> Callable[[], None]:
-        made = len(steps)
-        starts.add(made)
+        starts.add(made := len(steps))
 
         def take_back() -> None:
             del steps[made:]

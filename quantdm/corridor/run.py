@@ -3,9 +3,8 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from quantdm.activations import usual_activations
 from quantdm.correction.schedulers import is_served
@@ -92,29 +91,39 @@ def run(
     Raises:
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
-    start, level = time.monotonic(), _asked(effort, trials, options, dtype)
-    check_one_target(target_bits, target_bytes)
+    start, level = time.monotonic(), _level(effort, trials, options, dtype, target_bits, target_bytes)
     subject = _look(pipe, run_dir, example_inputs, device, dtype, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
         "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
     }  # fmt: skip
-    planned = partial(plan_run, subject, make_settings(subject, **given), level, workers=workers, tuned=tuned)
-    plan = planned(batch_size=batch_size) if dry_run or minutes else None
+    settings, how = make_settings(subject, **given), _How(workers=workers, batch_size=batch_size)
+    plan = plan_run(subject, settings, level, tuned=tuned, **how) if dry_run or minutes else None
     if dry_run and plan is not None:
         return plan.said(say)
     folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
     started, subject = start_run(subject, folder, **given, learned_from=learned_from)
     _begin(started, subject, say)
     most = None if plan is None or not minutes else plan.trials_within(start + 60 * minutes, say)
-    with Engine(started, subject, workers=workers, batch_size=batch_size) as engine:
+    with Engine(started, subject, **how) as engine:
         summary = _Way(started, engine, level, say, most).walk(tuned=tuned)
     return _hand_over(started, subject, summary, say, tuned=tuned, start=start)
 
 
-def _asked(effort: str, trials: int | None, options: Sequence[Scheme] | None, dtype: str | None) -> Level:
-    """Return what an effort means, with what is asked for beside it checked before a pipeline is opened."""
+class _How(TypedDict):
+    """In how many processes, and with how many images at once."""
+
+    workers: int | None
+    batch_size: int | Literal["auto"]
+
+
+def _level(
+    effort: str, trials: int | None, options: Sequence[Scheme] | None, dtype: str | None, bits: float | None,
+    size: int | None,
+) -> Level:  # fmt: skip
+    """Return the level of an effort; what can be refused before anything is opened is refused."""
     level = level_of(effort, trials=trials)
+    check_one_target(bits, size)
     check_given(level.trials, options or level.options, dtype)
     return level
 

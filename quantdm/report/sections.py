@@ -40,10 +40,8 @@ def results(records: Records) -> str:
     """Return the result table with its protocol."""
     if records.summary is None:
         return missing("summary.json", "No result table")
-    rows = records.summary["rows"]
+    rows, metrics = records.summary["rows"], _metrics(records.summary)
     real, agreement, counted = "fid_real" in rows[0], "agreement" in rows[0], len(draws_of(rows)) > 1
-    asked = records.summary.get("metrics", {})
-    metrics = {key: better for key, better in asked.items() if key != "agreement" and rows[0].get(key) is not None}
     head = [
         ("", ""),
         ("Bits", "per weight"),
@@ -92,6 +90,13 @@ def _beside_weights(records: Records) -> str:
     left = told_left(recipe.get("left", {}), recipe["denoiser_bytes"])
     text += "" if left is None else f" {left[0].upper()}{left[1:]}."
     return text
+
+
+def _metrics(summary: dict[str, Any]) -> dict[str, str]:
+    """Return the metrics by name that have a column of their own: key -> which direction is good."""
+    first = summary["rows"][0]
+    asked = summary.get("metrics", {}).items()
+    return {key: better for key, better in asked if key != "agreement" and first.get(key) is not None}
 
 
 def _headline(records: Records) -> str:

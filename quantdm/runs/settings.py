@@ -72,9 +72,7 @@ def make_settings(
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     options = fitting_options(options, subject.pipe)
     check_given(trials, options, dtype)
-    packed = [part for part, module in subject.denoisers.items() if packed_layers(module)]
-    if packed:
-        raise QuantDMError(f"{subject.name}: its {packed[0]} is quantized already; give the full-precision pipeline")
+    _check_dense(subject)
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
@@ -106,6 +104,12 @@ def _free_dtype(subject: Subject) -> str:
     """
     networks = {name for name, part in subject.seen.parts.items() if part.dtype is not None}
     return "float32" if networks == set(subject.part_names) else fast_dtype()
+
+
+def _check_dense(subject: Subject) -> None:
+    packed = [part for part, module in subject.denoisers.items() if packed_layers(module)]
+    if packed:
+        raise QuantDMError(f"{subject.name}: its {packed[0]} is quantized already; give the full-precision pipeline")
 
 
 def check_one_target(target_bits: float | None, target_bytes: int | None) -> None:
