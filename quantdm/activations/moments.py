@@ -194,14 +194,7 @@ def _gather(
     finally:
         for handle in handles:
             handle.remove()
-    few = {name: count for name, count in counts.items() if name in sums and count < sums[name].shape[-1]}
-    if few:
-        name, count = next(iter(few.items()))
-        _log.warning(
-            "%d layers, first %s, have fewer input vectors (%d) than columns (%d): their moments have no full rank, "
-            "and what was not seen counts little; calibrate on more images or steps",
-            len(few), name, count, sums[name].shape[-1],
-        )  # fmt: skip
+    _warn_of_rank(sums, counts)
     for name, count in counts.items():
         if count:
             yield name, Moments(sums.pop(name).div_(count).float(), count)
@@ -210,6 +203,17 @@ def _gather(
             yield name, _unseen(layers[name])
         else:
             raise QuantDMError(f"{name}: no input in {len(calls)} calls; leave it out, or calibrate where it runs")
+
+
+def _warn_of_rank(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+    few = {name: count for name, count in counts.items() if name in sums and count < sums[name].shape[-1]}
+    if few:
+        name, count = next(iter(few.items()))
+        _log.warning(
+            "%d layers, first %s, have fewer input vectors (%d) than columns (%d): their moments have no full rank, "
+            "and what was not seen counts little; calibrate on more images or steps",
+            len(few), name, count, sums[name].shape[-1],
+        )  # fmt: skip
 
 
 def _add(sums: dict[str, Tensor], name: str, part: Tensor) -> None:

@@ -102,11 +102,10 @@ def generate_batches(
         call = next(plan(signature, protocol, len(seeds) - start, first=first + start, most=most))
         batch = list(seeds[start : start + call.count])
         call = call.filled(LOT) if fill else call
-        seeded_by = batch + batch[-1:] * (call.count - len(batch))
+        made = image_generators(batch + batch[-1:] * (call.count - len(batch)))
         settings = arguments_of(
-            pipe, signature, protocol, call, generators=image_generators(seeded_by), steps=steps or protocol.steps,
-            output=output, alone=alone,
-        )  # fmt: skip
+            pipe, signature, protocol, call, generators=made, steps=steps or protocol.steps, output=output, alone=alone
+        )
         take_back = mark_recordings(find_denoisers(pipe).values())
         out = _call(pipe, settings, batch)
         if out is None:
