@@ -31,7 +31,7 @@ def explain(
     from quantdm.runs.explain import explain as explain_run
     from quantdm.runs.run import Run
     from quantdm.runs.stages import load_space
-    from quantdm.runs.trials import load_trials
+    from quantdm.runs.trials import load_labels
 
     if (recipe is None) != (against is None):
         raise QuantDMError(
@@ -41,7 +41,7 @@ def explain(
         raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(SURROGATES)}")
     run = Run.open(run_dir)
     space = load_space(run)
-    fitted = fit_surrogates(run, space, *load_trials(run, space))
+    fitted = fit_surrogates(run, space, *load_labels(run, space))
     if recipe is None or against is None:
         show_attribution(space, explain_run(run, fitted))
         _show_advice(run_dir)

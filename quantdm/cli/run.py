@@ -10,9 +10,12 @@ from quantdm.cli.app import (
     Device,
     Dtype,
     Embeddings,
+    EngineName,
     ExampleInputs,
+    Fidelity,
     Model,
     ProtocolFile,
+    RayAddress,
     RunDir,
     Seed,
     TargetBits,
@@ -77,12 +80,11 @@ def run(
     embeddings: Embeddings = TABLE_SCHEME.label,
     tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.")] = True,
     example_inputs: ExampleInputs = None,
-    batch_size: BatchSize = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    minutes: Minutes = None,
+    batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None, minutes: Minutes = None,
+    gpu_hours: Annotated[float | None, typer.Option(min=0.01, help="The same, summed over accelerators.")] = None,
     dry_run: DryRun = False,
-) -> None:
+    engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = "full",
+) -> None:  # fmt: skip
     """Make your own pipeline small: search, tune, measure, export, report. Run it again to go on."""
     from quantdm.corridor.run import run
     from quantdm.pipelines.protocol import load_protocol
@@ -102,6 +104,7 @@ def run(
         example_inputs=given_inputs(example_inputs),
         embeddings=table_scheme(embeddings),
         batch_size=batch_size_of(batch_size), device=device, dtype=dtype, minutes=minutes, dry_run=dry_run,
+        gpu_hours=gpu_hours, engine=engine, ray_address=ray_address, fidelity=fidelity,
         say=typer.echo,
     )  # fmt: skip
 

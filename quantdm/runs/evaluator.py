@@ -23,9 +23,11 @@ from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers, split_name
 from quantdm.runs.bank import WeightBank, pointed
+from quantdm.runs.proposals import Proposal, answer
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TunedWeights
 from quantdm.schemes import QuantConfig, Scheme
+from quantdm.surrogates import SearchSpace
 
 NOISE_CALLS = 4  # timesteps of the one-layer noise error: from the middle, the extreme ones rank worse
 
@@ -153,6 +155,10 @@ class Evaluator:
                 may_be_constant=job.labels is not None,  # it is compared with the reference, which may not
             )
 
+    def propose(self, proposal: Proposal) -> dict[str, Any]:
+        """Return which configurations are worth measuring next: fitting surrogates is a job like any other."""
+        return answer(proposal, SearchSpace.load(self.run.path("space.json")))
+
     # ----------------------------------------------------------------------------------------------- sensitivities
 
     def sensitivity(self, probe: Probe) -> list[float]:
@@ -173,6 +179,16 @@ class Evaluator:
                 pairs = zip(outputs, calls, strict=True)
                 errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
         return errors
+
+    def noise_error(self, job: Job) -> dict[str, float]:
+        """Return the same error with the whole configuration of a job: the cheapest label, tens of times cheaper."""
+        assert job.labels is not None
+        errors, recorded = [], self._recorded()  # of the full-precision pipeline: before its weights are others
+        with self.bank.applied(self.subject.weights, QuantConfig.from_labels(job.labels)):
+            for part, calls in recorded.items():
+                outputs = replay(self.subject.denoisers[part], calls)
+                errors += [float(relative_error(out, call.output)) for out, call in zip(outputs, calls, strict=True)]
+        return {"noise_error": sum(errors) / len(errors)}
 
     def input_sensitivity(self, layer_name: str, labels: Sequence[str]) -> list[float]:
         """Return, per activation scheme, the same error when only this layer's input is quantized."""

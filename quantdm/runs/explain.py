@@ -7,21 +7,12 @@ import numpy as np
 
 from quantdm.files import digest, read_json, write_json
 from quantdm.progress import bar
+from quantdm.runs.proposals import SURROGATES
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
-from quantdm.surrogates import (
-    AdditiveSurrogate,
-    Attribution,
-    GraphSurrogate,
-    RidgeSurrogate,
-    SearchSpace,
-    TreeSurrogate,
-    attribute,
-)
+from quantdm.surrogates import Attribution, RidgeSurrogate, SearchSpace, attribute
 from quantdm.surrogates.graph_surrogate import GRAPH_VERSION
 from quantdm.surrogates.ranking import spearman
-
-SURROGATES = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
 
 
 def is_current(path: Path, inputs: str) -> bool:

@@ -12,13 +12,14 @@ from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import Recipe
 from quantdm.runs.choose import choose
+from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.run import MANIFEST, Run
 from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, make_settings
 from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import build_bank, describe, measure_space
-from quantdm.runs.trials import load_trials, run_trials
+from quantdm.runs.trials import load_labels, run_trials
 from quantdm.runs.why import explain_choice
 from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
@@ -40,7 +41,8 @@ def search(
     device: str | None = None,
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
-) -> Recipe:
+    engine: str = "local", ray_address: str | None = None, fidelity: str = "full",
+) -> Recipe:  # fmt: skip
     """Find the configuration of a pipeline's denoisers that keeps the images closest at a given size.
 
     Args:
@@ -64,6 +66,9 @@ def search(
             own).
         embeddings: scheme of embedding tables, which are not searched (None: they stay as they are). A run that goes on
             keeps its own if it is not asked for another than the default.
+        engine: what measures: "local" (processes of this machine) or "ray" (a cluster; docs/cluster.md).
+        ray_address: of a Ray cluster that runs (None: one of its own, on this machine).
+        fidelity: "full": every trial is measured by its images; "auto": most get a cheap label, if it ranks alike.
 
     Returns:
         The recipe; it lies in `run_dir/recipe.yaml` too.
@@ -73,6 +78,7 @@ def search(
             belongs to another run or to another pipeline (the difference is named).
     """
     check_output(run_dir, folder=True)  # before anything is opened
+    check_engine(engine, ray_address)
     subject = look_at(pipe, example_inputs=example_inputs, device=None if device is None else checked_device(device))
     run, subject = start_run(
         subject,
@@ -86,9 +92,11 @@ def search(
         effort=effort,
         dtype=dtype,
         embeddings=embeddings,
+        fidelity=fidelity,
     )
-    with Engine(run, subject, workers=workers, batch_size=batch_size) as engine:
-        return find_recipe(run, engine, subject)
+    opened = open_engine(run, subject, engine, workers=workers, batch_size=batch_size, ray_address=ray_address)
+    with opened:
+        return find_recipe(run, opened, subject)
 
 
 def start_run(
@@ -104,6 +112,7 @@ def start_run(
     effort: Effort = FULL,
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
+    fidelity: str = "full",
 ) -> tuple[Run, Subject]:
     """Start (or go on with) a run of a subject; one that lies nowhere is kept in the run directory.
 
@@ -123,6 +132,7 @@ def start_run(
         effort=effort,
         dtype=dtype,
         embeddings=embeddings,
+        fidelity=fidelity,
     )
     run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free and dtype is None)
     return run, keep_snapshot(run, subject)
@@ -134,7 +144,7 @@ def find_recipe(run: Run, engine: Engine, subject: Subject) -> Recipe:
     bank = build_bank(run, subject)
     space = measure_space(run, engine, subject, bank)
     run_trials(run, engine, space)
-    fitted = fit_surrogates(run, space, *load_trials(run, space))
+    fitted = fit_surrogates(run, space, *load_labels(run, space))
     recipe = choose(run, engine, space, explain(run, fitted), fitted["graph"])
     explain_choice(run, space, fitted)
     return recipe

@@ -19,6 +19,7 @@ from quantdm.runs.run import MIN_TRIALS, RunSettings
 from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
 DTYPES = ("bfloat16", "float16", "float32")
+FIDELITIES = ("full", "auto")
 FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
 
 
@@ -62,9 +63,10 @@ def make_settings(
     effort: Effort = FULL,
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
+    fidelity: str = "full",
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
-    _check_given(trials, options, dtype)
+    _check_given(trials, options, dtype, fidelity)
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
@@ -86,6 +88,7 @@ def make_settings(
         protocol=protocol or default_protocol(subject.name),
         dtype=dtype or own,  # type: ignore[arg-type]
         embeddings=None if embeddings is None else embeddings.label,
+        fidelity=fidelity,  # type: ignore[arg-type]
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )
@@ -101,7 +104,9 @@ def _free_dtype(subject: Subject) -> str:
     return "float32" if networks == set(subject.part_names) else fast_dtype()
 
 
-def _check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> None:
+def _check_given(trials: int, options: Sequence[Scheme], dtype: str | None, fidelity: str) -> None:
+    if fidelity not in FIDELITIES:
+        raise QuantDMError(f"fidelity: got {fidelity!r}; {nearest(fidelity, FIDELITIES)}")
     least = max(MIN_TRIALS, 2 * len(options))
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantdm.files import read_json
 from quantdm.runs.claims import CLAIMS, Claim, Claims
 from quantdm.runs.run import Run
 
@@ -58,12 +59,19 @@ def status_of(run: Run) -> Status:
     return Status(
         stages={stage: run.path(name).exists() for stage, name in STAGES.items()},
         trials=len(finished["trials"]),
-        planned=run.settings.trials,
+        planned=_planned(run),
         rate=60 * (len(recent) - 1) / span if span > 0 else None,
         last=time.time() - recent[-1] if recent else None,
         measurements={name: len(times) for name, times in finished.items()},
         working=working,
     )
+
+
+def _planned(run: Run) -> int:
+    """Return how many full labels are planned: fewer where cheap ones stand for them."""
+    path = run.path("trials.json")
+    record = read_json(path) if path.is_file() else {}
+    return len(record["keys"]) if record.get("cheap", {}).get("kept") else run.settings.trials
 
 
 def _times(folder: Path) -> list[float]:
