@@ -5,7 +5,7 @@
 A forward is 2 x weights x tokens, and 4 x tokens^2 x width per layer for the attention; the rest follows from the plan
 of a search (options, calls and images per label). A GPU is taken at 40 % of 989 TFLOP/s (H100, bf16 dense): what large
 products reach; small batches reach less. Measured: nanoseconds per weight of the bank (bench_bank_*.json, six options,
-one core; here fifteen, twice as long with calibration), trials per second of one driver (scale.json).
+one core; here fifteen, and twice as long with calibration: assumed).
 """
 
 import datetime
@@ -20,7 +20,7 @@ GPUS = (1, 8, 64)
 OPTIONS, CALLS, TRIALS = 15, 4, 160
 CANDIDATES, SURVIVORS, DRAWS, ROWS = 13, 5, 3, 23  # of the verification; rows x draws of the final table
 CORES = 16  # per GPU, for the bank
-STRAGGLE = 0.93  # efficiency on many workers, eval/results/scale.json
+STRAGGLE = 0.93  # efficiency on many workers, simulated: docs/cluster.md
 
 
 @dataclass(frozen=True)
