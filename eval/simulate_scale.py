@@ -1,12 +1,14 @@
-"""How far does a search scale? Ten thousand trials on 1 to 512 workers, with the real store, claims and plan of trials.
+"""How far does a search scale? Ten thousand trials on 1 to 512 workers, with the real store, claims and scheduler.
 
     PYTHONPATH=. python eval/simulate_scale.py RUN_DIR      # writes eval/results/scale.json
 
-Measured here: what the store and the claims cost per trial when ten thousand are there, and how long listing them
-takes. Simulated: workers that take trials in order, with durations drawn from the trials of a real run, stragglers (one
-in a hundred takes ten times as long), preemption (once an hour a worker loses what it is doing and is away for two
-minutes), and the plan of `run_trials`: first the trials that need no labels, then learned batches, each of which waits
-for the one before. Efficiency is the work of all trials over workers times makespan.
+Measured here: what store and claims cost per trial when ten thousand are there, how long listing them takes, and
+how long the surrogates take that propose a round. Simulated: time. One driver hands out jobs by `runs.jobs.Work` and
+`runs.rounds.Rounds`, the code of a real search, on a clock of events; it keeps results one after the other, at the
+measured cost. Durations are drawn from the trials of a real run; one job in a hundred takes ten times as long
+(stragglers); once an hour a worker loses what it is doing and is away for two minutes (preemption). Efficiency is the
+work of all trials, each counted once as it was first drawn, over workers times makespan. `one_by_one` is the plan
+before rounds overlapped: batches of 70, each of which waits for the one before.
 """
 
 import argparse
@@ -17,18 +19,32 @@ import platform
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+
+from quantdm.allocation.sampling import sample_configs
 from quantdm.files import read_json, write_json
 from quantdm.machine import versions
 from quantdm.runs.claims import CLAIMS, Claims
+from quantdm.runs.engines.call import Call
+from quantdm.runs.jobs import LOOK, Item, Work
+from quantdm.runs.proposals import Proposal, answer, to_text
+from quantdm.runs.rounds import BATCH, Round, Rounds, next_round
+from quantdm.runs.run import Run
+from quantdm.runs.stages import load_space
 from quantdm.runs.store import TrialStore
-from quantdm.runs.trials import BATCH, FRONTIER_SHARE, RANDOM_SHARE
+from quantdm.runs.trials import FRONTIER_SHARE, PROPOSERS, RANDOM_SHARE
 
 OUT = Path(__file__).resolve().parent / "results" / "scale.json"
 TRIALS, WORKERS = 10_000, (1, 2, 8, 32, 64, 128, 256, 512)
+SEEDS = 3
+TICK = -1  # an event of nobody: who is idle looks whether anything is overdue
 STRAGGLERS, SLOWER, PREEMPTED_EVERY, AWAY = 0.01, 10.0, 3600.0, 120.0
-REFIT = 10.0  # seconds between two learned batches: the surrogates that propose are fitted in one process
+LABELLED = (104, 400)  # labels from which the time of a proposal is measured; it is fitted to no more than 400
 
 
 def main() -> None:
@@ -37,22 +53,42 @@ def main() -> None:
     given = parser.parse_args()
     records = [read_json(path) for path in sorted((given.run_dir / "trials").glob("*.json"))]
     store = measure_store(records[0])
+    fits = measure_proposals(given.run_dir)
     seconds = [record["seconds"] for record in records]
-    plans = {f"batches of {BATCH}": lambda _: BATCH, "batches of 4 per worker": lambda workers: max(BATCH, 4 * workers)}
+    cost = store["put_and_claim_ms"] / 1e3
+
+    def refit(labels: int) -> float:
+        return float(np.interp(labels, [*fits], [*fits.values()]))
+
+    plans: dict[str, Callable[[int, int], Round]] = {"rounds": next_round, "one_by_one": one_by_one}
+    efficiency = {
+        name: {
+            str(n): spread([Simulation(n, seconds, cost, refit, plan, seed).run() for seed in range(SEEDS)])
+            for n in WORKERS
+        }
+        for name, plan in plans.items()
+    }
     result = {
-        "version": 1,
+        "version": 2,
         "store": store,
+        "most_trials_per_second_of_one_driver": round(1 / cost),
+        "proposal_seconds": fits,
         "trial_seconds": {"mean": sum(seconds) / len(seconds), "max": max(seconds), "trials": len(seconds)},
-        "efficiency": {
-            name: {str(n): simulate(n, seconds, batch(n), store["put_and_claim_ms"] / 1e3) for n in WORKERS}
-            for name, batch in plans.items()
-        },
+        "efficiency": efficiency,
         "machine": platform.machine(),
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }
     write_json(OUT, result)
-    print(result)
+    print(json.dumps(result, indent=1))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"mean": round(float(np.mean(values)), 4), "sd": round(float(np.std(values, ddof=1)), 4)}
+
+
+def one_by_one(start: int, total: int) -> Round:
+    return Round(start, start, min(BATCH, total - start))
 
 
 def measure_store(record: dict) -> dict[str, float]:
@@ -84,33 +120,135 @@ def store_text(record: dict, key: str) -> str:
     return json.dumps({"version": 1, "key": key, **record}, indent=1)
 
 
-def simulate(workers: int, seconds: list[float], batch: int, overhead: float) -> float:
-    """Return the efficiency of TRIALS trials on workers, the learned ones in batches."""
-    chance = random.Random(workers)
-    first = round(TRIALS * (RANDOM_SHARE + FRONTIER_SHARE))
-    sizes = [first]
-    while sum(sizes) < TRIALS:
-        sizes.append(min(batch, TRIALS - sum(sizes)))
-    now, work = 0.0, 0.0
-    preempted = [chance.expovariate(1 / PREEMPTED_EVERY) for _ in range(workers)]
-    for number, size in enumerate(sizes):
-        start = now + (REFIT if number else 0.0)
-        free = [(start, worker) for worker in range(workers)]
-        heapq.heapify(free)
-        ends = []
-        for _ in range(size):
-            length = chance.choice(seconds) * (SLOWER if chance.random() < STRAGGLERS else 1.0)
-            work += length
-            at, worker = heapq.heappop(free)
-            end = at + length + overhead
-            while end > preempted[worker]:  # what it did is lost; it does it again, here, when it is back
-                at = max(at, preempted[worker]) + AWAY
-                preempted[worker] = at + chance.expovariate(1 / PREEMPTED_EVERY)
-                end = at + length + overhead
-            ends.append(end)
-            heapq.heappush(free, (end, worker))
-        now = max(ends)
-    return round(work / (workers * now), 4)
+def measure_proposals(run_dir: Path) -> dict[int, float]:
+    """Return seconds of a proposal by the number of labels, in the space of a run, with planted labels."""
+    space, found = load_space(Run.open(run_dir)), {}
+    for labels in LABELLED:
+        tried = sample_configs(space, labels, seed=labels)
+        error = space.gather(space.noise_error, tried).sum(axis=1)
+        y = -np.log(error) + np.random.default_rng(0).normal(0, 0.1, labels)
+        asked = Proposal(
+            space.digest, tuple(to_text(tried)), tuple(y), max(BATCH, labels // 4), (3.0,), PROPOSERS, 0, 1
+        )
+        start = time.perf_counter()
+        answer(asked, space)
+        found[labels] = round(time.perf_counter() - start, 2)
+    return found
+
+
+class Memory:
+    """A store and its claims, in memory."""
+
+    folder = ""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, dict[str, Any]] = {}
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        return self.kept.get(key)
+
+    def put(self, key: str, record: dict[str, Any]) -> None:
+        self.kept[key] = record
+
+    def keys(self) -> set[str]:
+        return set(self.kept)
+
+    def take(self, key: str) -> bool:
+        return True
+
+    def release(self, key: str) -> None: ...
+
+
+class Simulation:
+    """One search of TRIALS trials on workers, event by event."""
+
+    def __init__(
+        self,
+        workers: int,
+        seconds: list[float],
+        cost: float,
+        refit: Callable[[int], float],
+        plan: Callable[[int, int], Round],
+        seed: int,
+    ) -> None:
+        self.workers, self.seconds, self.cost, self.refit = workers, seconds, cost, refit
+        self.chance, self.now, self.memory = random.Random(1000 * seed + workers), 0.0, Memory()
+        first = round(TRIALS * (RANDOM_SHARE + FRONTIER_SHARE))
+        self.rounds, self.asked = Rounds([f"t{i}" for i in range(first)], plan), {}
+        silent = SimpleNamespace(update=lambda: None)
+        self.work = Work(self.memory, silent, self.follow, clock=lambda: self.now)
+        self.lengths: dict[str, float] = {}
+        self.fresh = False  # whether there is something new to do
+
+    def follow(self, key: str, record: dict[str, Any]) -> dict[str, Item]:
+        if key in self.asked:
+            asked = self.asked[key]
+            keys = [f"t{asked.start + i}" for i in range(asked.count)]
+            self.rounds.extend(keys)
+            self.fresh = True
+            return {**self.items(keys), **self.proposed()}
+        self.rounds.label(key)
+        return self.proposed()
+
+    def proposed(self) -> dict[str, Item]:
+        due = self.rounds.due(TRIALS)
+        if due is None:
+            return {}
+        self.rounds.ask(due)
+        self.fresh = True
+        key = f"p{due.start}"
+        self.asked[key] = due
+        return {key: Item(Call("propose", due), self.memory, counts=False)}
+
+    def items(self, keys: list[str]) -> dict[str, Item]:
+        return {key: Item(Call("measure", key), self.memory) for key in keys}
+
+    def length(self, key: str) -> float:
+        """Return how long one attempt at a job takes."""
+        if key in self.asked:
+            return self.refit(self.asked[key].known)
+        length = self.chance.choice(self.seconds) * (SLOWER if self.chance.random() < STRAGGLERS else 1.0)
+        self.lengths.setdefault(key, length)
+        return length
+
+    def run(self) -> float:
+        """Return the efficiency."""
+        work, chance = self.work, self.chance
+        work.add(self.items(self.rounds.keys))
+        lost = [chance.expovariate(1 / PREEMPTED_EVERY) for _ in range(self.workers)]
+        events: list[tuple[float, int, str | None]] = [(0.0, worker, None) for worker in range(self.workers)]
+        events.append((LOOK, TICK, None))
+        idle: list[int] = []
+        driver = 0.0  # until when it is busy with keeping results
+        while not work.done:
+            self.now, worker, finished = heapq.heappop(events)
+            if worker == TICK:
+                heapq.heappush(events, (self.now + LOOK, TICK, None))
+                if not idle:
+                    continue
+                worker = idle.pop()
+            elif finished is not None:
+                if self.now < driver:
+                    heapq.heappush(events, (driver, worker, finished))
+                    continue
+                driver = self.now + self.cost
+                work.finish(finished, {})
+                if self.fresh:
+                    for other in idle:
+                        heapq.heappush(events, (self.now, other, None))
+                    idle, self.fresh = [], False
+            key = work.next()
+            if key is None:
+                idle.append(worker)
+                continue
+            end = self.now + self.length(key)
+            if end > lost[worker]:  # nobody is told; the job is begun once more when it is overdue
+                back = max(lost[worker], self.now) + AWAY
+                lost[worker] = back + chance.expovariate(1 / PREEMPTED_EVERY)
+                heapq.heappush(events, (back, worker, None))
+            else:
+                heapq.heappush(events, (end, worker, key))
+        return sum(self.lengths.values()) / (self.workers * self.now)
 
 
 if __name__ == "__main__":

@@ -89,10 +89,11 @@ def _unwritable(path: str | Path, error: Exception) -> QuantDMError:
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any failure.
 
-    A link stays, what it points to is written.
+    A link stays, what it points to is written. What is not `durable` survives whatever happens to processes; a power
+    cut within seconds may tear it.
 
     Raises:
         QuantDMError: the file cannot be written.
@@ -109,8 +110,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary = Path(name)
         try:
             yield temporary
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            if durable:
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
             os.replace(temporary, real)
         finally:
@@ -153,8 +155,8 @@ def write_text(path: str | Path, text: str, comment: tuple[str, str]) -> None:
         temporary.write_text(_sealed(text, comment), encoding="utf-8")
 
 
-def write_json(path: str | Path, record: Any) -> None:
-    """Write one JSON record atomically (NaN and infinity are refused: they are not JSON).
+def write_json(path: str | Path, record: Any, *, durable: bool = True) -> None:
+    """Write one JSON record atomically (NaN and infinity are refused: they are not JSON); `durable`: see `atomic_path`.
 
     Raises:
         QuantDMError: the file cannot be written; the record has a version and would replace what has none.
@@ -163,7 +165,7 @@ def write_json(path: str | Path, record: Any) -> None:
         found = read_json(path)
         if not isinstance(found, dict) or "version" not in found:
             raise QuantDMError(f"{path}: exists and is no record of quantdm; move it away or choose another path")
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=durable) as temporary:
         temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

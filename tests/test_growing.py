@@ -13,13 +13,15 @@ from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import look_at
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.claims import CLAIMS, Claims
+from quantdm.runs.engines.call import called
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.final import final_jobs
+from quantdm.runs.labelled import allowed
 from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.search import start_run
 from quantdm.runs.stages import build_bank, load_space, measure_space
 from quantdm.runs.store import TrialStore
-from quantdm.runs.trials import NEAR, RANDOM_SHARE, _allowed, load_trials, run_trials
+from quantdm.runs.trials import NEAR, RANDOM_SHARE, load_trials, run_trials
 from tests.tiny_search import EFFORT, OPTIONS, TRIALS
 
 NEW = Scheme.parse("uniform-channel-3")
@@ -35,7 +37,8 @@ class Counting(Engine):
     def map(self, method, arguments, *, at_most=None):
         def watched():
             for argument in arguments:
-                self.asked.append((method, argument))
+                call = called(method, argument)
+                self.asked.append((call.method, call.argument))
                 yield argument
 
         return super().map(method, watched(), at_most=at_most)
@@ -200,11 +203,11 @@ def test_what_older_runs_had_not_is_not_in_their_records(finished):
 
 
 def test_time_counts_only_what_was_measured():
-    assert _allowed(None, 160, 104, 0) == 160
-    assert _allowed(lambda done: 50, 160, 104, 0) == 154
-    assert _allowed(lambda done: done + 5, 160, 104, 20) == 129
-    assert _allowed(lambda done: 0, 160, 0, 0) == MIN_TRIALS
-    assert _allowed(lambda done: 0, 160, 104, 0) == 104
+    assert allowed(None, 160, 104, 0) == 160
+    assert allowed(lambda done: 50, 160, 104, 0) == 154
+    assert allowed(lambda done: done + 5, 160, 104, 20) == 129
+    assert allowed(lambda done: 0, 160, 0, 0) == MIN_TRIALS
+    assert allowed(lambda done: 0, 160, 104, 0) == 104
 
 
 def test_the_best_uniform_scheme_is_one_that_ran_every_draw(finished, tmp_path):

@@ -61,7 +61,7 @@ def alarmed(monkeypatch):
     for name in ("score_blocks", "select", "select_lambda", "race"):
         monkeypatch.setattr(choosing, name, alarm("choose"))
     monkeypatch.setattr(why, "explain_one", alarm("why"))
-    for name in ("propose", "first_trials", "label_trials"):
+    for name in ("first_trials", "work_through"):
         monkeypatch.setattr(trying, name, alarm("trials"))
 
 

@@ -75,6 +75,13 @@ Device = Annotated[str | None, typer.Option(help="Where the pipeline is put: cpu
 Dtype = Annotated[
     str | None, typer.Option(help="Images are generated in bfloat16, float16 or float32 (default: what is fast here).")
 ]
+EngineName = Annotated[str, typer.Option("--engine", help="What measures: local, or ray (docs/cluster.md).")]
+Fidelity = Annotated[
+    str, typer.Option(help="full: every trial by its images; auto: most by a cheap label, if it ranks alike.")
+]
+RayAddress = Annotated[
+    str | None, typer.Option(help="Of a Ray cluster: auto, HOST:6379, ray://HOST:10001 (default: one here).")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Determines every sampled configuration and noise.")]
 ProtocolFile = Annotated[str | None, typer.Option("--protocol", help="YAML file: what images to measure on.")]
 LearnedFrom = Annotated[

@@ -36,7 +36,7 @@ def explain(
     from quantdm.runs.explain import explain as explain_run
     from quantdm.runs.run import Run
     from quantdm.runs.stages import load_space
-    from quantdm.runs.trials import load_trials
+    from quantdm.runs.trials import load_labels
 
     if paths and against is None:
         _show_paths(run_dir, recipe, top=top, as_json=as_json)
@@ -50,7 +50,7 @@ def explain(
         raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(SURROGATES)}")
     run = Run.open(run_dir)
     space = load_space(run)
-    fitted = fit_surrogates(run, space, *load_trials(run, space))
+    fitted = fit_surrogates(run, space, *load_labels(run, space))
     if recipe is None or against is None:
         show_attribution(space, explain_run(run, fitted))
         _show_advice(run_dir)

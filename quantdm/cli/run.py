@@ -10,10 +10,13 @@ from quantdm.cli.app import (
     Device,
     Dtype,
     Embeddings,
+    EngineName,
     ExampleInputs,
+    Fidelity,
     LearnedFrom,
     Model,
     ProtocolFile,
+    RayAddress,
     RunDir,
     Seed,
     TargetBits,
@@ -78,13 +81,12 @@ def run(
     embeddings: Embeddings = TABLE_SCHEME.label,
     tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.")] = True,
     example_inputs: ExampleInputs = None,
-    batch_size: BatchSize = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
-    minutes: Minutes = None,
+    batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None, minutes: Minutes = None,
+    gpu_hours: Annotated[float | None, typer.Option(min=0.01, help="The same, summed over accelerators.")] = None,
     dry_run: DryRun = False,
+    engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = "full",
     learned_from: LearnedFrom = None,
-) -> None:
+) -> None:  # fmt: skip
     """Make your own pipeline small: search, tune, measure, export, report. Run it again to go on."""
     from quantdm.corridor.run import run
     from quantdm.pipelines.protocol import load_protocol
@@ -101,8 +103,9 @@ def run(
         seed=seed, workers=workers, tuned=tune,
         example_inputs=given_inputs(example_inputs),
         embeddings=table_scheme(embeddings),
-        learned_from=learned_from or (), batch_size=batch_size_of(batch_size), device=device, dtype=dtype,
-        minutes=minutes, dry_run=dry_run,
+        batch_size=batch_size_of(batch_size), device=device, dtype=dtype, minutes=minutes, dry_run=dry_run,
+        gpu_hours=gpu_hours, engine=engine, ray_address=ray_address, fidelity=fidelity,
+        learned_from=learned_from or (),
         say=typer.echo,
     )  # fmt: skip
 

@@ -9,11 +9,14 @@ from quantdm.cli.app import (
     Device,
     Dtype,
     Embeddings,
+    EngineName,
     ExampleInputs,
+    Fidelity,
     LearnedFrom,
     Model,
     Out,
     ProtocolFile,
+    RayAddress,
     RunDir,
     Seed,
     TargetBits,
@@ -72,22 +75,21 @@ def bank(
 def search(
     model: Model,
     run_dir: RunDir,
-    target_bits: TargetBits = None,
-    target_bytes: TargetBytes = None,
-    trials: Trials = 160,
-    seed: Seed = 0,
+    target_bits: TargetBits = None, target_bytes: TargetBytes = None, trials: Trials = 160, seed: Seed = 0,
     protocol: ProtocolFile = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
     example_inputs: ExampleInputs = None,
     embeddings: Embeddings = TABLE_SCHEME.label,
-    batch_size: BatchSize = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
+    batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None,
+    engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = "full",
     learned_from: LearnedFrom = None,
-) -> None:
+) -> None:  # fmt: skip
     """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""
     from quantdm.pipelines.protocol import load_protocol
+    from quantdm.runs.cheap import told
+    from quantdm.runs.run import Run
     from quantdm.runs.search import search
+    from quantdm.runs.trials import cheap_verdict
 
     recipe = search(
         model,
@@ -103,8 +105,13 @@ def search(
         device=device,
         dtype=dtype,
         embeddings=table_scheme(embeddings),
+        engine=engine,
+        ray_address=ray_address,
+        fidelity=fidelity,
         learned_from=learned_from or (),
     )
+    if (cheap := cheap_verdict(Run.open(run_dir))) is not None:
+        typer.echo(told(cheap))
     typer.echo(f"recipe: {run_dir / 'recipe.yaml'}  ({recipe.avg_bits:.4f} bits per weight)")
 
 
@@ -115,11 +122,11 @@ def fit(run_dir: RunDir) -> None:
     from quantdm.runs.explain import fit_surrogates
     from quantdm.runs.run import Run
     from quantdm.runs.stages import load_space
-    from quantdm.runs.trials import load_trials
+    from quantdm.runs.trials import load_labels
 
     run = Run.open(run_dir)
     space = load_space(run)
-    fit_surrogates(run, space, *load_trials(run, space))
+    fit_surrogates(run, space, *load_labels(run, space))
     scores = read_json(run.path("surrogate.json"))
     for name, folds in scores["held_out_spearman"].items():
         ndcg = scores["held_out_ndcg"][name]

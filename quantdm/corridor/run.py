@@ -12,6 +12,7 @@ from quantdm.corridor.export import export_run
 from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.plan import plan_run
 from quantdm.corridor.table import show_table
+from quantdm.errors import QuantDMError
 from quantdm.files import check_output, check_replaceable
 from quantdm.hub.inspection import left_in
 from quantdm.hub.replace import check_export_path
@@ -26,8 +27,10 @@ from quantdm.report import write_report
 from quantdm.report.insight_files import save_insights
 from quantdm.report.page import REPORT_FILE
 from quantdm.runs import final
+from quantdm.runs.cheap import told
 from quantdm.runs.choose import choose
 from quantdm.runs.correct import correct_run
+from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
@@ -35,7 +38,7 @@ from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
 from quantdm.runs.settings import check_given, check_one_target, make_settings
 from quantdm.runs.stages import build_bank, describe, measure_space
-from quantdm.runs.trials import load_trials, run_trials
+from quantdm.runs.trials import cheap_verdict, load_labels, run_trials
 from quantdm.runs.tune import tune_run
 from quantdm.runs.why import explain_choice
 from quantdm.schemes import TABLE_SCHEME, Scheme
@@ -48,11 +51,8 @@ Say = Callable[[str], object]
 def run(
     pipe: DiffusionPipeline | str | Path,
     *,
-    target_bits: float | None = None,
-    target_bytes: int | None = None,
-    run_dir: str | Path | None = None,
-    effort: str = "normal",
-    trials: int | None = None,
+    target_bits: float | None = None, target_bytes: int | None = None, run_dir: str | Path | None = None,
+    effort: str = "normal", trials: int | None = None,
     options: Sequence[Scheme] | None = None,
     protocol: Protocol | None = None,
     seed: int = 0,
@@ -60,14 +60,12 @@ def run(
     tuned: bool = True,
     example_inputs: Mapping[str, Any] | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
-    batch_size: int | Literal["auto"] = "auto",
-    device: str | None = None,
-    dtype: str | None = None,
-    minutes: float | None = None,
-    dry_run: bool = False,
+    batch_size: int | Literal["auto"] = "auto", device: str | None = None, dtype: str | None = None,
+    minutes: float | None = None, gpu_hours: float | None = None, dry_run: bool = False,
+    engine: str = "local", ray_address: str | None = None, fidelity: str = "full",
     learned_from: Sequence[str | Path] = (),
     say: Say = print,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Make a pipeline small: search, tune, correct, measure, export and report; return the summary.
 
     The run directory ends with recipe.yaml, export/, summary.json and report.html; running it again goes on where it
@@ -81,8 +79,10 @@ def run(
         effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
         options: the schemes that every layer may take (None: as the effort has it).
-        protocol, seed, workers, example_inputs, embeddings, batch_size, device, dtype, learned_from: as in `search`.
+        protocol, seed, workers, example_inputs, embeddings, batch_size, device, dtype, engine, ray_address, fidelity,
+            learned_from: as in `search`.
         minutes: trials end in time for the other stages to fit, as far as can be told before (None: all trials).
+        gpu_hours: the same for the sum over all accelerators that work (one of both).
         dry_run: say what every stage would take of time, memory and disk, by estimate, and return that; nothing is
             measured but a few images, nothing is written.
         tuned: whether the recipe is tuned; what does not help on every draw is not kept anyway.
@@ -91,22 +91,26 @@ def run(
     Raises:
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
-    start, level = time.monotonic(), _level(effort, trials, options, dtype, target_bits, target_bytes)
+    start, level = time.monotonic(), _level(effort, trials, options, dtype, target_bits, target_bytes, fidelity)
+    _check_means(engine, ray_address, minutes, gpu_hours)
     subject = _look(pipe, run_dir, example_inputs, device, dtype, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
         "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
+        "fidelity": fidelity,
     }  # fmt: skip
     settings, how = make_settings(subject, **given), _How(workers=workers, batch_size=batch_size)
-    plan = plan_run(subject, settings, level, tuned=tuned, **how) if dry_run or minutes else None
+    plan = plan_run(subject, settings, level, tuned=tuned, **how) if dry_run or minutes or gpu_hours else None
     if dry_run and plan is not None:
         return plan.said(say)
     folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
     started, subject = start_run(subject, folder, **given, learned_from=learned_from)
     _begin(started, subject, say)
+    opened = open_engine(started, subject, engine, **how, ray_address=ray_address)
+    minutes = minutes if gpu_hours is None else gpu_minutes(gpu_hours, opened)
     most = None if plan is None or not minutes else plan.trials_within(start + 60 * minutes, say)
-    with Engine(started, subject, **how) as engine:
-        summary = _Way(started, engine, level, say, most).walk(tuned=tuned)
+    with opened:
+        summary = _Way(started, opened, level, say, most).walk(tuned=tuned)
     return _hand_over(started, subject, summary, say, tuned=tuned, start=start)
 
 
@@ -119,12 +123,12 @@ class _How(TypedDict):
 
 def _level(
     effort: str, trials: int | None, options: Sequence[Scheme] | None, dtype: str | None, bits: float | None,
-    size: int | None,
+    size: int | None, fidelity: str,
 ) -> Level:  # fmt: skip
     """Return the level of an effort; what can be refused before anything is opened is refused."""
     level = level_of(effort, trials=trials)
     check_one_target(bits, size)
-    check_given(level.trials, options or level.options, dtype)
+    check_given(level.trials, options or level.options, dtype, fidelity)
     return level
 
 
@@ -153,6 +157,23 @@ def _begin(started: Run, subject: Subject, say: Say) -> None:
 def _counted(subject: Subject) -> str:
     weights = sum(layer.num_weights for layer in subject.layers)
     return f"{len(subject.layers)} layers, {weights:,} quantizable weights"
+
+
+def _check_means(engine: str, ray_address: str | None, minutes: float | None, gpu_hours: float | None) -> None:
+    check_engine(engine, ray_address)
+    if minutes is not None and gpu_hours is not None:
+        raise QuantDMError("budget: got minutes and gpu_hours; give one of them")
+
+
+def gpu_minutes(gpu_hours: float, engine: Engine) -> float:
+    """Return the minutes in which an engine's accelerators together work so many hours.
+
+    Raises:
+        QuantDMError: it has none.
+    """
+    if not engine.accelerators:
+        raise QuantDMError("gpu_hours: there is no accelerator here; expected minutes")
+    return 60 * gpu_hours / engine.accelerators
 
 
 def default_folder(name: str, target_bits: float | None, target_bytes: int | None, effort: str) -> Path:
@@ -193,8 +214,10 @@ class _Way:
         say(f"[4/10] measure {run.settings.trials} sampled configurations (processes: {engine.workers})")
         measure_gradients(run, engine.local, space)
         run_trials(run, engine, space, most=self.most)
+        if (cheap := cheap_verdict(run)) is not None:
+            say(f"       {told(cheap)}")
         say("[5/10] learn image quality from configurations, and explain it")
-        fitted = fit_surrogates(run, space, *load_trials(run, space))
+        fitted = fit_surrogates(run, space, *load_labels(run, space))
         attributions = explain(run, fitted)
         say("[6/10] choose and verify")
         recipe = choose(run, engine, space, attributions, fitted["graph"])

@@ -9,6 +9,7 @@ from quantdm.report.markup import dotted, esc, figure, missing, paragraph, table
 from quantdm.report.meters import Meter, dots
 from quantdm.report.records import Records
 from quantdm.report.wording import megabytes, percent
+from quantdm.runs.cheap import told
 from quantdm.surrogates import SearchSpace
 
 MAX_GROUPS = 40  # rows of a chart that one still reads
@@ -167,4 +168,5 @@ def surrogates(records: Records) -> str:
         "well; what counts is the distance to the rows that need no learning."
     )
     picture = dots(rows, "Held-out rank correlation")
+    text += "" if records.cheap is None else f" Cheap labels: {told(records.cheap)}."
     return paragraph(text) + figure(picture, "Can quality be predicted?", caption, kind="wide")

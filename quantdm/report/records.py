@@ -16,7 +16,7 @@ from quantdm.runs.labels import weights_of
 from quantdm.runs.paths import PATHS_FILE
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.store import TrialStore
-from quantdm.runs.trials import own_trials
+from quantdm.runs.trials import cheap_verdict, own_trials
 from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
 from quantdm.runs.why import WHY_FILE
 from quantdm.schemes import QuantConfig
@@ -58,6 +58,7 @@ class Records:
     steps: tuple[dict[str, float], ...]
     summary: dict[str, Any] | None
     samples: dict[str, torch.Tensor]
+    cheap: dict[str, Any] | None = None  # what was found of cheap labels
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -127,6 +128,7 @@ def read_records(run_dir: str | Path) -> Records:
         steps=tuple((optional("correction_steps.json", partial(read_json, version=2)) or {}).get("steps", ())),
         summary=optional("summary.json", lambda path: read_json(path, version=1)),
         samples=samples,
+        cheap=cheap_verdict(run),
     )
 
 

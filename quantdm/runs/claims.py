@@ -102,9 +102,11 @@ class Claims:
         return QuantDMError(f"{self.folder}: cannot be written ({error.strerror}); make room and give permission")
 
     def release(self, key: str) -> None:
-        """Give a claim back."""
+        """Give a claim back; one that is not held here is left alone."""
         with self._lock:
-            own = self._held.pop(key, 0)
+            own = self._held.pop(key, None)
+        if own is None:
+            return
         for generation in range(own + 1):  # the highest, which counts, last
             with contextlib.suppress(OSError):
                 self._path(key, generation).unlink()

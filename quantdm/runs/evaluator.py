@@ -24,9 +24,11 @@ from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers, split_name
 from quantdm.runs.bank import WeightBank, pointed
+from quantdm.runs.proposals import Proposal, answer
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TunedWeights
 from quantdm.schemes import QuantConfig, Scheme
+from quantdm.surrogates import SearchSpace
 
 NOISE_CALLS = 4  # timesteps of the one-layer noise error: from the middle, the extreme ones rank worse
 
@@ -153,14 +155,13 @@ class Evaluator:
         """Generate the samples of one job."""
         with configured(self.pipe, self.bank, job, self.tables):
             return draw_samples(
-                self.pipe,
-                self.protocol,
-                self.extractor,
-                job.draw,
-                batch_size=self.batch_size,
-                what=job.description,
+                self.pipe, self.protocol, self.extractor, job.draw, batch_size=self.batch_size, what=job.description,
                 may_be_constant=job.labels is not None,  # it is compared with the reference, which may not
-            )
+            )  # fmt: skip
+
+    def propose(self, proposal: Proposal) -> dict[str, Any]:
+        """Return which configurations are worth measuring next: fitting surrogates is a job like any other."""
+        return answer(proposal, SearchSpace.load(self.run.path("space.json")))
 
     # ----------------------------------------------------------------------------------------------- sensitivities
 
@@ -182,6 +183,16 @@ class Evaluator:
                 pairs = zip(outputs, calls, strict=True)
                 errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
         return errors
+
+    def noise_error(self, job: Job) -> dict[str, float]:
+        """Return the same error with the whole configuration of a job: the cheapest label, tens of times cheaper."""
+        assert job.labels is not None
+        errors, recorded = [], self.recorded_calls()  # of the full-precision pipeline: before its weights are others
+        with self.bank.applied(self.subject.weights, QuantConfig.from_labels(job.labels)):
+            for part, calls in recorded.items():
+                outputs = replay(self.subject.denoisers[part], calls)
+                errors += [float(relative_error(out, call.output)) for out, call in zip(outputs, calls, strict=True)]
+        return {"noise_error": sum(errors) / len(errors)}
 
     def input_sensitivity(self, layer_name: str, labels: Sequence[str]) -> list[float]:
         """Return, per activation scheme, the same error when only this layer's input is quantized."""

@@ -7,23 +7,12 @@ import numpy as np
 
 from quantdm.files import digest, read_json, write_json
 from quantdm.progress import bar
+from quantdm.runs.proposals import SURROGATES, weights_near
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION
-from quantdm.surrogates import (
-    AdditiveSurrogate,
-    Attribution,
-    GraphSurrogate,
-    RidgeSurrogate,
-    SearchSpace,
-    TreeSurrogate,
-    attribute,
-)
+from quantdm.surrogates import Attribution, RidgeSurrogate, SearchSpace, attribute
 from quantdm.surrogates.graph_surrogate import GRAPH_VERSION
 from quantdm.surrogates.ranking import spearman
-
-# Trials near the target count up to five times as much as those far from it: there the recipe lies.
-AT_TARGET, WIDTH = 4.0, 0.5  # extra weight, and standard deviation in bits
-SURROGATES = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
 
 
 def is_current(path: Path, inputs: str) -> bool:
@@ -32,12 +21,6 @@ def is_current(path: Path, inputs: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------- surrogates, attribution
-
-
-def weights_near(space: SearchSpace, choices: np.ndarray, target_bits: float) -> np.ndarray:
-    """Return how much every trial [T, L] counts in a fit for a target: more, the nearer its size is."""
-    apart = (space.avg_bits(choices) - target_bits) / WIDTH
-    return 1 + AT_TARGET * np.exp(-(apart**2) / 2)
 
 
 def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from quantdm.errors import QuantDMError
 from quantdm.files import digest
 from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.stages import LEARNED_VERSION, load_space
-from quantdm.runs.trials import load_trials
+from quantdm.runs.trials import load_labels
 from quantdm.schemes import Scheme
 from quantdm.surrogates.transfer import learn, share
 
@@ -27,7 +27,7 @@ def learn_from(folders: Sequence[str | Path], options: Sequence[Scheme]) -> dict
     for folder in folders:
         run = Run.open(folder)
         space = load_space(run)
-        choices, y = load_trials(run, space)
+        choices, y = load_labels(run, space)
         if len(y) < MIN_TRIALS:
             raise QuantDMError(
                 f"learned from {folder}: that run has {len(y)} trials, expected {MIN_TRIALS} or more; let it go on "

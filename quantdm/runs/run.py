@@ -25,7 +25,7 @@ MIN_TRIALS = 30  # the fewest that a search is asked for: surrogates learn nothi
 SNAPSHOT = "subject"
 # Settings that may change while a run goes on: what was measured under others stays true, and counts where it applies.
 GROWS = (
-    "target_bits", "trials", "options", "label_images", "verify_images", "verify_draws",
+    "target_bits", "trials", "options", "label_images", "verify_images", "verify_draws", "fidelity",
 )  # fmt: skip
 
 
@@ -56,13 +56,14 @@ class RunSettings(BaseModel):
     sweeps: int = 0
     calibration_steps: int | None = None  # None: those of the trials, as runs before 0.3 had
     dtype: Literal["bfloat16", "float16", "float32"]
+    fidelity: Literal["full", "auto"] = "full"  # auto: most trials get a cheap label, if it ranks as the full one
     embeddings: str | None = None  # scheme of embedding tables in all that is measured; None: they stay as they are
     learned: str | None = None  # digest of what other runs taught (learned.json); None: nothing
 
     @model_serializer(mode="wrap")
     def _as_older_runs(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what runs before 0.4 did not have, so that what they have recorded stays theirs."""
-        absent = {"embeddings": None, "verify_draws": 2, "learned": None}
+        absent = {"embeddings": None, "verify_draws": 2, "learned": None, "fidelity": "full"}
         return {key: value for key, value in dump(self).items() if key not in absent or value != absent[key]}
 
     @property

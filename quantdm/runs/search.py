@@ -12,6 +12,7 @@ from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import Recipe
 from quantdm.runs.choose import choose
+from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
@@ -20,7 +21,7 @@ from quantdm.runs.run import MANIFEST, Run
 from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_given, check_one_target, make_settings
 from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import LEARNED_FILE, build_bank, describe, measure_space
-from quantdm.runs.trials import load_trials, run_trials
+from quantdm.runs.trials import load_labels, run_trials
 from quantdm.runs.why import explain_choice
 from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 
@@ -28,9 +29,7 @@ from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 def search(
     pipe: DiffusionPipeline | str | Path,
     *,
-    target_bits: float | None = None,
-    target_bytes: int | None = None,
-    trials: int = FULL_TRIALS,
+    target_bits: float | None = None, target_bytes: int | None = None, trials: int = FULL_TRIALS,
     run_dir: str | Path,
     seed: int = 0,
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
@@ -38,12 +37,11 @@ def search(
     effort: Effort = FULL,
     workers: int | None = None,
     example_inputs: Mapping[str, Any] | None = None,
-    batch_size: int | Literal["auto"] = "auto",
-    device: str | None = None,
-    dtype: str | None = None,
+    batch_size: int | Literal["auto"] = "auto", device: str | None = None, dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
+    engine: str = "local", ray_address: str | None = None, fidelity: str = "full",
     learned_from: Sequence[str | Path] = (),
-) -> Recipe:
+) -> Recipe:  # fmt: skip
     """Find the configuration of a pipeline's denoisers that keeps the images closest at a given size.
 
     Args:
@@ -67,6 +65,9 @@ def search(
             own). A pipeline that is stored in it is opened in it, and calibrated in it.
         embeddings: scheme of embedding tables, which are not searched (None: they stay as they are). A run that goes on
             keeps its own if it is not asked for another than the default.
+        engine: what measures: "local" (processes of this machine) or "ray" (a cluster; docs/cluster.md).
+        ray_address: of a Ray cluster that runs (None: one of its own, on this machine).
+        fidelity: "full": every trial is measured by its images; "auto": most get a cheap label, if it ranks alike.
         learned_from: run directories of other models: what their trials say of roles and options chooses where the
             first trials lie (docs/method.md, Surrogates). A run that goes on keeps what it learned.
 
@@ -78,8 +79,9 @@ def search(
             belongs to another run or to another pipeline (the difference is named).
     """
     check_output(run_dir, folder=True)  # before anything is opened
+    check_engine(engine, ray_address)
     check_one_target(target_bits, target_bytes)
-    check_given(trials, options, dtype)
+    check_given(trials, options, dtype, fidelity)
     device = None if device is None else checked_device(device)
     subject = look_at(pipe, example_inputs=example_inputs, device=device, dtype=dtype)
     run, subject = start_run(
@@ -94,10 +96,12 @@ def search(
         effort=effort,
         dtype=dtype,
         embeddings=embeddings,
+        fidelity=fidelity,
         learned_from=learned_from,
     )
-    with Engine(run, subject, workers=workers, batch_size=batch_size) as engine:
-        return find_recipe(run, engine, subject)
+    opened = open_engine(run, subject, engine, workers=workers, batch_size=batch_size, ray_address=ray_address)
+    with opened:
+        return find_recipe(run, opened, subject)
 
 
 def start_run(
@@ -113,6 +117,7 @@ def start_run(
     effort: Effort = FULL,
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
+    fidelity: str = "full",
     learned_from: Sequence[str | Path] = (),
 ) -> tuple[Run, Subject]:
     """Start (or go on with) a run of a subject; one that lies nowhere is kept in the run directory.
@@ -136,6 +141,7 @@ def start_run(
         dtype=dtype,
         embeddings=embeddings,
         learned=learned,
+        fidelity=fidelity,
     )
     run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free and dtype is None)
     if told is not None:
@@ -150,7 +156,7 @@ def find_recipe(run: Run, engine: Engine, subject: Subject) -> Recipe:
     space = measure_space(run, engine, subject, bank)
     measure_gradients(run, engine.local, space)
     run_trials(run, engine, space)
-    fitted = fit_surrogates(run, space, *load_trials(run, space))
+    fitted = fit_surrogates(run, space, *load_labels(run, space))
     recipe = choose(run, engine, space, explain(run, fitted), fitted["graph"])
     explain_choice(run, space, fitted)
     return recipe

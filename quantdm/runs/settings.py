@@ -24,6 +24,7 @@ from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL, TABLE_SCHEME, Scheme
 _log = logging.getLogger("quantdm")
 
 DTYPES = ("bfloat16", "float16", "float32")
+FIDELITIES = ("full", "auto")
 FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
 
 
@@ -68,10 +69,11 @@ def make_settings(
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
     learned: str | None = None,
+    fidelity: str = "full",
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     options = fitting_options(options, subject.pipe)
-    check_given(trials, options, dtype)
+    check_given(trials, options, dtype, fidelity)
     _check_dense(subject)
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
@@ -91,6 +93,7 @@ def make_settings(
         dtype=dtype or own,  # type: ignore[arg-type]
         embeddings=None if embeddings is None else embeddings.label,
         learned=learned,
+        fidelity=fidelity,  # type: ignore[arg-type]
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )  # fmt: skip
@@ -125,12 +128,14 @@ def check_one_target(target_bits: float | None, target_bytes: int | None) -> Non
         )
 
 
-def check_given(trials: int, options: Sequence[Scheme], dtype: str | None) -> None:
+def check_given(trials: int, options: Sequence[Scheme], dtype: str | None, fidelity: str = "full") -> None:
     """Check what can be checked before a pipeline is opened.
 
     Raises:
-        QuantDMError: too few trials for these options, or an unknown number format.
+        QuantDMError: an unknown fidelity, too few trials for these options, or an unknown number format.
     """
+    if fidelity not in FIDELITIES:
+        raise QuantDMError(f"fidelity: got {fidelity!r}; {nearest(fidelity, FIDELITIES)}")
     least = max(MIN_TRIALS, 3 * sum(scheme != ORIGINAL for scheme in options) // 2)
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")

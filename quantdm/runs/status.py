@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantdm.files import read_json
 from quantdm.runs.claims import CLAIMS, Claim, Claims
 from quantdm.runs.manifest import read_manifest
 
@@ -63,12 +64,19 @@ def status_of(folder: str | Path) -> Status:
     return Status(
         stages={stage: (folder / name).exists() for stage, name in STAGES.items()},
         trials=len(finished["trials"]),
-        planned=planned,
+        planned=_planned(folder, planned),
         rate=60 * (len(recent) - 1) / span if span > 0 else None,
         last=time.time() - recent[-1] if recent else None,
         measurements={name: len(times) for name, times in finished.items()},
         working=working,
     )
+
+
+def _planned(folder: Path, trials: int) -> int:
+    """Return how many full labels are planned: fewer of the trials where cheap ones stand for them."""
+    path = folder / "trials.json"
+    record = read_json(path) if path.is_file() else {}
+    return len(record["keys"]) if record.get("cheap", {}).get("kept") else trials
 
 
 def _times(folder: Path) -> list[float]:

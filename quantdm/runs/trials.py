@@ -9,20 +9,20 @@ from quantdm.allocation.pruning import fitting, prune
 from quantdm.allocation.sampling import sample_configs, sample_frontier
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, read_json, write_json
-from quantdm.metrics.samples import Draw
 from quantdm.progress import bar
+from quantdm.runs.cheap import FOLDER, cheap_of
+from quantdm.runs.claims import CLAIMS, Claims
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import job_of
-from quantdm.runs.explain import SURROGATES, is_current
-from quantdm.runs.jobs import measure_jobs
-from quantdm.runs.proposals import propose
-from quantdm.runs.run import MIN_TRIALS, Run
+from quantdm.runs.explain import is_current
+from quantdm.runs.jobs import work_through
+from quantdm.runs.labelled import allowed, label_draw, label_of, trial_keys
+from quantdm.runs.plan import TrialPlan
+from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION, learned_values
 from quantdm.runs.store import TrialStore
 from quantdm.schemes import ORIGINAL
-from quantdm.surrogates import (
-    SearchSpace,
-)
+from quantdm.surrogates import SearchSpace
 
 # Shares of the trials: drawn over the whole space, near the frontier of the one-layer sensitivities, and near the
 # frontier of what was learned so far. Trials pay most where the answer lies.
@@ -30,16 +30,10 @@ RANDOM_SHARE, FRONTIER_SHARE = 0.35, 0.3
 NEAR = 0.75  # bits: how near the target a trial lies that tells of it
 CUT_SHORT = "cut short"  # what stands for the inputs of a plan that time did not allow
 LEAST = 20  # trials from which more are learned
-BATCH = 70  # learned trials that are chosen at once
 PROPOSERS = ("additive", "tree")  # the network takes a minute to fit, these take seconds
 
 
 # ----------------------------------------------------------------------------------------------------------- trials
-
-
-def label_draw(run: Run) -> Draw:
-    """Return the noises of the search's labels."""
-    return Draw(run.settings.seed * 1000, run.settings.label_images, run.settings.label_steps)
 
 
 def run_trials(
@@ -54,7 +48,8 @@ def run_trials(
     """Write trials/ and trials.json (which they are): every planned configuration measured, if it was not yet.
 
     Returns choices [T, L] and y = -log(fid_fp) [T].
-    The plan is a function of the settings and of earlier labels only, so an interrupted run ends as an undisturbed one.
+    The plan is a function of the settings and of earlier labels by their place in the order (`rounds`), so an
+    interrupted run, or one of many workers, ends as an undisturbed one of a single worker.
     `targets` are the sizes whose frontier is explored (default: the run's), `proposers` the surrogates that choose the
     learned batches. `most` says how many trials time allows when some are done; a run that it cut short goes on where
     it stopped when it is asked for all.
@@ -67,50 +62,30 @@ def run_trials(
     choices, y = _earlier(run, space)
     first = choices[:0]
     if not _covers(space, choices):
-        plan = first_trials(space, run.settings.trials, targets=targets, seed=seed, values=learned_values(run, space))
-        first = _distinct(np.concatenate([choices, plan]))[len(choices) :]
-    kept = len(choices)
-    wanted = kept + max(_wanted(space, choices, run.settings.trials, targets), len(first))
-    free = kept + _already(run, space, first)  # what lies there takes no time
-    total = _allowed(most, wanted, free, 0)
+        values = learned_values(run, space)
+        planned = first_trials(space, run.settings.trials, targets=targets, seed=seed, values=values)
+        first = _distinct(np.concatenate([choices, planned]))[len(choices) :]
+    wanted = len(choices) + max(_wanted(space, choices, run.settings.trials, targets), len(first))
+    free = len(choices) + _already(run, space, first)  # what lies there takes no time
+    total = allowed(most, wanted, free, 0)
     with bar(total, f"trials: {label_draw(run).images} images each") as progress:
-        progress.update(kept)
-        y = np.concatenate([y, label_trials(run, engine, space, first[: total - kept], progress)])
-        choices = np.concatenate([choices, first[: total - kept]])
-        total = progress.total = _allowed(most, wanted, free, max(len(choices) - free, 0))
-        batches = max(1, round((total - len(choices)) / BATCH))
-        for batch in range(batches):
-            count = (total - len(choices)) // (batches - batch)
-            if count < 1:
-                continue
-            learned = [SURROGATES[name](space, random_state=seed).fit(choices, y) for name in proposers]
-            fresh = propose(space, learned, count, targets=targets, tried=choices, seed=seed + 1 + 1000 * batch)
-            y = np.concatenate([y, label_trials(run, engine, space, fresh, progress)])
-            choices = np.concatenate([choices, fresh])
-    keys = _keys(run, space, choices)
-    write_json(record, {"version": RECORD_VERSION, "inputs": inputs if total == wanted else CUT_SHORT, "keys": keys})
-    return choices, y
+        progress.update(len(choices))
+        plan = TrialPlan(
+            run, space, targets, tuple(proposers), progress, (total, wanted, free), most, run.settings.fidelity
+        )
+        plan.keep(choices, y)
+        items = plan.first(first[: total - len(choices)])
+        claims = Claims(run.path("trials") / CLAIMS)
+        work_through(engine, {**items, **plan.proposed()}, progress=progress, claims=claims, follow=plan.follow)
+    write_json(
+        record, {"version": RECORD_VERSION, "inputs": CUT_SHORT if plan.is_cut_short else inputs, **plan.record()}
+    )
+    return plan.measured()
 
 
 def _already(run: Run, space: SearchSpace, choices: np.ndarray) -> int:
     store = TrialStore(run.path("trials"))
-    return sum(store.get(key) is not None for key in _keys(run, space, choices))
-
-
-def _keys(run: Run, space: SearchSpace, choices: np.ndarray) -> list[str]:
-    return [job_of(run, label_draw(run), space.config(choice).to_labels()).key for choice in choices]
-
-
-def _allowed(most: Callable[[int], int] | None, total: int, free: int, done: int) -> int:
-    """Return how many trials there will be: `total`, or what time allows, but enough to learn from.
-
-    Args:
-        most: says how many measurements fit, of which some are done.
-        total: of the plan.
-        free: trials that were there before.
-        done: measured since then.
-    """
-    return total if most is None else min(total, max(free + done, free + most(done), MIN_TRIALS))
+    return sum(store.get(key) is not None for key in trial_keys(run, space, choices))
 
 
 def _earlier(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
@@ -182,52 +157,61 @@ def load_trials(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
     return _arrays(space, trials)
 
 
+def load_labels(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
+    """Return choices [T, L] and labels [T] that surrogates learn from: full ones, and cheap ones if they rank alike."""
+    choices, y = load_trials(run, space)
+    cheap = cheap_verdict(run)
+    if cheap is None or not cheap["kept"]:
+        return choices, y
+    full, (slope, offset) = {row.tobytes() for row in choices}, cheap["line"]
+    rows, values = [], []
+    for record in TrialStore(run.path(FOLDER)):
+        row = _row(space, record)
+        if row is not None and row.tobytes() not in full:
+            rows.append(row)
+            values.append(slope * cheap_of(record) + offset)
+    return np.concatenate([choices, np.array(rows).reshape(-1, len(space.layers))]), np.concatenate([y, values])
+
+
+def cheap_verdict(run: Run) -> dict[str, Any] | None:
+    """Return what was found of the cheap labels of a run's trials; None where it has none."""
+    path = run.path("trials.json")
+    return read_json(path, version=RECORD_VERSION).get("cheap") if path.is_file() else None
+
+
+def _row(space: SearchSpace, record: dict[str, Any]) -> np.ndarray | None:
+    """Return the choice [L] of a record's configuration; None where it is none of the space."""
+    config, place = record["config"], _places(space)
+    if config.keys() != set(space.layer_names) or not place.keys() >= set(config.values()):
+        return None
+    return np.array([place[config[name]] for name in space.layer_names], dtype=np.int64)
+
+
 def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
     """Return the finished trials that count: of the run's noises, with schemes that are options.
 
     A run that had other options, or labels of other images, may hold more.
     """
-    draw, names, labels = label_draw(run), set(space.layer_names), {*map(_stored, space.labels)}
+    draw, names, labels = label_draw(run), set(space.layer_names), _places(space).keys()
     return [
         trial
         for trial in TrialStore(run.path("trials"))
         if trial["config"].keys() == names
-        and labels.issuperset(trial["config"].values())
+        and labels >= set(trial["config"].values())
         and trial["key"] == job_of(run, draw, trial["config"]).key
     ]
 
 
 def _arrays(space: SearchSpace, trials: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    place = {_stored(label): index for index, label in enumerate(space.labels)}
+    place = _places(space)
     rows = [[place[trial["config"][name]] for name in space.layer_names] for trial in trials]
     choices = np.array(rows, dtype=np.int64).reshape(-1, len(space.layers))
     return choices, np.array([label_of(trial) for trial in trials], dtype=np.float64)
 
 
-def _stored(label: str) -> str | None:
-    """Return an option's label as configurations have it."""
-    return None if label == ORIGINAL.label else label
-
-
-def label_of(trial: dict[str, Any]) -> float:
-    """Return y = -log(fid_fp) of a trial: larger is better, and equal ratios count equally."""
-    return -float(np.log(max(trial["fid_fp"], 1e-9)))
-
-
-def label_trials(run: Run, engine: Engine, space: SearchSpace, choices: np.ndarray, progress: Any) -> np.ndarray:
-    """Measure choices [T, L] that have no trial yet and return the labels y [T] of all of them."""
-    store = TrialStore(run.path("trials"))
-    draw = label_draw(run)
-    labels = [space.config(choice).to_labels() for choice in choices]
-    jobs = [job_of(run, draw, config) for config in labels]
-    avg_bits = {job.key: float(bits) for job, bits in zip(jobs, space.avg_bits(choices), strict=True)}
-
-    def record_of(key: str, figures: dict[str, Any]) -> dict[str, Any]:
-        return {"config": distinct[key].labels, "avg_bits": avg_bits[key], **figures}
-
-    distinct = {job.key: job for job in jobs}
-    found = measure_jobs(engine, store, distinct, progress=progress, record_of=record_of)
-    return np.array([label_of(found[job.key]) for job in jobs])
+def _places(space: SearchSpace) -> dict[str | None, int]:
+    """Return where on the option axis every label lies, as configurations have it: None is the original."""
+    return {None if option == ORIGINAL else option.label: index for index, option in enumerate(space.options)}
 
 
 def _distinct(choices: np.ndarray) -> np.ndarray:

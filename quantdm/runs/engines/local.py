@@ -9,15 +9,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
 from quantdm.machine import cores, same_devices
-from quantdm.metrics.samples import Draw
 from quantdm.pipelines.subject import Subject
+from quantdm.runs.engines.answer import result_of
+from quantdm.runs.engines.call import called
 from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.run import Run
 
@@ -26,6 +27,7 @@ PACKAGE = Path(__file__).resolve().parents[3]
 # With another busy process a two-threaded forward can slow down thirty-fold, because OpenMP threads spin.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 PATIENCE = 5.0  # seconds that a worker may take to end
+SOON = 0.05  # seconds between two questions where there is nothing to do
 TRIES = 3  # workers that may end over one job
 LEAST_PATIENCE, HANGS_AFTER = 300.0, 30  # seconds, and times what the slowest job of its kind took for its size
 _END, _NOTHING = -1, object()
@@ -60,6 +62,7 @@ class Engine:
         self.workers = 1 if subject.location is None else (workers or cores()) if on_cpu else len(self.devices)
         self._slowest: dict[str, float] = {}  # kind of job -> seconds per unit of its size
         self._closing = False
+        self._busy: set[int] = set()  # places whose workers are at a job
         self._processes: list[subprocess.Popen[str]] = []
         self._threads: list[threading.Thread] = []
 
@@ -84,6 +87,11 @@ class Engine:
             _bury(process)
         self._processes, self._threads, self._closing = [], [], False
 
+    @property
+    def accelerators(self) -> float:
+        """How many accelerators work."""
+        return 0.0 if self.subject.device.type == "cpu" else float(self.workers)
+
     @cached_property
     def local(self) -> Evaluator:
         """The evaluator of this process."""
@@ -93,7 +101,8 @@ class Engine:
         """Yield (index, result) of `Evaluator.method(argument)` in the order in which they finish.
 
         Arguments are taken when a worker is free for one; there are `at_most` so many, and a single one is not worth
-        starting workers. A job whose worker dies or hangs is given to a new worker.
+        starting workers. One that is a `Call` names its own method; None means that there is nothing now. A job whose
+        worker dies or hangs is given to a new worker. Who closes the iterator does not wait for what is in flight.
 
         Raises:
             QuantDMError: what a job raised, or a job whose workers ended again and again.
@@ -101,37 +110,64 @@ class Engine:
         count = len(arguments) if isinstance(arguments, Sequence) else at_most
         if self.workers == 1 or count in (0, 1):
             for index, argument in enumerate(arguments):
-                yield index, getattr(self.local, method)(argument)
+                call = called(method, argument)
+                yield index, getattr(self.local, call.method)(call.argument)
             return
+        source, done = _Source(method, arguments), queue.SimpleQueue[tuple[int, Any]]()
+        self._begin(source, done)
+        working = len(self._threads)
+        try:
+            while working:
+                index, answer = done.get()
+                if isinstance(answer, BaseException):
+                    self.close(now=True)
+                    raise answer
+                if index == _END:
+                    working -= 1
+                else:
+                    yield index, answer
+        finally:
+            if working:
+                self._abandon(source)
+
+    def _begin(self, source: "_Source", done: "queue.SimpleQueue[tuple[int, Any]]") -> None:
+        """Start the workers that are not there, and let them work."""
         if not self._processes:
             self._processes = [self._start(place) for place in range(self.workers)]
-        source, done = _Source(method, arguments), queue.SimpleQueue[tuple[int, Any]]()
+        for place, process in enumerate(self._processes):
+            if process.poll() is not None:  # what it did was abandoned
+                _bury(process)
+                self._processes[place] = self._start(place)
         self._threads = [
             threading.Thread(target=self._serve, args=(place, source, done), daemon=True)
             for place in range(self.workers)
         ]
         for thread in self._threads:
             thread.start()
-        working = len(self._threads)
-        while working:
-            index, answer = done.get()
-            if isinstance(answer, BaseException):
-                self.close(now=True)
-                raise answer
-            if index == _END:
-                working -= 1
-            else:
-                yield index, answer
+
+    def _abandon(self, source: "_Source") -> None:
+        """End what nobody wants any more, and the workers that are at it; those that are idle stay."""
+        source.over = True
+        for place, thread in enumerate(self._threads):
+            while thread.is_alive():
+                thread.join(SOON)
+                if thread.is_alive() and place in self._busy and place < len(self._processes):
+                    self._processes[place].kill()
 
     def _serve(self, place: int, source: "_Source", done: "queue.SimpleQueue[tuple[int, Any]]") -> None:
         """Give the worker of a place jobs until none is left; results, or the error that ends it all, go to `done`."""
         try:
             while not self._closing and (job := source.next()) is not None:
                 index, line, kind, size = job
+                if index == _END:
+                    time.sleep(SOON)
+                    continue
                 answer: Any = None
                 for _ in range(TRIES):
+                    self._busy.add(place)
                     answer = self._ask(place, line, kind, size)
-                    if not isinstance(answer, _Ended) or self._closing:
+                    self._busy.discard(place)
+                    if not isinstance(answer, _Ended) or self._closing or source.over:
                         break  # at the end nobody needs a new worker
                     _bury(self._processes[place])
                     self._processes[place] = self._start(place)
@@ -161,7 +197,7 @@ class Engine:
         if not answer:
             return _Ended(process)
         self._slowest[kind] = max(self._slowest.get(kind, 0.0), (time.monotonic() - start) / size)
-        return _result(answer)
+        return result_of(json.loads(answer))
 
     def _patience(self, kind: str, size: int) -> float:
         """Return the seconds after which a job counts as hung: many times the slowest one of its kind so far."""
@@ -186,18 +222,19 @@ class _Source:
     def __init__(self, method: str, arguments: Iterable[Any]) -> None:
         self._method, self._arguments = method, iter(arguments)
         self._count, self._lock = 0, threading.Lock()
+        self.over = False  # nobody wants more
 
     def next(self) -> tuple[int, str, str, int] | None:
-        """Return index, line, kind and size of the next job, or None."""
+        """Return index, line, kind and size of the next job, or None; _END as index: nothing now, ask again."""
         with self._lock:
-            argument = next(self._arguments, _NOTHING)
+            argument = _NOTHING if self.over else next(self._arguments, _NOTHING)
             if argument is _NOTHING:
                 return None
+            if argument is None:
+                return _END, "", "", 1
             index, self._count = self._count, self._count + 1
-        plain = asdict(argument) if is_dataclass(argument) and not isinstance(argument, type) else argument
-        draw = getattr(argument, "draw", argument)
-        kind, size = ("images", draw.images * draw.steps) if isinstance(draw, Draw) else (self._method, 1)
-        return index, json.dumps({"method": self._method, "argument": plain}), kind, max(size, 1)
+        call = called(self._method, argument)
+        return index, json.dumps({"method": call.method, "argument": call.record}), *call.effort
 
 
 def _bury(process: "subprocess.Popen[str]") -> None:
@@ -224,10 +261,3 @@ class _Ended:
             f"a job ended {TRIES} worker processes (the last with exit code {self.process.wait()}); what they said "
             "stands above. If memory ran out, use fewer workers; run the same command again to go on"
         )
-
-
-def _result(line: str) -> Any:
-    answer = json.loads(line)
-    if "traceback" in answer:
-        return QuantDMError(f"a worker process failed:\n{answer['traceback']}")
-    return QuantDMError(answer["error"]) if "error" in answer else answer["result"]

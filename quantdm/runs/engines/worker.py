@@ -11,19 +11,13 @@ import queue
 import signal
 import sys
 import threading
-import traceback
-from typing import Any
+from functools import cache
 
 import torch
 
-from quantdm.errors import QuantDMError
-from quantdm.metrics.samples import Draw
-from quantdm.runs.evaluator import Evaluator, Job, Probe
+from quantdm.runs.engines.answer import respond
+from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.run import Run
-
-ARGUMENTS: dict[str, Any] = {"measure": Job.from_dict, "measure_paired": Job.from_dict, "measure_final": Job.from_dict}
-ARGUMENTS |= {"prepare": lambda record: Draw(**record)}
-ARGUMENTS |= {"sensitivity": lambda record: Probe(record["layer"], tuple(record["options"]))}
 
 
 def main(run_dir: str, device: str, batch_size: str) -> None:
@@ -34,20 +28,16 @@ def main(run_dir: str, device: str, batch_size: str) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
-    evaluator: Evaluator | None = None
+
+    @cache
+    def evaluator() -> Evaluator:
+        run = Run.open(run_dir)
+        most = "auto" if batch_size == "auto" else int(batch_size)
+        return Evaluator(run, run.open_subject(device=device), batch_size=most)
+
     while True:
         job = json.loads(jobs.get())
-        try:
-            if evaluator is None:
-                run = Run.open(run_dir)
-                most = "auto" if batch_size == "auto" else int(batch_size)
-                evaluator = Evaluator(run, run.open_subject(device=device), batch_size=most)
-            answer = {"result": getattr(evaluator, job["method"])(ARGUMENTS[job["method"]](job["argument"]))}
-        except QuantDMError as error:
-            answer = {"error": str(error)}
-        except Exception:  # whatever a pipeline raises: the parent shows it
-            answer = {"traceback": traceback.format_exc()}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(json.dumps(respond(evaluator, job["method"], job["argument"])) + "\n")
         answers.flush()
 
 

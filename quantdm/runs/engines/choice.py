@@ -1,0 +1,45 @@
+"""Which engine measures: the processes of this machine, or a Ray cluster."""
+
+from typing import Literal
+
+from quantdm.errors import QuantDMError, nearest
+from quantdm.pipelines.subject import Subject
+from quantdm.runs.engines.local import Engine
+from quantdm.runs.run import Run
+
+ENGINES = ("local", "ray")
+
+
+def check_engine(engine: str, ray_address: str | None) -> None:
+    """Check, before anything is opened, that there is such an engine.
+
+    Raises:
+        QuantDMError: there is none of that name, or an address is given to one that takes none.
+    """
+    if engine not in ENGINES:
+        raise QuantDMError(f"engine: got {engine!r}; {nearest(engine, ENGINES)}")
+    if ray_address is not None and engine != "ray":
+        raise QuantDMError(f"ray address: got {ray_address!r} for the engine {engine}; expected engine ray")
+
+
+def open_engine(
+    run: Run,
+    subject: Subject,
+    engine: str,
+    *,
+    workers: int | None,
+    batch_size: int | Literal["auto"],
+    ray_address: str | None = None,
+    gpus: float | None = None,
+) -> Engine:
+    """Return an engine by its name; use it as a context manager.
+
+    Raises:
+        QuantDMError: no such engine, its package is not installed, or its cluster cannot be reached.
+    """
+    check_engine(engine, ray_address)
+    if engine == "local":
+        return Engine(run, subject, workers=workers, batch_size=batch_size)
+    from quantdm.runs.engines.ray import RayEngine
+
+    return RayEngine(run, subject, address=ray_address, workers=workers, gpus=gpus, batch_size=batch_size)

@@ -1,0 +1,106 @@
+"""Cheap labels: they stand for full ones where they rank alike, are dropped where they do not, and it is said."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from quantdm.errors import QuantDMError
+from quantdm.files import read_json
+from quantdm.pipelines.subject import look_at
+from quantdm.runs.cheap import EVERY, told
+from quantdm.runs.engines.call import called
+from quantdm.runs.evaluator import Evaluator, job_of
+from quantdm.runs.labelled import label_draw
+from quantdm.runs.proposals import answer
+from quantdm.runs.run import Run
+from quantdm.runs.settings import make_settings
+from quantdm.runs.stages import load_space
+from quantdm.runs.trials import cheap_verdict, load_labels, load_trials, run_trials
+from tests.tiny_search import EFFORT, OPTIONS, TRIALS
+
+MANY = 80
+
+
+class Planted:
+    """An engine whose full label is the sum of one-layer errors, and whose cheap one is a power of it."""
+
+    def __init__(self, space, power):
+        self.space, self.power, self.asked = space, power, []
+
+    def map(self, method, arguments, *, at_most=None):
+        for index, argument in enumerate(arguments):
+            call = called(method, argument)
+            self.asked.append(call.method)
+            if call.method == "propose":
+                yield index, answer(call.argument, self.space)
+            elif call.method != "prepare":
+                labels = call.argument.labels
+                choice = np.array([self.space.labels.index(labels[name]) for name in self.space.layer_names])
+                error = float(self.space.gather(self.space.noise_error, choice[None]).sum())
+                figures = {"fid_fp": error**2} if call.method == "measure" else {"noise_error": error**self.power}
+                yield index, figures
+
+
+@pytest.fixture
+def planted(finished, tmp_path):
+    """A run of many trials in automatic fidelity, without any trial yet, and its space."""
+    opened = Run.open(finished[0])
+    shutil.copy(opened.path("space.json"), tmp_path / "space.json")
+    run = Run(tmp_path, opened.settings.model_copy(update={"trials": MANY, "fidelity": "auto"}))
+    return run, load_space(run)
+
+
+def test_cheap_labels_that_rank_alike_stand_for_full_ones_and_train_the_same_surrogates(planted):
+    run, space = planted
+    engine = Planted(space, 0.5)
+    choices, y = run_trials(run, engine, space, proposers=("additive",))
+    found = cheap_verdict(run)
+    assert found is not None
+    assert found["kept"]
+    assert found["rank_correlation"] == pytest.approx(1)
+    assert found["trials"] + len(y) < MANY
+    assert engine.asked.count("measure") == len(y) == len(load_trials(run, space)[0]) < MANY // EVERY + 4
+    assert "stands for the full label of" in told(found)
+    everything, labels = load_labels(run, space)
+    assert len(everything) == found["trials"] + len(y)
+    errors = space.gather(space.noise_error, everything).sum(axis=1)
+    assert labels == pytest.approx(-2 * np.log(errors), abs=1e-6)  # a line makes one unit of both
+    again = Planted(space, 0.5)
+    assert np.array_equal(run_trials(run, again, space, proposers=("additive",))[0], choices)
+    assert not again.asked
+
+
+def test_cheap_labels_that_rank_otherwise_are_dropped_and_everything_is_measured_in_full(planted):
+    run, space = planted
+    engine = Planted(space, -1.0)
+    choices, _ = run_trials(run, engine, space, proposers=("additive",))
+    found = cheap_verdict(run)
+    assert found is not None
+    assert not found["kept"]
+    assert len(choices) == engine.asked.count("measure") == MANY
+    assert told(found).endswith("dropped")
+    assert np.array_equal(load_labels(run, space)[1], load_trials(run, space)[1])
+    full = Run(run.folder.parent / "full", run.settings.model_copy(update={"fidelity": "full"}))
+    shutil.copytree(run.folder, full.folder, ignore=shutil.ignore_patterns("trials*", "cheap", "proposals"))
+    assert np.array_equal(run_trials(full, Planted(space, 1.0), space, proposers=("additive",))[0], choices)
+    assert "cheap" not in read_json(full.path("trials.json"))
+
+
+def test_the_cheap_label_is_the_error_of_the_output_and_nothing_quantized_has_none(finished, dit):
+    run = Run.open(finished[0])
+    evaluator, space = Evaluator(run, look_at(dit)), load_space(run)
+    errors = []
+    for option in (OPTIONS[0].label, OPTIONS[-1].label, None):
+        job = job_of(run, label_draw(run), dict.fromkeys(space.layer_names, option))
+        errors.append(evaluator.noise_error(job)["noise_error"])
+    assert errors[0] > 2 * errors[1] > 0
+    assert errors[2] < 1e-3 * errors[1]
+
+
+def test_an_unknown_fidelity_is_one_clear_error(dit):
+    with pytest.raises(QuantDMError, match="fidelity: got 'cheap'"):
+        make_settings(
+            look_at(dit), target_bits=3.2, target_bytes=None, trials=TRIALS, seed=0, options=OPTIONS, effort=EFFORT,
+            fidelity="cheap",
+        )  # fmt: skip
