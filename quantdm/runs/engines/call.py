@@ -16,8 +16,9 @@ class Call:
     @property
     def record(self) -> Any:
         """The argument as a plain record."""
-        plain = is_dataclass(self.argument) and not isinstance(self.argument, type)
-        return asdict(self.argument) if plain else self.argument
+        if is_dataclass(self.argument) and not isinstance(self.argument, type):
+            return asdict(self.argument)
+        return self.argument
 
     @property
     def effort(self) -> tuple[str, int]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ SOON = 0.05  # seconds between two questions where there is nothing to do
 TRIES = 3  # workers that may end over one job
 LEAST_PATIENCE, HANGS_AFTER = 300.0, 30  # seconds, and times what the slowest job of its kind took for its size
 _END, _NOTHING = -1, object()
+Results = Generator[tuple[int, Any], None, None]  # who closes it wants no more
 
 
 class Engine:
@@ -97,7 +98,7 @@ class Engine:
         """The evaluator of this process."""
         return Evaluator(self.run, self.subject, batch_size=self.batch_size)
 
-    def map(self, method: str, arguments: Iterable[Any], *, at_most: int | None = None) -> Iterator[tuple[int, Any]]:
+    def map(self, method: str, arguments: Iterable[Any], *, at_most: int | None = None) -> Results:
         """Yield (index, result) of `Evaluator.method(argument)` in the order in which they finish.
 
         Arguments are taken when a worker is free for one; there are `at_most` so many, and a single one is not worth

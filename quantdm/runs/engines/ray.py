@@ -20,7 +20,7 @@ from quantdm.machine import versions
 from quantdm.pipelines.subject import Subject
 from quantdm.runs.engines.answer import result_of
 from quantdm.runs.engines.call import Call, called
-from quantdm.runs.engines.local import SOON, TRIES, Engine
+from quantdm.runs.engines.local import SOON, TRIES, Engine, Results
 from quantdm.runs.engines.remote import GIVEN, RemoteWorker
 from quantdm.runs.evaluator import Job
 from quantdm.runs.run import MANIFEST, SNAPSHOT, Run
@@ -80,7 +80,7 @@ class RayEngine(Engine):
         """How many accelerators work: fractions count as such."""
         return self.workers * self.gpus
 
-    def map(self, method: str, arguments: Iterable[Any], *, at_most: int | None = None) -> Iterator[tuple[int, Any]]:
+    def map(self, method: str, arguments: Iterable[Any], *, at_most: int | None = None) -> Results:
         """Yield (index, result) in the order in which they finish; see `Engine.map`.
 
         Raises:
@@ -127,11 +127,12 @@ class RayEngine(Engine):
         ready, _ = self._ray.wait([*asked, *self._starting], num_returns=1, timeout=10 * SOON)
         lost = (self._ray.exceptions.RayActorError, self._ray.exceptions.RayTaskError)
         for reference in ready:
-            place, found = self._starting.pop(reference, None), asked.pop(reference, None)
+            found = asked.pop(reference, None)
+            place = self._starting.pop(reference) if found is None else found.place
             try:
                 answer = self._ray.get(reference)
             except lost as error:
-                again += self._lose(place if found is None else found.place, found, str(error))
+                again += self._lose(place, found, str(error))
                 continue
             if found is None:
                 idle.append(place)

@@ -39,7 +39,8 @@ class RemoteWorker:
         import torch
 
         torch.set_num_threads(1)
-        self._device, self._batch_size, self._versions = device, batch_size, versions
+        self._device, self._versions = device, versions
+        self._batch_size: int | Literal["auto"] = batch_size
         self._folder = Path(tempfile.mkdtemp(prefix="quantdm-worker-"))
         self._have: dict[str, str] = {}
         self._evaluator: Evaluator | None = None
@@ -51,7 +52,7 @@ class RemoteWorker:
     def answer(self, method: str, argument: Any, files: Files) -> Answer:
         """Fetch what is new of the files, call the evaluator, and return its answer."""
         if isinstance(argument, dict):
-            given = {kind: argument.get(kind) for kind in GIVEN if argument.get(kind) is not None}
+            given = {kind: name for kind in GIVEN if (name := argument.get(kind)) is not None}
             argument = {**argument, **{kind: str(self._folder / name) for kind, name in given.items()}}
         record = respond(lambda: self._opened(files), method, argument)
         made = {path.name: path for path in (self._folder / MADE).glob("*.safetensors")}
