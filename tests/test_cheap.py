@@ -17,6 +17,8 @@ from quantdm.runs.run import Run
 from quantdm.runs.settings import make_settings
 from quantdm.runs.stages import load_space
 from quantdm.runs.trials import cheap_verdict, load_labels, load_trials, run_trials
+from quantdm.schemes import ORIGINAL, QuantConfig
+from quantdm.surrogates import SearchSpace
 from tests.tiny_search import EFFORT, OPTIONS, TRIALS
 
 MANY = 80
@@ -35,8 +37,7 @@ class Planted:
             if call.method == "propose":
                 yield index, answer(call.argument, self.space)
             elif call.method != "prepare":
-                labels = call.argument.labels
-                choice = np.array([self.space.labels.index(labels[name]) for name in self.space.layer_names])
+                choice = self.space.choice_of(QuantConfig.from_labels(call.argument.labels))
                 error = float(self.space.gather(self.space.noise_error, choice[None]).sum())
                 figures = {"fid_fp": error**2} if call.method == "measure" else {"noise_error": error**self.power}
                 yield index, figures
@@ -69,6 +70,27 @@ def test_cheap_labels_that_rank_alike_stand_for_full_ones_and_train_the_same_sur
     again = Planted(space, 0.5)
     assert np.array_equal(run_trials(run, again, space, proposers=("additive",))[0], choices)
     assert not again.asked
+
+
+def test_layers_that_stay_as_they_are_have_cheap_labels_and_rounds_like_all_others(planted):
+    run, space = planted
+    nothing = np.zeros(len(space.layers))
+    tables = (16 * space.num_weights, nothing, nothing)
+    known = (space.bits, space.weight_error, space.noise_error)
+    wider = SearchSpace(
+        space.layers, space.graph, (*space.options, ORIGINAL),
+        *(np.column_stack([table, column]) for table, column in zip(known, tables, strict=True)),
+    )  # fmt: skip
+    run = Run(run.folder, run.settings.model_copy(update={"options": wider.labels}))
+    _, y = run_trials(run, Planted(wider, 0.5), wider, proposers=("additive",))
+    found = cheap_verdict(run)
+    assert found is not None
+    assert found["kept"]
+    everything, labels = load_labels(run, wider)
+    assert len(everything) == found["trials"] + len(y)
+    assert (everything == len(space.options)).any()
+    errors = wider.gather(wider.noise_error, everything).sum(axis=1)
+    assert labels == pytest.approx(-2 * np.log(errors), abs=1e-6)
 
 
 def test_cheap_labels_that_rank_otherwise_are_dropped_and_everything_is_measured_in_full(planted):

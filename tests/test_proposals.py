@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from quantdm.allocation.sampling import sample_frontier
-from quantdm.runs.proposals import propose
+from quantdm.runs.proposals import Proposal, answer, from_text, propose, to_text, weights_near
 from quantdm.runs.trials import first_trials
 from quantdm.surrogates import AdditiveSurrogate, TreeSurrogate
 from tests.planted import PlantedTruth, planted_space
@@ -36,6 +36,18 @@ def test_proposals_beat_the_frontier_of_the_sensitivities(learned):
         rows = found[np.abs(space.avg_bits(found) - target) <= 0.26]
         plain = sample_frontier(space, -space.noise_error, 40, target_bits=target, spread=0.25, noise=0.4, seed=5)
         assert truth.y(rows).mean() > truth.y(plain).mean()
+
+
+def test_a_round_weighs_trials_as_the_fit_behind_it_does(learned):
+    space, truth, tried, _, _ = learned
+    y = truth.y(tried)
+    asked = Proposal(space.digest, tuple(to_text(tried)), tuple(y.tolist()), 20, TARGETS, ("additive",), 0, 5)
+    weights = (weights_near(space, tried, *TARGETS), np.ones(len(tried)))
+    fits = [AdditiveSurrogate(space).fit(tried, y, each) for each in weights]
+    near, even = (propose(space, [fit], 20, targets=TARGETS, tried=tried, seed=5) for fit in fits)
+    found = from_text(answer(asked, space)["choices"], len(space.layers))
+    assert np.array_equal(found, near)
+    assert not np.array_equal(found, even)
 
 
 def test_first_trials_hold_every_option_alone_and_all_sizes():
