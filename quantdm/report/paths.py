@@ -17,7 +17,7 @@ def paths(records: Records) -> str:
     """Return the edges that carry the damage of the recipe, drawn on the map."""
     record, space = records.paths, records.space
     if record is None:
-        return missing("paths.json", "No path of the damage")
+        return missing("paths.json", "No path of the damage", kind="missing extra")
     if space is None:
         return missing("space.json", "No graph")
     carrying = [record["edges"][index] for index in record["carrying"]]
