@@ -38,18 +38,18 @@ def fuse_lora(pipe_or_model: Model, *, lora_scale: float = 1.0) -> Model:
         id(model): (model, {name: _factors(name, module, lora_scale) for name, module in _wrapped(model)})
         for model in _models(pipe_or_model)
     }
-    changes = {
-        name: (model, name, fused(_base(model, name).quantized, *factors))
+    changes = [  # two text encoders have layers of the same names
+        (_base(model, name), fused(_base(model, name).quantized, *factors))
         for model, layers in found.values()
         for name, factors in layers.items()
         if factors is not None
-    }
+    ]
     if not changes:
         raise QuantDMError(
             f"fuse_lora: {type(pipe_or_model).__name__} has no active LoRA on packed layers; load_lora_weights first"
         )
-    for model, name, weight in changes.values():
-        _set_(_base(model, name), weight)
+    for layer, weight in changes:
+        _set_(layer, weight)
     for model, layers in found.values():
         if layers:
             _unload_(model)
