@@ -161,6 +161,17 @@ def test_errors_are_remembered_along_a_trajectory_and_for_other_steps_too():
     assert math.exp(fit.age[0] - fit.age[1]) < 0.01
 
 
+def test_a_level_that_is_asked_twice_is_no_step_on():
+    generator, statistics = torch.Generator().manual_seed(4), NoiseStatistics()
+    statistics.begin()
+    error = torch.randn(64, 2, 8, 8, generator=generator)
+    for level, kept in ((-2.0, 1.0), (-1.0, 0.6), (-1.0, 1.0), (0.0, 0.6), (0.0, 1.0)):  # as Heun asks
+        error = kept * error + math.sqrt(1 - kept**2) * torch.randn(64, 2, 8, 8, generator=generator)
+        output = torch.randn(64, 2, 8, 8, generator=generator)
+        statistics.update(level, output, output + 0.1 * error)
+    assert np.exp(-np.diff(statistics.correction().age)) == pytest.approx([0.6, 0.6], abs=0.03)
+
+
 def test_a_correction_of_before_takes_errors_for_independent_and_false_clocks_are_refused():
     fit = statistics_from_pairs(*planted_pairs(0.2, [0.3, -0.1], 0.3)).correction()
     record = {key: value for key, value in fit.to_dict().items() if key != "age"} | {"version": 2}

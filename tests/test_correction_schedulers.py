@@ -393,6 +393,13 @@ def test_on_an_exact_score_room_is_made_for_errors_that_add_up(name):
     assert found["memory"] < 0.5 * min(found["none"], found["independent"]), found
 
 
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_steps_that_start_beside_the_end_of_the_last_remember_too(spacing):
+    sampler = TOY.Sampler("DDIM", "DDIMScheduler", {"timestep_spacing": spacing}, {"eta": 0.0})
+    found = TOY.remembered(sampler, 30, 10_000)
+    assert found["memory"] < 0.5 * min(found["none"], found["independent"]), found
+
+
 def test_on_an_exact_score_shrinkage_takes_the_samples_away():
     sampler = next(s for s in TOY.SAMPLERS if s.name == "DDIM, eta 0")
     base = TOY.planted(sampler, "both")

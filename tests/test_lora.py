@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -205,6 +206,15 @@ def test_quantdm_fuses_a_lora_beside_the_codes_and_takes_it_off_exactly(family: 
     assert all(torch.equal(layer.packed, bytes_[name]) for name, layer in packed_layers(model).items())
     with pytest.raises(QuantDMError, match="no LoRA is fused"):
         quantdm.unfuse_lora(model)
+
+
+def test_parts_whose_layers_have_the_same_names_are_fused_each() -> None:
+    parts = {"text_encoder": add(quantized("clip")), "text_encoder_2": add(quantized("clip"))}
+    loaded = {name: answer(model) for name, model in parts.items()}
+    quantdm.fuse_lora(SimpleNamespace(components=parts))
+    for name, model in parts.items():
+        assert all(layer.scheme.lora is not None for layer in packed_layers(model).values())
+        torch.testing.assert_close(answer(model), loaded[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_fused_lora_is_saved_and_opened_with_the_pipeline(tmp_path: Path) -> None:

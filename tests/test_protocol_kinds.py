@@ -15,7 +15,6 @@ from quantdm.metrics.pyramid import pyramid_features
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples, real_floor
 from quantdm.pipelines.drawn import CLIP_FRAMES, KINDS, draw
 from quantdm.pipelines.generate import count_calls
-from quantdm.pipelines.sizes import LOT
 from quantdm.pipelines.subject import look_at
 from quantdm.runs.evaluator import NOISE_CALLS, Evaluator, Probe
 from quantdm.runs.run import Run
@@ -103,11 +102,11 @@ def test_images_become_bytes_and_features_batch_by_batch(dit):
         seen.append(len(images))
         return digits(images)
 
-    samples = draw_samples(dit, protocol, extract, Draw(1, LOT + 4, 1), batch_size=2)
-    assert seen == [LOT, 4]  # small images of a small pipeline come in lots, what fills up the last is no image
-    whole = draw_samples(dit, protocol, digits, Draw(1, LOT + 4, 1))
-    assert torch.equal(samples.images, whole.images)
-    assert torch.equal(samples.features, whole.features)
+    samples = draw_samples(dit, protocol, extract, Draw(1, 5, 2), batch_size=2)
+    assert seen == [2, 2, 1]
+    whole = draw_samples(dit, protocol, digits, Draw(1, 5, 2))
+    assert (samples.images.int() - whole.images.int()).abs().max() <= 1
+    torch.testing.assert_close(samples.features, whole.features, atol=0.05, rtol=0.01)
 
 
 def test_the_psnr_of_bytes_is_that_of_pixels():

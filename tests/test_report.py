@@ -250,7 +250,7 @@ def test_a_run_without_any_record_still_gives_a_page(copied: Path) -> None:
         if path.name != "run.json":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = write_report(copied).read_text(encoding="utf-8")
-    assert page.count('class="missing"') == len(SECTIONS) - 1  # the protocol needs no record
+    assert page.count('class="missing') == len(SECTIONS) - 1  # the protocol needs no record
     assert f"{len(SECTIONS) - 1} sections and the commands that make them" in page
     assert page.count("<section ") == 3  # the protocol, what can be taken along, and what is not there
 

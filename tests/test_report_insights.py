@@ -124,7 +124,7 @@ def test_insights_are_saved_as_files_that_agree_with_the_records(space: SearchSp
     for path in paths[1:]:
         assert ET.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
     record = read_json(paths[0], version=1)
-    assert len(record["sentences"]) == 7
+    assert len(record["sentences"]) == 8
     assert record["sentences"][0].startswith(f"Protect {SENSITIVE}: ")
     assert record["source"] == "tree"
     assert 0 < len(record["one_more_bit"]) <= 10

@@ -47,6 +47,12 @@ def test_what_is_known_of_a_video_is_its_mean_and_its_motion() -> None:
             clip_features(features, frames)
 
 
+def test_few_videos_of_wide_features_have_the_distance_of_the_whole_matrices() -> None:
+    a, b = torch.randn(2, 5 * F, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    whole = frechet_distance(clip_features(a, F), clip_features(b, F))
+    assert frechet_of_clips(a, b, F) == pytest.approx(whole, rel=1e-6)
+
+
 def test_given_features_make_the_distance() -> None:
     a, b = (torch.rand(24, F, 3, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     found = video_distance(a, b, lambda v: v.mean((1, 3, 4)), at_once=5)

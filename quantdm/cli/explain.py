@@ -70,7 +70,7 @@ def _show_paths(run_dir: Path, recipe: str | None, *, top: int, as_json: bool) -
     space = load_space(run)
     given = recipe or run.path("recipe.yaml")
     name = "the recipe" if recipe is None else Path(recipe).name
-    labels = {layer: str(label) for layer, label in space.config(choice_of(run, space, given)).to_labels().items()}
+    labels = space.config(choice_of(run, space, given)).to_labels()
     record = find_paths(run, labels, name)
     if as_json:
         typer.echo(json.dumps(record, indent=1))

@@ -99,11 +99,13 @@ class CorrectedScheduler(SchedulerMixin, ConfigMixin):
         assert correction is not None
         if correction.room != "full":
             return step.move
-        end, shared = self.__dict__.get("_carried", (math.nan, 0.0))
-        shared = shared if end == step.move.sigma else 0.0  # a step that is not corrected, or another image
+        start, end, shared = self.__dict__.get("_carried", (math.nan, math.nan, 0.0))
+        # Some spacings start a step beside the end of the one before. Farther off: not corrected, or another image.
+        near = step.move.sigma == end or abs(step.move.sigma - end) <= 0.5 * (start - end)
+        shared = shared if near else 0.0
         here, after = correction.age_at(step.start.log_snr), correction.age_at(step.end.log_snr)
         correlated = 0.0 if here is None or after is None else math.exp(-abs(after - here))
-        self.__dict__["_carried"] = (step.move.sigma_next, carried(step.move, shared, correlated))
+        self.__dict__["_carried"] = (step.move.sigma, step.move.sigma_next, carried(step.move, shared, correlated))
         return with_memory(step.move, shared)
 
 

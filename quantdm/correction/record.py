@@ -60,9 +60,9 @@ def _part(arrays: Mapping[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
 
 
 def is_current(path: str | Path) -> bool:
-    """Tell whether a correction file is of the version that is read today; older ones have to be fitted again."""
+    """Tell whether a correction file is of a version that is read today; older ones have to be fitted again."""
     try:
-        return load_tensors(path)[1].get("version") == CORRECTION_VERSION
+        return load_tensors(path)[1].get("version") in READABLE
     except QuantDMError:
         return False
 

@@ -166,7 +166,9 @@ class NoiseStatistics:
 
     def _following(self, level: float, fits: dict[float, NoiseFit]) -> tuple[float, float]:
         """Return the level that came next and the correlation of its residual with this one's; itself, 0: none came."""
-        following = [(pair[1], moments) for pair, moments in self._pairs.items() if pair[0] == level]
+        # a solver of second order asks twice at the same level: that is no step on
+        later = [(pair, moments) for pair, moments in self._pairs.items() if pair[1] > level]
+        following = [(pair[1], moments) for pair, moments in later if pair[0] == level]
         if not following:
             return level, 0.0
         after, moments = max(following, key=lambda item: item[1].count)

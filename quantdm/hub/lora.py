@@ -38,18 +38,18 @@ def fuse_lora(pipe_or_model: Model, *, lora_scale: float = 1.0) -> Model:
         id(model): (model, {name: _factors(name, module, lora_scale) for name, module in _wrapped(model)})
         for model in _models(pipe_or_model)
     }
-    changes = {
-        name: (model, name, fused(_base(model, name).quantized, *factors))
+    changes = [  # two text encoders have layers of the same names
+        (_base(model, name), fused(_base(model, name).quantized, *factors))
         for model, layers in found.values()
         for name, factors in layers.items()
         if factors is not None
-    }
+    ]
     if not changes:
         raise QuantDMError(
             f"fuse_lora: {type(pipe_or_model).__name__} has no active LoRA on packed layers; load_lora_weights first"
         )
-    for model, name, weight in changes.values():
-        _set_(_base(model, name), weight)
+    for layer, weight in changes:
+        _set_(layer, weight)
     for model, layers in found.values():
         if layers:
             _unload_(model)
@@ -99,6 +99,8 @@ def _base(model: nn.Module, name: str) -> PackedLayer:
 
 def _factors(name: str, module: Any, scale: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return left [C, r], right [r, n] and the factors of pairs [r] of a layer's active LoRAs; None: it has none."""
+    if not module.disable_adapters and module.active_adapters and not hasattr(module, "lora_A"):
+        raise QuantDMError(f"{name}: its adapter ({type(module).__name__}) is no LoRA; unload it, or keep it un-fused")
     active = [] if module.disable_adapters else [key for key in module.active_adapters if key in _pairs(module)]
     if not active:
         return None
@@ -144,4 +146,5 @@ def _renew_table_(model: Any) -> None:
     """Tell the model's quantizer, which saves it, what its layers hold now."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        quantizer.table = layer_table(model)
+        # an adapter on top has its own names for the layers below it
+        quantizer.table = {name.removesuffix(".base_layer"): entry for name, entry in layer_table(model).items()}

@@ -15,7 +15,7 @@ from quantdm.metrics.registry import METRICS, Need, check_metrics
 from quantdm.metrics.samples import Samples, real_features
 from quantdm.pipelines.protocol import Protocol
 
-ALWAYS = {"fd": "fid_fp, and fid_real where there are real images", "psnr": "psnr_fp"}
+ALWAYS = {"fd": "fid_fp, and fid_real where there are real images", "psnr": "psnr_fp", "fvd": "fvd_fp of videos"}
 CLIP = "clip:"
 SCORED = ("digits", "efficientnet-lite0", "inception")  # beginnings of the features that have class scores
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 MAX_PSNR = 100.0  # dB: what an equal pair counts as in a mean over pairs
 
@@ -20,6 +19,8 @@ def ssim_each(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     Images smaller than the window are compared with the largest odd window that fits.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # heavy, and only needed here
+
     side = min(11, *a.shape[2:])
     found = structural_similarity_index_measure(
         a.double(), b.double(), gaussian_kernel=side == 11, kernel_size=side - 1 + side % 2, data_range=1.0,

@@ -38,7 +38,8 @@ def sampled_images(
             for found in generate_batches(
                 pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size, lots=True
             ):
-                if found.images.ndim == 5 and found.images.shape[1] != frames:
+                videos = found.images.ndim == 5 and protocol.output != "latent"
+                if videos and found.images.shape[1] != frames:
                     raise QuantDMError(
                         f"videos: got {found.images.shape[1]} frames, expected {frames}; give num_frames in call as "
                         "the pipeline makes them"

@@ -106,9 +106,7 @@ def draw_samples(
     with told(f"draw {draw.base_seed} ({draw.images} images, {draw.steps} steps) of {what}"):
         kept, seconds, mark = [], 0.0, time.monotonic()
         with memoized_text_encoders(pipe):
-            for found in generate_batches(
-                pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size, lots=True
-            ):
+            for found in generate_batches(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size):
                 seconds += time.monotonic() - mark
                 kept.append(_reduced(found, protocol, extractor))
                 mark = time.monotonic()

@@ -130,7 +130,7 @@ def generate_to_folder(
                 lots=True,
             )  # fmt: skip
             for found in batches:
-                if found.images.ndim == 5:
+                if found.images.ndim == 5 and protocol.output != "latent":
                     _tell_frames(folder, found.images.shape[1])
                 for image in found.images:
                     _write(folder, at, image, protocol, latents)

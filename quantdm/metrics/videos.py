@@ -38,7 +38,12 @@ def frechet_of_clips(features_a: torch.Tensor, features_b: torch.Tensor, frames:
     Raises:
         QuantDMError: see `clip_features`; fewer than two videos.
     """
-    return frechet_distance(clip_features(features_a, frames), clip_features(features_b, frames))
+    a, b = clip_features(features_a, frames), clip_features(features_b, frames)
+    if len(a) + len(b) < a.shape[1]:  # in the span of all rows nothing changes, and the matrices are small
+        mean = a.mean(dim=0)
+        basis = torch.linalg.qr(torch.cat([a - mean, b - mean]).T).Q
+        a, b = (a - mean) @ basis, (b - mean) @ basis
+    return frechet_distance(a, b)
 
 
 def video_distance(

@@ -51,7 +51,8 @@ def pipeline_path(name_or_path: str | Path) -> str:
         return name
     if name.startswith((".", "/", "~")):
         raise QuantDMError(
-            f"pipeline: there is no {name}; expected a directory, a hub id OWNER/NAME or an embedded one"
+            f"pipeline: there is no {name}; expected a directory, a hub id OWNER/NAME or an embedded one: "
+            + ", ".join(known_pipelines())
         )
     raise QuantDMError(
         f"pipeline: got {name!r}, expected a directory, a hub id OWNER/NAME or an embedded pipeline; "

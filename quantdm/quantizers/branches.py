@@ -93,7 +93,7 @@ def add_branches(dense: Tensor, scheme: Scheme, tensors: Mapping[str, Tensor], r
         rows: see `dense`.
     """
     dense = dense.contiguous()
-    matrix = dense.view(len(dense), -1)
+    matrix = dense.flatten(1)
     for left, right in factors_of(scheme, tensors):
         left = left if rows is None else left[rows]
         step = max(PIECE // max(right.shape[1], 1), 1)

@@ -29,10 +29,10 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{kind}">{esc(text)}</p>' if kind else f"<p>{esc(text)}</p>"
 
 
-def missing(record: str, what: str) -> str:
-    """Say what a section lacks and which command makes it."""
+def missing(record: str, what: str, *, kind: str = "missing") -> str:
+    """Say what a section lacks and which command makes it; of kind "missing extra" if no run makes it by itself."""
     return (
-        f'<p class="missing">{esc(what)}: <code>{esc(record)}</code> is missing in this run. '
+        f'<p class="{kind}">{esc(what)}: <code>{esc(record)}</code> is missing in this run. '
         f"Make it with <code>{esc(MADE_BY[record])}</code>, then write the report again.</p>"
     )
 

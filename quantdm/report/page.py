@@ -113,7 +113,7 @@ def _read(name: str) -> str:
 
 def _is_missing(html: str) -> bool:
     """Whether a section says nothing but that its record is not there."""
-    return html.startswith('<p class="missing"') and html.count("<p") == 1
+    return html.startswith('<p class="missing') and html.count("<p") == 1
 
 
 def _absent(sections: Sequence[tuple[str, str, str]]) -> str:

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import numpy as np
-
 from quantdm.report.atlas import drawn
 from quantdm.report.drawing import Layout, curve
 from quantdm.report.markup import dotted, figure, missing, paragraph, table
 from quantdm.report.records import Records
 from quantdm.report.wording import percent
+from quantdm.schemes import QuantConfig
 
 LEAST, MOST = 1.6, 6.0  # width of a line that undoes nothing alone, and of one that undoes everything
 
@@ -17,14 +16,19 @@ def paths(records: Records) -> str:
     """Return the edges that carry the damage of the recipe, drawn on the map."""
     record, space = records.paths, records.space
     if record is None:
-        return missing("paths.json", "No path of the damage")
+        return missing("paths.json", "No path of the damage", kind="missing extra")
     if space is None:
         return missing("space.json", "No graph")
+    if record["configuration"] == "the recipe" and record["labels"] != records.labels:
+        again = "quantdm explain --run-dir RUN_DIR --paths"
+        return paragraph(
+            f"The paths that were measured are of an earlier recipe; run `{again}` again.", "missing extra"
+        )
     carrying = [record["edges"][index] for index in record["carrying"]]
     text = paragraph(say_paths(record))
     if not carrying:
         return text
-    choice = np.array([space.labels.index(record["labels"][name]) for name in space.layer_names])
+    choice = space.choice_of(QuantConfig.from_labels(record["labels"]))
     bits = space.gather(space.bits, choice)[0] / space.num_weights
     svg = drawn(space, bits, space.layer_names, over=lambda place: trails(place, carrying))
     caption = (

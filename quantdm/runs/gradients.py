@@ -1,5 +1,6 @@
 """Gradient sensitivities: what ModelOpt's search goes by, as a baseline beside the one-layer noise errors."""
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,12 +17,17 @@ from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
 from quantdm.tuning.train import take_rows
 
+_log = logging.getLogger("quantdm")
+
 GRADIENT_FILE, GRADIENT_VERSION = "gradients.json", 1
 ROWS = 4  # samples of a pool: a backward pass keeps the activations of all of them
 
 
-def measure_gradients(run: Run, evaluator: Evaluator, space: SearchSpace) -> NDArray[np.float64]:
+def measure_gradients(run: Run, evaluator: Evaluator, space: SearchSpace) -> NDArray[np.float64] | None:
     """Return (g·ΔW)² summed over pools for every layer and option, [L, O], and write gradients.json.
+
+    None, with a line in the log: there is no room for a backward pass, or an operation that has none. A search goes on
+    without this baseline.
 
     A pool is ROWS samples of one recorded call of a denoiser on a full-precision trajectory, g the gradient of the
     product of its output with random signs, relative to the size of the output: in expectation over the signs the sum
@@ -33,6 +39,20 @@ def measure_gradients(run: Run, evaluator: Evaluator, space: SearchSpace) -> NDA
     known = load_gradients(run, space)
     if known is not None:
         return known
+    try:
+        scores = _measured(evaluator, space)
+    except (MemoryError, RuntimeError) as error:  # out of memory on an accelerator is a RuntimeError
+        _log.warning("gradient sensitivities are left out as a baseline: %.200s", error)
+        return None
+    if not np.isfinite(scores).all():
+        _log.warning("gradient sensitivities are left out as a baseline: some are not finite")
+        return None
+    record = {"version": GRADIENT_VERSION, "space": _key(space), "scores": scores.tolist()}
+    write_json(run.path(GRADIENT_FILE), record)
+    return scores
+
+
+def _measured(evaluator: Evaluator, space: SearchSpace) -> NDArray[np.float64]:
     recorded, scores = evaluator.recorded_calls(), np.zeros(space.bits.shape)
     parameters = {name: evaluator.subject.weights.get_parameter(f"{name}.weight") for name in space.layer_names}
     with bar(sum(map(len, recorded.values())), "gradients: one backward pass a pool") as progress:
@@ -43,8 +63,6 @@ def measure_gradients(run: Run, evaluator: Evaluator, space: SearchSpace) -> NDA
                 for name, gradient in gradients.items():
                     scores[space.layer_index[name]] += _products(evaluator, space, name, gradient) / len(calls)
                 progress.update()
-    record = {"version": GRADIENT_VERSION, "space": _key(space), "scores": scores.tolist()}
-    write_json(run.path(GRADIENT_FILE), record)
     return scores
 
 
@@ -91,6 +109,6 @@ def _products(evaluator: Evaluator, space: SearchSpace, name: str, gradient: tor
     for index, option in enumerate(space.options):
         if option != ORIGINAL and fits_rank(weight.shape, option):
             difference = evaluator.bank.dense(name, option, weight.dtype, weight.device) - weight
-            found[index] = float((difference * gradient).sum(dtype=torch.float64)) ** 2
+            found[index] = float((difference.float() * gradient.float()).sum(dtype=torch.float64)) ** 2
     worse = [not fits_rank(weight.shape, option) for option in space.options]
     return np.where(worse, found.max(), found)

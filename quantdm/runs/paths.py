@@ -52,13 +52,13 @@ def record_flows(denoiser: nn.Module, calls: list[Call]) -> list[Flow]:
 
 
 def find_paths(
-    run: Run, labels: Mapping[str, str], name: str, *, calls: int = 2, share: float = SHARE
+    run: Run, labels: Mapping[str, str | None], name: str, *, calls: int = 2, share: float = SHARE
 ) -> dict[str, Any]:
     """Write paths.json: which edges carry the damage of a configuration; keep the record of the same question.
 
     Args:
         run: its pipeline is opened, its bank holds the weights.
-        labels: layer -> scheme.
+        labels: layer -> scheme, None where it stays as it is.
         name: what the configuration is called.
         calls: of the one-layer noise errors' calls, from the middle of trajectories.
         share: of the damage to explain.

@@ -127,7 +127,8 @@ def start_run(
     known = Run.open(run_dir).settings if os.path.isfile(Path(run_dir) / MANIFEST) else None
     if embeddings == TABLE_SCHEME and known is not None:  # the default: a run keeps its own
         embeddings = None if known.embeddings is None else Scheme.parse(known.embeddings)
-    told = learn_from(learned_from, options) if learned_from else None
+    has = known is not None and known.learned is not None and os.path.isfile(Path(run_dir) / LEARNED_FILE)
+    told = learn_from(learned_from, options) if learned_from and not has else None  # the other runs may be gone
     learned = told["digest"] if told is not None else None if known is None else known.learned
     settings = make_settings(
         subject,

@@ -76,8 +76,7 @@ def explain_choice(run: Run, space: SearchSpace, fitted: dict[str, Any]) -> None
     if is_current(run.path(WHY_FILE), inputs):
         return
     own, other = (
-        np.array([space.labels.index(selection["configs"][name][layer]) for layer in space.layer_names])
-        for name in (selection["chosen"], rival)
+        space.choice_of(QuantConfig.from_labels(selection["configs"][name])) for name in (selection["chosen"], rival)
     )
     record = {
         "version": RECORD_VERSION,
