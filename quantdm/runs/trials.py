@@ -187,26 +187,20 @@ def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
 
     A run that had other options, or labels of other images, may hold more.
     """
-    draw, names, labels = label_draw(run), set(space.layer_names), {*map(_stored, space.labels)}
+    draw, names, labels = label_draw(run), set(space.layer_names), space.places.keys()
     return [
         trial
         for trial in TrialStore(run.path("trials"))
         if trial["config"].keys() == names
-        and labels.issuperset(trial["config"].values())
+        and labels >= set(trial["config"].values())
         and trial["key"] == job_of(run, draw, trial["config"]).key
     ]
 
 
 def _arrays(space: SearchSpace, trials: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    place = {_stored(label): index for index, label in enumerate(space.labels)}
-    rows = [[place[trial["config"][name]] for name in space.layer_names] for trial in trials]
+    rows = [[space.places[trial["config"][name]] for name in space.layer_names] for trial in trials]
     choices = np.array(rows, dtype=np.int64).reshape(-1, len(space.layers))
     return choices, np.array([label_of(trial) for trial in trials], dtype=np.float64)
-
-
-def _stored(label: str) -> str | None:
-    """Return an option's label as configurations have it."""
-    return None if label == ORIGINAL.label else label
 
 
 def label_of(trial: dict[str, Any]) -> float:
