@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from quantdm import QuantDMError, load_recipe
-from quantdm.files import read_json
+from quantdm.files import read_json, write_json
 from quantdm.report import write_report
 from quantdm.report.advice import advice, cheapest_savings, doubts, read_names, shared_schemes
 from quantdm.runs.explain import fit_surrogates
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 from quantdm.runs.trials import load_trials
-from quantdm.runs.why import choice_of, measured_difference, rival_of
+from quantdm.runs.why import choice_of, explain_choice, measured_difference, rival_of
+from quantdm.schemes import ORIGINAL
+from quantdm.surrogates import SearchSpace
 from quantdm.surrogates.attribution import summarise
 from tests.report_run import make_space
 from tests.test_cli import run as command
@@ -121,6 +123,19 @@ def test_the_path_of_the_damage_is_measured_once_and_drawn(run):
     assert run.path("paths.json").stat().st_mtime_ns == before
     with pytest.raises(QuantDMError, match="--paths goes with --recipe alone"):
         command(*arguments, "--recipe", "uniform-channel-4", "--against", "kmeans-channel-4")
+
+
+def test_a_rival_that_leaves_a_layer_as_it_is_is_compared_too(run, space, tmp_path):
+    copied = Run.open(shutil.copytree(run.folder, tmp_path / "run"))
+    free = [np.column_stack([table, np.zeros(len(space.layers))]) for table in (space.weight_error, space.noise_error)]
+    bits = np.column_stack([space.bits, 16 * space.num_weights])
+    wider = SearchSpace(space.layers, space.graph, (*space.options, ORIGINAL), bits, *free)
+    selection = read_json(copied.path("selection.json"), version=1)
+    selection["configs"]["sensitivity"] = {**selection["configs"][selection["chosen"]], space.layer_names[0]: None}
+    write_json(copied.path("selection.json"), selection)
+    copied.path("why.json").unlink(missing_ok=True)
+    explain_choice(copied, wider, {})
+    assert read_json(copied.path("why.json"), version=1)["against"] == "sensitivity"
 
 
 def test_too_few_trials_are_one_clear_error(run, tmp_path):

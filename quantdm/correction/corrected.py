@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from quantdm.correction import multistep
 from quantdm.correction.ddim import real_eta
 from quantdm.correction.levels import Level, level_of, plain_name, ratio_level
-from quantdm.correction.memory import carried, with_memory
+from quantdm.correction.memory import shared_after, with_memory
 from quantdm.correction.moves import Step, step_of
 from quantdm.correction.record import Correction, StepCorrection
 from quantdm.correction.variance import ROOMS, Move, Room, epsilon_units
@@ -105,7 +105,7 @@ class CorrectedScheduler(SchedulerMixin, ConfigMixin):
         shared = shared if near else 0.0
         here, after = correction.age_at(step.start.log_snr), correction.age_at(step.end.log_snr)
         correlated = 0.0 if here is None or after is None else math.exp(-abs(after - here))
-        self.__dict__["_carried"] = (step.move.sigma, step.move.sigma_next, carried(step.move, shared, correlated))
+        self.__dict__["_carried"] = (step.move.sigma, step.move.sigma_next, shared_after(step.move, shared, correlated))
         return with_memory(step.move, shared)
 
 

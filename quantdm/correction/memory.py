@@ -58,18 +58,14 @@ def with_memory(move: Move, shared: float) -> Move:
     `shared` the sum of carried weights x std x correlation, Var(r carried + error) = r^2 Var(carried) + a^2 + 2 r a
     `shared`.
     """
-    return replace(move, added=move.added + 2.0 * math.sqrt(move.added) * _shrink(move) * shared)
+    return replace(move, added=move.added + 2.0 * math.sqrt(move.added) * move.shrink * shared)
 
 
-def carried(move: Move, shared: float, correlated: float) -> float:
+def shared_after(move: Move, shared: float, correlated: float) -> float:
     """Return `shared` for the step after a move (without memory), whose error has this correlation with the move's.
 
     Noise that a sampler injects makes the sample, and with it the error, another one: of the noise at the next level a
     share of target / sigma_next is of before.
     """
     kept = move.target / move.sigma_next if move.sigma_next > 0.0 else 0.0
-    return correlated * kept * (_shrink(move) * shared + math.sqrt(move.added))
-
-
-def _shrink(move: Move) -> float:
-    return move.target / move.sigma if 0.0 < move.sigma < math.inf else 0.0
+    return correlated * kept * (move.shrink * shared + math.sqrt(move.added))

@@ -6,7 +6,7 @@ read from the update itself, given unit vectors, so that order, solver type and 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -93,8 +93,8 @@ def move_of_update(
     here, after = level_at(update.start), level_at(update.end)
     spare = (update.fresh / after.signal) ** 2 if after.signal > 0.0 else 0.0
     target = math.sqrt(max(after.sigma**2 - spare, 0.0))
-    shrink = target / here.sigma if 0.0 < here.sigma < math.inf else 0.0
-    before = {number: shrink * weight for number, weight in carried.items()}
+    move = Move(here.sigma, target, after.sigma, 0.0, spare)
+    before = {number: move.shrink * weight for number, weight in carried.items()}
     kept = dict(before)
     for number, weight in update.outputs.items():
         kept[number] = kept.get(number, 0.0) + weight / after.signal
@@ -105,7 +105,7 @@ def move_of_update(
         covariance = covariance * np.outer(scale, scale)
     rows = [np.array([weights.get(number, 0.0) for number in kept]) for weights in (kept, before)]
     added = float(rows[0] @ covariance @ rows[0] - rows[1] @ covariance @ rows[1])
-    return Move(here.sigma, target, after.sigma, added, spare), here, after, kept
+    return replace(move, added=added), here, after, kept
 
 
 def _covariance(levels: Sequence[Level], noise: Noise, age: Age) -> np.ndarray:

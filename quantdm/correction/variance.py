@@ -87,6 +87,11 @@ class Move:
     spare: float | torch.Tensor = 0.0
 
     @property
+    def shrink(self) -> float:
+        """What is left after the step of noise that the sample carries: target / sigma."""
+        return self.target / self.sigma if 0.0 < self.sigma < math.inf else 0.0
+
+    @property
     def has_spare(self) -> bool:
         """Whether the sampler injects noise in this step."""
         return isinstance(self.spare, torch.Tensor) or self.spare > 0.0

@@ -11,6 +11,7 @@ from quantdm.metrics.door import check_measures
 from quantdm.metrics.images import ImageSet, framed
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.to_folder import manifest_of
+from quantdm.metrics.videos import are_videos
 from quantdm.pipelines.generate import as_pictures, generate_batches
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
@@ -38,8 +39,7 @@ def sampled_images(
             for found in generate_batches(
                 pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size, lots=True
             ):
-                videos = found.images.ndim == 5 and protocol.output != "latent"
-                if videos and found.images.shape[1] != frames:
+                if are_videos(found.images, protocol) and found.images.shape[1] != frames:
                     raise QuantDMError(
                         f"videos: got {found.images.shape[1]} frames, expected {frames}; give num_frames in call as "
                         "the pipeline makes them"

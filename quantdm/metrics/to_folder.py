@@ -12,6 +12,7 @@ from quantdm.activations.hooks import activation_spec
 from quantdm.errors import QuantDMError
 from quantdm.files import atomic_path, check_output, digest, read_json, save_tensors, write_json
 from quantdm.machine import versions
+from quantdm.metrics.videos import are_videos
 from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.fingerprint import dtype_of, fingerprint_part
 from quantdm.pipelines.generate import as_pictures, generate_batches
@@ -130,7 +131,7 @@ def generate_to_folder(
                 lots=True,
             )  # fmt: skip
             for found in batches:
-                if found.images.ndim == 5 and protocol.output != "latent":
+                if are_videos(found.images, protocol):
                     _tell_frames(folder, found.images.shape[1])
                 for image in found.images:
                     _write(folder, at, image, protocol, latents)

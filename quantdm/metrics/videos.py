@@ -6,6 +6,12 @@ import torch
 
 from quantdm.errors import QuantDMError
 from quantdm.metrics.distance import frechet_distance, psnr_of_bytes
+from quantdm.pipelines.protocol import Protocol
+
+
+def are_videos(made: torch.Tensor, protocol: Protocol) -> bool:
+    """Tell whether what a pipeline made [N, ...] are videos [N, F, C, H, W]; latents of video models look like them."""
+    return made.ndim == 5 and protocol.output != "latent"
 
 
 def clip_features(features: torch.Tensor, frames: int) -> torch.Tensor:

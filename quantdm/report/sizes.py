@@ -11,7 +11,6 @@ from quantdm.allocation import pareto
 from quantdm.allocation.pruning import dominated
 from quantdm.report.records import Records
 from quantdm.runs.resize import SENSITIVITY
-from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
 
 Floats = NDArray[np.float64]
@@ -113,11 +112,10 @@ def read_values(records: Records) -> Reading | None:
         return None
     space = records.space
     trials = [t for t in records.trials if set(t["config"]) == set(space.layer_names)]
-    position = {None if label == ORIGINAL.label else label: index for index, label in enumerate(space.labels)}
-    known = [t for t in trials if set(t["config"].values()) <= position.keys()]
+    known = [t for t in trials if set(t["config"].values()) <= space.places.keys()]
     if len(known) < LEAST:
         return None
-    choices = np.array([[position[t["config"][name]] for name in space.layer_names] for t in known])
+    choices = np.array([[space.places[t["config"][name]] for name in space.layer_names] for t in known])
     y = -np.log(np.maximum([t["fid_fp"] for t in known], 1e-9))
     found: list[tuple[float, Reading]] = []
     for name, (values, total) in _rulers(records, space).items():

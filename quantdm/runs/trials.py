@@ -181,7 +181,7 @@ def cheap_verdict(run: Run) -> dict[str, Any] | None:
 
 def _row(space: SearchSpace, record: dict[str, Any]) -> np.ndarray | None:
     """Return the choice [L] of a record's configuration; None where it is none of the space."""
-    config, place = record["config"], _places(space)
+    config, place = record["config"], space.places
     if config.keys() != set(space.layer_names) or not place.keys() >= set(config.values()):
         return None
     return np.array([place[config[name]] for name in space.layer_names], dtype=np.int64)
@@ -192,7 +192,7 @@ def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
 
     A run that had other options, or labels of other images, may hold more.
     """
-    draw, names, labels = label_draw(run), set(space.layer_names), _places(space).keys()
+    draw, names, labels = label_draw(run), set(space.layer_names), space.places.keys()
     return [
         trial
         for trial in TrialStore(run.path("trials"))
@@ -203,15 +203,9 @@ def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
 
 
 def _arrays(space: SearchSpace, trials: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    place = _places(space)
-    rows = [[place[trial["config"][name]] for name in space.layer_names] for trial in trials]
+    rows = [[space.places[trial["config"][name]] for name in space.layer_names] for trial in trials]
     choices = np.array(rows, dtype=np.int64).reshape(-1, len(space.layers))
     return choices, np.array([label_of(trial) for trial in trials], dtype=np.float64)
-
-
-def _places(space: SearchSpace) -> dict[str | None, int]:
-    """Return where on the option axis every label lies, as configurations have it: None is the original."""
-    return {None if option == ORIGINAL else option.label: index for index, option in enumerate(space.options)}
 
 
 def _distinct(choices: np.ndarray) -> np.ndarray:

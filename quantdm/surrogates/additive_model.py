@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdm.schemes import Scheme
 from quantdm.surrogates.features import band_index, type_index
 from quantdm.surrogates.local import log_rate
 from quantdm.surrogates.space import SearchSpace
@@ -32,6 +33,13 @@ class Design:
     parts: dict[str, slice]  # where the columns of `option` lie: method, width, option
 
 
+def method_name(option: Scheme) -> str:
+    """Return what the method of an option is called: options of one name share a column of the design."""
+    kind = f"method {option.method} {option.granularity} {option.group_size}"
+    more = [" hadamard"] * option.hadamard + [f" equalised-{option.equalised}"] * (option.equalised is not None)
+    return kind + "".join(more) + (f" lowrank-{option.lowrank}" if option.lowrank else "")
+
+
 def make_design(space: SearchSpace, *, kinds: Sequence[str] | None = None) -> Design:
     """Build the columns, each scaled by the prior standard deviation of its effect.
 
@@ -45,7 +53,7 @@ def make_design(space: SearchSpace, *, kinds: Sequence[str] | None = None) -> De
         type_of = np.array([names.index(kind) for kind in kinds], dtype=np.int64)
     band_of = band_index(space)
     cells = np.unique(type_of * (band_of.max() + 1) + band_of, return_inverse=True)[1]
-    methods = [(o.method, o.granularity, o.group_size, o.hadamard, o.equalised, o.lowrank) for o in space.options]
+    methods = [method_name(option) for option in space.options]
     method_of = np.array([methods.index(method) for method in methods])
     width_of = np.unique([option.bits for option in space.options], return_inverse=True)[1]
     layer = {"type": type_of, "band": band_of, "cell": cells, "layer": np.arange(len(type_of))}

@@ -64,6 +64,11 @@ class SearchSpace:
         return tuple(option.label for option in self.options)
 
     @cached_property
+    def places(self) -> dict[str | None, int]:
+        """Label as configurations have it (None: a layer stays as it is) -> position on the option axis."""
+        return {None if option == ORIGINAL else option.label: i for i, option in enumerate(self.options)}
+
+    @cached_property
     def layer_index(self) -> dict[str, int]:
         """Layer name -> position on the layer axis."""
         return {name: index for index, name in enumerate(self.layer_names)}
@@ -143,11 +148,11 @@ class SearchSpace:
                 f"config: {len(unknown)} unknown and {len(missing)} missing layers, first {name!r}; "
                 f"{nearest(name, self.layer_names)}"
             )
-        position = {None if option == ORIGINAL else option: index for index, option in enumerate(self.options)}
+        labels = {name: None if scheme is None else scheme.label for name, scheme in config.items()}
         for name in self.layer_names:
-            if config[name] not in position:
+            if labels[name] not in self.places:
                 raise QuantDMError(f"config: {name!r} is {config[name]}, which is no option; {', '.join(self.labels)}")
-        return np.array([position[config[name]] for name in self.layer_names], dtype=np.int64)
+        return np.array([self.places[labels[name]] for name in self.layer_names], dtype=np.int64)
 
     def save(self, path: str | Path) -> None:
         """Write the space as one JSON record."""

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quantdm.schemes import Scheme
-from quantdm.surrogates.additive_model import AdditiveCurve, Design, Floats, Ints, log_terms, make_design
+from quantdm.surrogates.additive_model import AdditiveCurve, Design, Floats, Ints, log_terms, make_design, method_name
 from quantdm.surrogates.features import band_index
 from quantdm.surrogates.gauss_newton import NOISE_SD, solve
 from quantdm.surrogates.roles import role_of
@@ -42,20 +41,13 @@ def shared_names(space: SearchSpace, design: Design) -> tuple[str | None, ...]:
     bands = int(band_index(space).max()) + 1
     named = [*(f"role {role}" for role in roles), *(f"band {band}" for band in range(bands))]
     own = design.layer.shape[1] - len(named)
-    methods = [_method(option) for option in space.options]
+    methods = [method_name(option) for option in space.options]
     columns = max(methods.index(method) for method in methods) + 1  # a method's column is its first option's
     by_method = [name if methods.index(name) == index else None for index, name in enumerate(methods[:columns])]
     widths = sorted({o.bits for o in space.options})
     options = [*by_method, *(f"width {w}" for w in widths), *(f"option {label}" for label in space.labels)]
     pairs = [f"{role} under {label}" for role in roles for label in space.labels]
     return (None, "slope", "exponent", "floor", *named, *[None] * own, *options, *pairs)
-
-
-def _method(option: Scheme) -> str:
-    """Return what the method of an option is called, told apart as the additive model's columns are."""
-    kind = f"method {option.method} {option.granularity} {option.group_size}"
-    more = [" hadamard"] * option.hadamard + [f" equalised-{option.equalised}"] * (option.equalised is not None)
-    return kind + "".join(more) + (f" lowrank-{option.lowrank}" if option.lowrank else "")
 
 
 def learn(space: SearchSpace, choices: Ints, y: Floats, *, strength: float = 1.0) -> Donor:
