@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from quantdm.allocation.sampling import sample_frontier
+from quantdm.runs import proposals
 from quantdm.runs.proposals import Proposal, answer, from_text, propose, to_text, weights_near
 from quantdm.runs.trials import first_trials
 from quantdm.surrogates import AdditiveSurrogate, TreeSurrogate
@@ -48,6 +49,13 @@ def test_a_round_weighs_trials_as_the_fit_behind_it_does(learned):
     found = from_text(answer(asked, space)["choices"], len(space.layers))
     assert np.array_equal(found, near)
     assert not np.array_equal(found, even)
+
+
+def test_an_answer_is_not_kept_for_another_rule(monkeypatch):
+    asked = Proposal("space", ("00",), (1.0,), 20, TARGETS, ("additive",), 0, 5)
+    before = asked.key
+    monkeypatch.setattr(proposals, "RULE", (*proposals.RULE, "another"))
+    assert asked.key != before
 
 
 def test_first_trials_hold_every_option_alone_and_all_sizes():

@@ -20,6 +20,7 @@ POOL = 4  # candidates per proposal
 SPREAD, NOISE = 0.25, 0.4  # of the frontier samples, in bits and in log value
 # Trials near the target count up to five times as much as those far from it: there the recipe lies.
 AT_TARGET, WIDTH = 4.0, 0.5  # extra weight, and standard deviation in bits
+RULE = (POOL, SPREAD, NOISE, AT_TARGET, WIDTH, ENOUGH)  # what an answer depends on beside its question
 
 SURROGATES: dict[str, Any] = {"additive": AdditiveSurrogate, "tree": TreeSurrogate, "graph": GraphSurrogate}
 
@@ -43,7 +44,7 @@ class Proposal:
     @property
     def key(self) -> str:
         """Everything that determines the answer."""
-        return digest("propose", asdict(self))
+        return digest("propose", RULE, asdict(self))
 
 
 def to_text(choices: NDArray[np.int64]) -> list[str]:
