@@ -89,8 +89,10 @@ def _unwritable(path: str | Path, error: Exception) -> QuantDMError:
 
 
 @contextmanager
-def atomic_path(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_path(path: str | Path, *, durable: bool = True, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it on any failure.
+
+    Where it is not to `replace` anything, a file that has come there meanwhile stays.
 
     A link stays, what it points to is written. What is not `durable` survives whatever happens to processes; a power
     cut within seconds may tear it.
@@ -114,11 +116,20 @@ def atomic_path(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
             os.chmod(temporary, 0o644)
-            os.replace(temporary, real)
+            os.replace(temporary, real) if replace else _put_once(temporary, real)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def _put_once(temporary: Path, real: Path) -> None:
+    try:
+        os.link(temporary, real)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links: the last one stays
+        os.replace(temporary, real)
 
 
 def replace_folder(made: Path, folder: Path) -> None:
@@ -155,8 +166,8 @@ def write_text(path: str | Path, text: str, comment: tuple[str, str]) -> None:
         temporary.write_text(_sealed(text, comment), encoding="utf-8")
 
 
-def write_json(path: str | Path, record: Any, *, durable: bool = True) -> None:
-    """Write one JSON record atomically (NaN and infinity are refused: they are not JSON); `durable`: see `atomic_path`.
+def write_json(path: str | Path, record: Any, *, durable: bool = True, replace: bool = True) -> None:
+    """Write one JSON record atomically (NaN and infinity are refused: they are not JSON); see `atomic_path`.
 
     Raises:
         QuantDMError: the file cannot be written; the record has a version and would replace what has none.
@@ -165,7 +176,7 @@ def write_json(path: str | Path, record: Any, *, durable: bool = True) -> None:
         found = read_json(path)
         if not isinstance(found, dict) or "version" not in found:
             raise QuantDMError(f"{path}: exists and is no record of quantdm; move it away or choose another path")
-    with atomic_path(path, durable=durable) as temporary:
+    with atomic_path(path, durable=durable, replace=replace) as temporary:
         temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

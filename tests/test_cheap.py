@@ -13,7 +13,7 @@ from quantdm.runs.engines.call import called
 from quantdm.runs.evaluator import Evaluator, job_of
 from quantdm.runs.labelled import label_draw
 from quantdm.runs.proposals import answer
-from quantdm.runs.run import Run
+from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.settings import make_settings
 from quantdm.runs.stages import load_space
 from quantdm.runs.trials import cheap_verdict, load_labels, load_trials, run_trials
@@ -30,7 +30,7 @@ class Planted:
     def __init__(self, space, power):
         self.space, self.power, self.asked = space, power, []
 
-    def map(self, method, arguments, *, at_most=None):
+    def map(self, method, arguments, *, at_most=None, until=None):
         for index, argument in enumerate(arguments):
             call = called(method, argument)
             self.asked.append(call.method)
@@ -61,9 +61,9 @@ def test_cheap_labels_that_rank_alike_stand_for_full_ones_and_train_the_same_sur
     assert found["kept"]
     assert found["rank_correlation"] == pytest.approx(1)
     assert found["trials"] + len(y) < MANY
-    assert engine.asked.count("measure") == len(y) == len(load_trials(run, space)[0]) < MANY // EVERY + 4
+    assert engine.asked.count("measure") == len(y) == len(load_trials(run, space)[0]) == MIN_TRIALS
     assert "stands for the full label of" in told(found)
-    everything, labels = load_labels(run, space)
+    everything, labels, _ = load_labels(run, space)
     assert len(everything) == found["trials"] + len(y)
     errors = space.gather(space.noise_error, everything).sum(axis=1)
     assert labels == pytest.approx(-2 * np.log(errors), abs=1e-6)  # a line makes one unit of both
@@ -86,7 +86,7 @@ def test_layers_that_stay_as_they_are_have_cheap_labels_and_rounds_like_all_othe
     found = cheap_verdict(run)
     assert found is not None
     assert found["kept"]
-    everything, labels = load_labels(run, wider)
+    everything, labels, _ = load_labels(run, wider)
     assert len(everything) == found["trials"] + len(y)
     assert (everything == len(space.options)).any()
     errors = wider.gather(wider.noise_error, everything).sum(axis=1)
@@ -107,6 +107,59 @@ def test_cheap_labels_that_rank_otherwise_are_dropped_and_everything_is_measured
     shutil.copytree(run.folder, full.folder, ignore=shutil.ignore_patterns("trials*", "cheap", "proposals"))
     assert np.array_equal(run_trials(full, Planted(space, 1.0), space, proposers=("additive",))[0], choices)
     assert "cheap" not in read_json(full.path("trials.json"))
+
+
+def test_a_run_with_cheap_labels_grows_and_keeps_what_they_say(planted):
+    run, space = planted
+    choices, y = run_trials(run, Planted(space, 0.5), space, proposers=("additive",))
+    before, engine = cheap_verdict(run), Planted(space, 0.5)
+    assert before is not None
+    grown = Run(run.folder, run.settings.model_copy(update={"trials": 3 * MANY}))
+    more, _ = run_trials(grown, engine, space, proposers=("additive",))
+    assert np.array_equal(more[: len(choices)], choices)
+    assert engine.asked.count("measure") == len(more) - len(y) > 0
+    assert cheap_verdict(grown) == before
+    assert load_labels(grown, space)[2] == before["trials"]
+
+
+def test_a_run_of_full_labels_goes_on_with_cheap_ones(planted):
+    run, space = planted
+    full = Run(run.folder, run.settings.model_copy(update={"fidelity": "full"}))
+    choices, _ = run_trials(full, Planted(space, 0.5), space, proposers=("additive",))
+    grown = Run(run.folder, run.settings.model_copy(update={"trials": 2 * MANY}))
+    more, _ = run_trials(grown, Planted(space, 0.5), space, proposers=("additive",))
+    assert np.array_equal(more[: len(choices)], choices)
+    assert len(more) == 2 * MANY
+
+
+def test_few_pairs_of_labels_decide_nothing(planted):
+    run, space = planted
+    few = Run(run.folder, run.settings.model_copy(update={"trials": TRIALS}))
+    _, y = run_trials(few, Planted(space, 0.5), space, proposers=("additive",))
+    found = cheap_verdict(few)
+    assert found is not None
+    assert not found["kept"]
+    assert len(y) == TRIALS
+
+
+def test_a_first_estimate_of_the_time_is_corrected_by_what_was_measured(planted):
+    run, space = planted
+    full = Run(run.folder, run.settings.model_copy(update={"fidelity": "full"}))
+    whole, _ = run_trials(full, Planted(space, 1.0), space, proposers=("additive",))
+    slow = Run(run.folder.parent / "slow", full.settings)
+    shutil.copytree(run.folder, slow.folder, ignore=shutil.ignore_patterns("trials*", "cheap", "proposals"))
+    found, _ = run_trials(
+        slow, Planted(space, 1.0), space, proposers=("additive",), most=lambda done: 10 * MANY if done else MANY // 4
+    )
+    assert np.array_equal(found, whole)
+
+
+def test_time_that_ends_cheap_labels_early_leaves_a_run_that_goes_on(planted):
+    run, space = planted
+    engine = Planted(space, 0.5)
+    run_trials(run, engine, space, proposers=("additive",), most=lambda done: 36)
+    assert engine.asked.count("measure") <= 36
+    assert read_json(run.path("trials.json"))["inputs"] == "cut short"
 
 
 def test_the_cheap_label_is_the_error_of_the_output_and_nothing_quantized_has_none(finished, dit):

@@ -40,7 +40,7 @@ class Measurer:
     def __init__(self, log: Path, seconds: float = 0.01) -> None:
         self.log, self.seconds = log, seconds
 
-    def map(self, method: str, arguments, *, at_most: int | None = None):
+    def map(self, method: str, arguments, *, at_most: int | None = None, until=None):
         """Measure one after the other and note what was measured."""
         for index, argument in enumerate(arguments):
             if method == "measure":

@@ -25,7 +25,7 @@ class Planted:
     def __init__(self, broken=None, between=lambda count: None):
         self.measured, self.broken, self.between = [], broken, between
 
-    def map(self, method, arguments, *, at_most=None):
+    def map(self, method, arguments, *, at_most=None, until=None):
         for index, job in enumerate(arguments):
             if method != "prepare":
                 self.measured.append(job.key)
@@ -92,6 +92,29 @@ def test_a_torn_file_is_named_and_measured_again_once_it_is_gone(tmp_path):
         measured(folder, Planted())
     torn.unlink()
     check_goes_on(folder, Planted())
+
+
+def test_a_record_without_content_as_a_power_cut_leaves_it_is_measured_again(tmp_path):
+    measured(tmp_path / "trials", Planted())
+    torn = sorted((tmp_path / "trials").glob("*.json"))[2]
+    torn.write_bytes(b"")
+    assert len(list(TrialStore(tmp_path / "trials"))) == len(JOBS) - 1
+    check_goes_on_after(tmp_path / "trials", {torn.stem})
+
+
+def check_goes_on_after(folder, lost):
+    after = Planted()
+    measured(folder, after)
+    assert set(after.measured) == lost
+    assert {trial["key"] for trial in TrialStore(folder)} == set(JOBS)
+
+
+def test_of_two_records_of_one_key_the_first_counts_for_everybody(tmp_path):
+    store = TrialStore(tmp_path / "trials")
+    store.put("a" * 16, {"fid_fp": 1.0})
+    store.put("a" * 16, {"fid_fp": 1.0 + 1e-7})
+    assert store.get("a" * 16) == {"fid_fp": 1.0}
+    assert [path.name for path in store.folder.iterdir()] == [f"{'a' * 16}.json"]
 
 
 def test_nan_from_a_worker_is_no_label(tmp_path):

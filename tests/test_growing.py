@@ -34,7 +34,7 @@ class Counting(Engine):
         super().__init__(run, subject, workers=1)
         self.asked = []
 
-    def map(self, method, arguments, *, at_most=None):
+    def map(self, method, arguments, *, at_most=None, until=None):
         def watched():
             for argument in arguments:
                 call = called(method, argument)

@@ -25,7 +25,7 @@ class Planted:
     def __init__(self):
         self.measured = []
 
-    def map(self, method, arguments, *, at_most=None):
+    def map(self, method, arguments, *, at_most=None, until=None):
         for index, job in enumerate(arguments):
             if method == "prepare":
                 continue

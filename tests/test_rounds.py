@@ -9,8 +9,8 @@ import pytest
 from quantdm.metrics.samples import Draw
 from quantdm.runs.claims import Claims
 from quantdm.runs.engines.call import Call
-from quantdm.runs.engines.local import Engine
-from quantdm.runs.jobs import BUSY, IDLE, Item, Work, work_through
+from quantdm.runs.engines.local import LEAST_PATIENCE, Engine
+from quantdm.runs.jobs import BUSY, IDLE, LOOK, Item, Work, work_through
 from quantdm.runs.rounds import ENOUGH, Rounds, next_round
 from quantdm.runs.run import Run
 from quantdm.runs.store import TrialStore
@@ -159,6 +159,47 @@ def test_what_hangs_in_the_end_is_not_waited_for(finished, dit, tmp_path, monkey
         found = work_through(engine, items, progress=Bar(), claims=Claims(tmp_path / "claims"))
         stopper.join()
     assert set(found) == set(items)
+
+
+def test_what_another_driver_has_finished_is_not_waited_for(finished, dit, tmp_path):
+    from quantdm.pipelines.subject import look_at
+
+    store = TrialStore(tmp_path / "t")
+    items = {f"k{i}": Item(Call("prepare", Draw(80 + i, 2, 1)), store, lambda _: {"y": 1.0}) for i in range(6)}
+    with Engine(Run.open(finished[0]), look_at(dit), workers=2) as engine:
+
+        def hang_while_another_finishes():
+            while len(store.keys()) < 2:
+                time.sleep(0.02)
+            for process in engine._processes:
+                process.send_signal(19)
+            for key in items:
+                store.put(key, {"y": 1.0})
+
+        other = threading.Thread(target=hang_while_another_finishes)
+        other.start()
+        start = time.monotonic()
+        found = work_through(engine, items, progress=Bar(), claims=Claims(tmp_path / "claims"))
+        other.join()
+    assert set(found) == set(items)
+    assert time.monotonic() - start < LEAST_PATIENCE / 4  # workers that hang are noticed later
+
+
+def test_what_others_have_claimed_is_looked_at_twice_a_second(tmp_path):
+    class Counted(Memory):
+        asked = 0
+
+        def take(self, key):
+            self.asked += 1
+            return super().take(key)
+
+    now, store = [0.0], Counted(taken={"a", "b", "c"})
+    work = Work(store, Bar(), lambda *_: {}, clock=lambda: now[0])
+    work.add({key: Item(Call("measure", key), store) for key in "abc"})
+    for _ in range(40):
+        assert work.next() is None
+        now[0] += LOOK / 10
+    assert store.asked <= 3 * 5
 
 
 @pytest.mark.parametrize("labels", [20, 300])

@@ -77,7 +77,8 @@ Dtype = Annotated[
 ]
 EngineName = Annotated[str, typer.Option("--engine", help="What measures: local, or ray (docs/cluster.md).")]
 Fidelity = Annotated[
-    str, typer.Option(help="full: every trial by its images; auto: most by a cheap label, if it ranks alike.")
+    str | None,
+    typer.Option(help="full: every trial by its images (default); auto: most by a cheap label, if it ranks alike."),
 ]
 RayAddress = Annotated[
     str | None, typer.Option(help="Of a Ray cluster: auto, HOST:6379, ray://HOST:10001 (default: one here).")

@@ -84,7 +84,7 @@ def run(
     batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None, minutes: Minutes = None,
     gpu_hours: Annotated[float | None, typer.Option(min=0.01, help="The same, summed over accelerators.")] = None,
     dry_run: DryRun = False,
-    engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = "full",
+    engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = None,
     learned_from: LearnedFrom = None,
 ) -> None:  # fmt: skip
     """Make your own pipeline small: search, tune, measure, export, report. Run it again to go on."""

@@ -81,7 +81,7 @@ def search(
     example_inputs: ExampleInputs = None,
     embeddings: Embeddings = TABLE_SCHEME.label,
     batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None,
-    engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = "full",
+    engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = None,
     learned_from: LearnedFrom = None,
 ) -> None:  # fmt: skip
     """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""

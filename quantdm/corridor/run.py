@@ -62,7 +62,7 @@ def run(
     embeddings: Scheme | None = TABLE_SCHEME,
     batch_size: int | Literal["auto"] = "auto", device: str | None = None, dtype: str | None = None,
     minutes: float | None = None, gpu_hours: float | None = None, dry_run: bool = False,
-    engine: str = "local", ray_address: str | None = None, fidelity: str = "full",
+    engine: str = "local", ray_address: str | None = None, fidelity: str | None = None,
     learned_from: Sequence[str | Path] = (),
     say: Say = print,
 ) -> dict[str, Any]:  # fmt: skip
@@ -123,7 +123,7 @@ class _How(TypedDict):
 
 def _level(
     effort: str, trials: int | None, options: Sequence[Scheme] | None, dtype: str | None, bits: float | None,
-    size: int | None, fidelity: str,
+    size: int | None, fidelity: str | None,
 ) -> Level:  # fmt: skip
     """Return the level of an effort; what can be refused before anything is opened is refused."""
     level = level_of(effort, trials=trials)

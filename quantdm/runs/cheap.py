@@ -24,6 +24,7 @@ from quantdm.surrogates.ranking import spearman
 EVERY = 4  # of so many trials one gets a full label
 LEAST_RANK = 0.6  # rank correlation with the full label near the target from which a cheap one is used
 NEAR, FEW = 0.75, 12  # bits; trials near the target, below which all of them are judged
+LEAST_PAIRS = 12  # trials with both labels from which ranks can be compared
 FOLDER = "cheap"
 
 
@@ -48,7 +49,7 @@ class CheapLabels:
             bits = float(self.space.avg_bits(choice[None])[0])
             labels = self.space.config(choice).to_labels()
             head = {"config": labels, "avg_bits": bits}
-            own = digest("noise error", key, self.run.settings.noise_images)
+            own = cheap_key(self.run, key)
             call = Call("noise_error", job_of(self.run, draw, labels))
             # one that is not alone does not count: its full label does
             self._items[own] = Item(call, self._store, lambda error, head=head: {**head, **error}, counts=not both)
@@ -85,7 +86,7 @@ class CheapLabels:
             "rank_correlation": round(float(rank), 4),
             "average_bits": round(float(null), 4),
             "pairs": int(rows.sum()),
-            "kept": bool(rank >= LEAST_RANK and rank > null and slope > 0),
+            "kept": bool(len(full) >= LEAST_PAIRS and rank >= LEAST_RANK and rank > null and slope > 0),
             "line": [float(slope), float(offset)],
             "trials": len(self.only),
         }
@@ -96,6 +97,11 @@ class CheapLabels:
         assert self.verdict is not None
         slope, offset = self.verdict["line"]
         return {key: slope * self._values[key] + offset for key in self.only}
+
+
+def cheap_key(run: Run, key: str) -> str:
+    """Return the key of the cheap label of a trial."""
+    return digest("noise error", key, run.settings.noise_images)
 
 
 def cheap_of(record: Mapping[str, Any]) -> float:

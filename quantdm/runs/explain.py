@@ -23,11 +23,11 @@ def is_current(path: Path, inputs: str) -> bool:
 # ------------------------------------------------------------------------------------------- surrogates, attribution
 
 
-def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndarray, cheap: int = 0) -> dict[str, Any]:
     """Write surrogates/ and surrogate.json, held-out rank quality; return the fitted surrogates that explain.
 
     Those that were fitted to the same trials of the same space are opened again. Ridge regression is fitted as a
-    yardstick only.
+    yardstick only. The last `cheap` of the labels y [T] are no measured fid_fp; held-out figures hold for all of them.
     """
     arrays = (choices.tolist(), y.tolist(), space.noise_error.tolist(), space.weight_error.tolist())
     target = run.settings.target_bits
@@ -53,7 +53,8 @@ def fit_surrogates(run: Run, space: SearchSpace, choices: np.ndarray, y: np.ndar
     record = {
         "version": RECORD_VERSION,
         "inputs": inputs,
-        "trials": len(y),
+        "trials": len(y) - cheap,
+        "cheap_labels": cheap,
         "held_out_spearman": {name: [float(score) for score in s.cv_scores_] for name, s in fitted.items()},
         "held_out_ndcg": {name: [float(score) for score in s.cv_ndcg_] for name, s in fitted.items()},
         "without_learning": null,

@@ -20,7 +20,7 @@ LOOK = 0.5  # seconds between two looks at what other processes have finished
 # A job that takes so many times what is usual, and so many seconds, is begun once more, in case its worker hangs or
 # its machine is slow: the second while there are others to begin, the first when there are none.
 IDLE, BUSY, LEAST = 1.5, 3.0, 5.0
-UNKNOWN = 300.0  # seconds where nobody knows what is usual
+UNKNOWN = 3600.0  # seconds where nobody knows what is usual
 RECENT = 64  # durations of which the usual one is taken
 Record = dict[str, Any]
 
@@ -123,7 +123,8 @@ def work_through(
         while not work.done:
             handed: list[str] = []
             at_most = len(work.missing()) if follow is None else None
-            with contextlib.closing(engine.map(method, work.free(method, handed), at_most=at_most)) as results:
+            free = work.free(method, handed)
+            with contextlib.closing(engine.map(method, free, at_most=at_most, until=work.is_over)) as results:
                 for index, result in results:
                     work.finish(handed[index], result)
                     if work.done:  # what is measured twice, here or elsewhere, is not waited for
@@ -157,7 +158,9 @@ class Work:
         self._claims, self._progress, self._follow, self._clock = claims, progress, follow, clock
         self._items: dict[str, Item] = {}
         self._waiting: deque[str] = deque()
-        self._begun: dict[str, float] = {}  # running here or elsewhere -> when it was begun or first seen
+        self._begun: dict[str, float] = {}  # running here or elsewhere -> when it was last begun, or first seen
+        self._first: dict[str, float] = {}  # begun here -> when for the first time
+        self._refused: dict[str, float] = {}  # claimed by others -> when that was last looked at
         self._own: set[str] = set()  # of these, begun here
         self._took: dict[str, deque[float]] = {}  # method -> recent durations
         self._usual: dict[str, float | None] = {}
@@ -166,8 +169,16 @@ class Work:
 
     @property
     def done(self) -> bool:
-        """Whether every item has its record."""
-        return len(self.found) == len(self._items)
+        """Whether every item has its record, and every item that follows from it."""
+        with self._lock:
+            return len(self.found) == len(self._items)
+
+    def is_over(self) -> bool:
+        """Look whether others have finished what is left; tell whether everything has its record."""
+        with self._lock:
+            if not self.done and self._clock() - self._looked >= LOOK:
+                self.look()
+            return self.done
 
     def missing(self) -> list[Item]:
         """Return the items without records."""
@@ -187,10 +198,8 @@ class Work:
         It ends when there is nothing that this process may do. While something is running here that others may follow
         from, or that may have to be begun once more, it yields None: ask again.
         """
-        while not self.done:
+        while not self.is_over():
             with self._lock:
-                if self._clock() - self._looked >= LOOK:
-                    self.look()
                 key = self.next()
                 if key is None and not self._own:
                     return
@@ -205,6 +214,7 @@ class Work:
             key = self._overdue(BUSY) or self._take() or self._overdue(IDLE)
             if key is not None:
                 self._begun[key] = self._clock()
+                self._first.setdefault(key, self._begun[key])
                 self._own.add(key)
             return key
 
@@ -216,10 +226,11 @@ class Work:
             item = self._items[key]
             record = item.store.get(key)
             if record is None:
-                record = item.record_of(result)
-                item.store.put(key, record)
+                item.store.put(key, item.record_of(result))
+                record = item.store.get(key)  # of what two put at once, on unlike machines, the first counts for both
+                assert record is not None
                 took = self._took.setdefault(item.call.method, deque(maxlen=RECENT))
-                took.append(self._clock() - self._begun[key])
+                took.append(self._clock() - self._first[key])
                 self._usual[item.call.method] = statistics.median(took) if len(took) > 2 else None
             self._keep(key, record)
 
@@ -257,7 +268,11 @@ class Work:
             key = self._waiting.popleft()
             if key in self.found:
                 continue
+            if self._clock() - self._refused.get(key, -LOOK) < LOOK:
+                self._waiting.append(key)
+                continue
             if not self._claims.take(key):
+                self._refused[key] = self._clock()
                 self._begun.setdefault(key, self._clock())
                 self._waiting.append(key)
                 continue

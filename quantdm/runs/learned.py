@@ -27,7 +27,7 @@ def learn_from(folders: Sequence[str | Path], options: Sequence[Scheme]) -> dict
     for folder in folders:
         run = Run.open(folder)
         space = load_space(run)
-        choices, y = load_labels(run, space)
+        choices, y, _ = load_labels(run, space)
         if len(y) < MIN_TRIALS:
             raise QuantDMError(
                 f"learned from {folder}: that run has {len(y)} trials, expected {MIN_TRIALS} or more; let it go on "

@@ -11,8 +11,8 @@ from quantdm.runs.evaluator import job_of
 from quantdm.runs.jobs import Item
 from quantdm.runs.labelled import allowed, label_draw, label_of, trial_keys
 from quantdm.runs.proposals import Proposal, from_text, to_text
-from quantdm.runs.rounds import Rounds
-from quantdm.runs.run import Run
+from quantdm.runs.rounds import Round, Rounds
+from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.store import TrialStore
 from quantdm.surrogates import SearchSpace
 
@@ -27,18 +27,21 @@ class TrialPlan:
         targets: tuple[float, ...],
         proposers: tuple[str, ...],
         progress: Any,
-        counts: tuple[int, int, int],
+        wanted: int,
         most: Callable[[int], int] | None,
-        fidelity: str = "full",
+        earlier: dict[str, Any] | None = None,
     ) -> None:
         self.run, self.space, self.targets, self.proposers = run, space, targets, proposers
         self.rounds, self._progress, self._most = Rounds(()), progress, most
-        self.total, self._wanted, self._free = counts  # trials that time allows, that are wanted, that take no time
-        self._choices = np.zeros((0, len(space.layers)), dtype=np.int64)
+        self.total = self._wanted = wanted  # trials that time allows, that are wanted
+        self._choices = self._rest = np.zeros((0, len(space.layers)), dtype=np.int64)  # asked for; not yet
         self._y: dict[str, float] = {}
         self._proposal: str | None = None
-        self._cheap = CheapLabels(run, space) if fidelity == "auto" else None
+        self._cheap, self._earlier = None, earlier
         self._trials, self._proposals = TrialStore(run.path("trials")), TrialStore(run.path("proposals"))
+        self._there = self._trials.keys()  # what takes no time
+        self._free, self._measured = 0, 0  # trials of the plan that took no time, and that took it
+        self._waits = False  # time allowed no more
 
     def keep(self, choices: np.ndarray, y: np.ndarray) -> None:
         """Take over trials that have labels."""
@@ -48,16 +51,32 @@ class TrialPlan:
             self.rounds.label(key)
 
     def first(self, choices: np.ndarray) -> dict[str, Item]:
-        """Return choices [T, L] that need no labels as things to do; with cheap labels few of them get full ones."""
-        keys = self._extend(choices)
+        """Return those of the choices [T, L] that time allows as things to do; they need no labels.
+
+        In automatic fidelity all get cheap labels, and few of them full ones.
+        """
+        if len(choices) and self.run.settings.fidelity == "auto":
+            self._cheap = CheapLabels(self.run, self.space)
+        self._rest = choices
+        now = self._allow()
+        keys = self._extend(now)
         if self._cheap is None:
-            return self._full(keys, choices)
-        few = np.arange(len(choices)) % EVERY == 0
-        self._cheap.ask(keys, choices, few)
+            return self._full(keys, now)
+        few = np.arange(len(now)) % EVERY == 0
+        self._cheap.ask(keys, now, few)
         return {
-            **self._full([k for k, full in zip(keys, few, strict=True) if full], choices[few]),
+            **self._full([k for k, full in zip(keys, few, strict=True) if full], now[few]),
             **self._cheap.items(),
         }
+
+    def _allow(self) -> np.ndarray:
+        """Ask how many trials time allows; return which of them need no labels and were not begun yet."""
+        there = sum(key in self._there for key in trial_keys(self.run, self.space, self._rest))
+        self.total = self._progress.total = allowed(self._most, self._wanted, self._free + there, self._measured)
+        judged = self._cheap is not None and self._cheap.verdict is not None
+        room = 0 if judged else max(self.total - len(self.rounds.keys), 0)
+        now, self._rest = self._rest[:room], self._rest[room:]
+        return now
 
     def _full(self, keys: list[str], choices: np.ndarray) -> dict[str, Item]:
         draw, found = label_draw(self.run), {}
@@ -78,6 +97,7 @@ class TrialPlan:
         else:
             self._y[key] = label_of(record)
             self.rounds.label(key)
+            self._measured += key not in self._there
         return {**self._decided(), **self.proposed()}
 
     def _decided(self) -> dict[str, Item]:
@@ -88,7 +108,11 @@ class TrialPlan:
         verdict = cheap.judge(self._y, self.targets)
         if verdict["kept"]:
             start = len(self.rounds.keys)
-            self.total = self._wanted = self._progress.total = start + (self._wanted - start) // EVERY
+            left = self._wanted - start - len(self._rest)
+            lacking = MIN_TRIALS - (start - len(cheap.only))  # full labels to learn from
+            self._wanted = start + min(left, max(left // EVERY, lacking))
+            self.total = self._progress.total = self._wanted
+            self._free += len(cheap.only)
             self._y |= cheap.translated()
             for key in cheap.only:
                 self.rounds.label(key)
@@ -99,13 +123,16 @@ class TrialPlan:
 
     def proposed(self) -> dict[str, Item]:
         """Return the question for the next round if it is time to ask it, and time for its trials."""
-        if self.rounds.due(self.total) is None:
+        if self.rounds.due(self._wanted) is None or (self._waits and self.rounds.labelled < len(self.rounds.keys)):
             return {}
-        measured = max(self.rounds.labelled - self._free, 0)
-        self.total = self._progress.total = allowed(self._most, self._wanted, self._free, measured)
+        now = self._allow()
         due = self.rounds.due(self.total)
-        if due is None:
-            return {}
+        self._waits = due is None and not len(now)  # ask again when all labels are there: it may be faster than it was
+        if len(now):
+            return self._full(self._extend(now), now)
+        return {} if due is None else self._question(due)
+
+    def _question(self, due: Round) -> dict[str, Item]:
         self.rounds.ask(due)
         keys, seed = self.rounds.keys[: due.known], self.run.settings.seed
         asked = Proposal(
@@ -134,16 +161,17 @@ class TrialPlan:
     @property
     def is_cut_short(self) -> bool:
         """Whether time allowed fewer trials than were wanted."""
-        return self.total < self._wanted
+        return self.total < self._wanted or len(self._rest) > 0
 
     def record(self) -> dict[str, Any]:
         """Return what trials.json says of them: the keys of full labels, and what was found of the cheap ones."""
         keys = [key for key in self.rounds.keys if key not in self._replaced]
-        cheap = {} if self._cheap is None or self._cheap.verdict is None else {"cheap": self._cheap.verdict}
-        return {"keys": keys, **cheap}
+        verdict = self._earlier if self._cheap is None else self._cheap.verdict
+        return {"keys": keys, **({} if verdict is None else {"cheap": verdict})}
 
     def _extend(self, choices: np.ndarray) -> list[str]:
         keys = trial_keys(self.run, self.space, choices)
         self.rounds.extend(keys)
+        self._free += sum(key in self._there for key in keys)
         self._choices = np.concatenate([self._choices, choices])
         return keys

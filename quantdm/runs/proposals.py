@@ -44,7 +44,7 @@ class Proposal:
     @property
     def key(self) -> str:
         """Everything that determines the answer."""
-        return digest("propose", RULE, asdict(self))
+        return digest("propose", RULE, [SURROGATES[name].version for name in self.proposers], asdict(self))
 
 
 def to_text(choices: NDArray[np.int64]) -> list[str]:

@@ -39,7 +39,7 @@ def search(
     example_inputs: Mapping[str, Any] | None = None,
     batch_size: int | Literal["auto"] = "auto", device: str | None = None, dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
-    engine: str = "local", ray_address: str | None = None, fidelity: str = "full",
+    engine: str = "local", ray_address: str | None = None, fidelity: str | None = None,
     learned_from: Sequence[str | Path] = (),
 ) -> Recipe:  # fmt: skip
     """Find the configuration of a pipeline's denoisers that keeps the images closest at a given size.
@@ -67,7 +67,8 @@ def search(
             keeps its own if it is not asked for another than the default.
         engine: what measures: "local" (processes of this machine) or "ray" (a cluster; docs/cluster.md).
         ray_address: of a Ray cluster that runs (None: one of its own, on this machine).
-        fidelity: "full": every trial is measured by its images; "auto": most get a cheap label, if it ranks alike.
+        fidelity: "full": every trial is measured by its images; "auto": most get a cheap label, if it ranks alike
+            (None: a run that goes on keeps its own, a new one has "full").
         learned_from: run directories of other models: what their trials say of roles and options chooses where the
             first trials lie (docs/method.md, Surrogates). A run that goes on keeps what it learned.
 
@@ -117,7 +118,7 @@ def start_run(
     effort: Effort = FULL,
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
-    fidelity: str = "full",
+    fidelity: str | None = None,
     learned_from: Sequence[str | Path] = (),
 ) -> tuple[Run, Subject]:
     """Start (or go on with) a run of a subject; one that lies nowhere is kept in the run directory.
@@ -142,7 +143,7 @@ def start_run(
         dtype=dtype,
         embeddings=embeddings,
         learned=learned,
-        fidelity=fidelity,
+        fidelity=fidelity or (None if known is None else known.fidelity),
     )
     run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free and dtype is None)
     if told is not None:

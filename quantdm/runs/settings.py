@@ -69,7 +69,7 @@ def make_settings(
     dtype: str | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
     learned: str | None = None,
-    fidelity: str = "full",
+    fidelity: str | None = None,
 ) -> RunSettings:
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     options = fitting_options(options, subject.pipe)
@@ -93,7 +93,7 @@ def make_settings(
         dtype=dtype or own,  # type: ignore[arg-type]
         embeddings=None if embeddings is None else embeddings.label,
         learned=learned,
-        fidelity=fidelity,  # type: ignore[arg-type]
+        fidelity=fidelity or "full",  # type: ignore[arg-type]
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
     )  # fmt: skip
@@ -128,13 +128,13 @@ def check_one_target(target_bits: float | None, target_bytes: int | None) -> Non
         )
 
 
-def check_given(trials: int, options: Sequence[Scheme], dtype: str | None, fidelity: str = "full") -> None:
+def check_given(trials: int, options: Sequence[Scheme], dtype: str | None, fidelity: str | None = None) -> None:
     """Check what can be checked before a pipeline is opened.
 
     Raises:
         QuantDMError: an unknown fidelity, too few trials for these options, or an unknown number format.
     """
-    if fidelity not in FIDELITIES:
+    if fidelity is not None and fidelity not in FIDELITIES:
         raise QuantDMError(f"fidelity: got {fidelity!r}; {nearest(fidelity, FIDELITIES)}")
     least = max(MIN_TRIALS, 3 * sum(scheme != ORIGINAL for scheme in options) // 2)
     if trials < least:

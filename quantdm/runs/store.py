@@ -25,7 +25,7 @@ class TrialStore:
     def get(self, key: str) -> dict[str, Any] | None:
         """Return what was put, or None."""
         path = self.path(key)
-        if not path.is_file():
+        if not _has_content(path):
             return None
         record = read_json(path, version=TRIAL_VERSION)
         if record.get("key") != key:
@@ -33,7 +33,7 @@ class TrialStore:
         return {name: value for name, value in record.items() if name not in ("version", "key")}
 
     def put(self, key: str, record: dict[str, Any]) -> None:
-        """Keep a finished trial.
+        """Keep a finished trial; one that is there stays.
 
         Raises:
             QuantDMError: a figure is NaN or infinite, or the file cannot be written; nothing is kept then.
@@ -44,8 +44,11 @@ class TrialStore:
                 f"trial {key}: its worker measured {bad} = {record[bad]}, expected a number; run it again, and if that "
                 "repeats itself leave the scheme out or compute in float32"
             )
+        path = self.path(key)
+        if path.is_file() and not _has_content(path):
+            path.unlink(missing_ok=True)
         # Waiting for the disk would take longer than all else; a torn record is seen when it is read.
-        write_json(self.path(key), {"version": TRIAL_VERSION, "key": key, **record}, durable=False)
+        write_json(path, {"version": TRIAL_VERSION, "key": key, **record}, durable=False, replace=False)
 
     def check_own(self, keys: Collection[str] | None = None) -> None:
         """Check that trials may be put here: the folder can be written and holds nothing but trials of these keys.
@@ -73,7 +76,9 @@ class TrialStore:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for key in sorted(self.keys()):
-            yield read_json(self.path(key), version=TRIAL_VERSION)
+            record = self.get(key)
+            if record is not None:
+                yield {"key": key, **record}
 
     def __len__(self) -> int:
         return len(self.keys())
@@ -85,3 +90,11 @@ class TrialStore:
         except (FileNotFoundError, NotADirectoryError):  # who puts something there is told
             return set()
         return {name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")}
+
+
+def _has_content(path: Path) -> bool:
+    """Tell whether a record is there: a power cut leaves files without content."""
+    try:
+        return path.stat().st_size > 0
+    except (FileNotFoundError, NotADirectoryError):
+        return False

@@ -10,15 +10,15 @@ from quantdm.allocation.sampling import sample_configs, sample_frontier
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, read_json, write_json
 from quantdm.progress import bar
-from quantdm.runs.cheap import FOLDER, cheap_of
+from quantdm.runs.cheap import EVERY, FOLDER, cheap_key, cheap_of
 from quantdm.runs.claims import CLAIMS, Claims
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import job_of
 from quantdm.runs.explain import is_current
 from quantdm.runs.jobs import work_through
-from quantdm.runs.labelled import allowed, label_draw, label_of, trial_keys
+from quantdm.runs.labelled import label_draw, label_of
 from quantdm.runs.plan import TrialPlan
-from quantdm.runs.run import Run
+from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.stages import RECORD_VERSION, learned_values
 from quantdm.runs.store import TrialStore
 from quantdm.schemes import ORIGINAL
@@ -65,27 +65,21 @@ def run_trials(
         values = learned_values(run, space)
         planned = first_trials(space, run.settings.trials, targets=targets, seed=seed, values=values)
         first = _distinct(np.concatenate([choices, planned]))[len(choices) :]
-    wanted = len(choices) + max(_wanted(space, choices, run.settings.trials, targets), len(first))
-    free = len(choices) + _already(run, space, first)  # what lies there takes no time
-    total = allowed(most, wanted, free, 0)
-    with bar(total, f"trials: {label_draw(run).images} images each") as progress:
+    stand_ins = len(_cheap_labels(run, space, choices)[1]) > 0
+    asked = run.settings.trials if not stand_ins else max(run.settings.trials // EVERY, MIN_TRIALS)
+    wanted = len(choices) + max(_wanted(space, choices, asked, targets), len(first))
+    with bar(wanted, f"trials: {label_draw(run).images} images each") as progress:
         progress.update(len(choices))
-        plan = TrialPlan(
-            run, space, targets, tuple(proposers), progress, (total, wanted, free), most, run.settings.fidelity
-        )
+        earlier = cheap_verdict(run) if stand_ins else None
+        plan = TrialPlan(run, space, targets, tuple(proposers), progress, wanted, most, earlier)
         plan.keep(choices, y)
-        items = plan.first(first[: total - len(choices)])
+        items = plan.first(first)
         claims = Claims(run.path("trials") / CLAIMS)
         work_through(engine, {**items, **plan.proposed()}, progress=progress, claims=claims, follow=plan.follow)
-    write_json(
-        record, {"version": RECORD_VERSION, "inputs": CUT_SHORT if plan.is_cut_short else inputs, **plan.record()}
-    )
+    if not (plan.is_cut_short and is_current(record, inputs)):  # another process may have had the time
+        ended = CUT_SHORT if plan.is_cut_short else inputs
+        write_json(record, {"version": RECORD_VERSION, "inputs": ended, **plan.record()})
     return plan.measured()
-
-
-def _already(run: Run, space: SearchSpace, choices: np.ndarray) -> int:
-    store = TrialStore(run.path("trials"))
-    return sum(store.get(key) is not None for key in trial_keys(run, space, choices))
 
 
 def _earlier(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
@@ -157,20 +151,27 @@ def load_trials(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
     return _arrays(space, trials)
 
 
-def load_labels(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray]:
-    """Return choices [T, L] and labels [T] that surrogates learn from: full ones, and cheap ones if they rank alike."""
+def load_labels(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return choices [T, L] and labels [T] that surrogates learn from, and how many of them are cheap ones.
+
+    Full labels come first; cheap ones follow if they rank alike.
+    """
     choices, y = load_trials(run, space)
-    cheap = cheap_verdict(run)
-    if cheap is None or not cheap["kept"]:
-        return choices, y
-    full, (slope, offset) = {row.tobytes() for row in choices}, cheap["line"]
+    more, values = _cheap_labels(run, space, choices)
+    return np.concatenate([choices, more]), np.concatenate([y, values]), len(values)
+
+
+def _cheap_labels(run: Run, space: SearchSpace, choices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return choices and labels, by the line that was found, of configurations that have cheap ones only."""
+    cheap, full, draw = cheap_verdict(run), {row.tobytes() for row in choices}, label_draw(run)
     rows, values = [], []
-    for record in TrialStore(run.path(FOLDER)):
+    for record in TrialStore(run.path(FOLDER)) if cheap is not None and cheap["kept"] else ():
         row = _row(space, record)
-        if row is not None and row.tobytes() not in full:
+        current = record["key"] == cheap_key(run, job_of(run, draw, record["config"]).key)
+        if cheap is not None and row is not None and current and row.tobytes() not in full:
             rows.append(row)
-            values.append(slope * cheap_of(record) + offset)
-    return np.concatenate([choices, np.array(rows).reshape(-1, len(space.layers))]), np.concatenate([y, values])
+            values.append(cheap["line"][0] * cheap_of(record) + cheap["line"][1])
+    return np.array(rows, dtype=np.int64).reshape(-1, len(space.layers)), np.array(values, dtype=np.float64)
 
 
 def cheap_verdict(run: Run) -> dict[str, Any] | None:

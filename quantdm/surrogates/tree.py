@@ -46,6 +46,7 @@ class TreeSurrogate:
     """
 
     name = "tree"
+    version = TREE_VERSION
 
     def __init__(self, space: SearchSpace, *, random_state: int = 0, rounds: int = ROUNDS, prior: bool = True) -> None:
         self.space = space
@@ -154,7 +155,7 @@ class TreeSurrogate:
         assert self._offsets is not None
         assert self.held_out_ is not None
         record = {
-            "version": TREE_VERSION,
+            "version": self.version,
             "space": self.space.digest,
             "random_state": self.random_state,
             "rounds": self.rounds,

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,7 @@ PACKAGE = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 PATIENCE = 5.0  # seconds that a worker may take to end
 SOON = 0.05  # seconds between two questions where there is nothing to do
+WAKE = 1.0  # seconds between two questions whether what is waited for has come from elsewhere
 TRIES = 3  # workers that may end over one job
 LEAST_PATIENCE, HANGS_AFTER = 300.0, 30  # seconds, and times what the slowest job of its kind took for its size
 _END, _NOTHING = -1, object()
@@ -98,12 +99,20 @@ class Engine:
         """The evaluator of this process."""
         return Evaluator(self.run, self.subject, batch_size=self.batch_size)
 
-    def map(self, method: str, arguments: Iterable[Any], *, at_most: int | None = None) -> Results:
+    def map(
+        self,
+        method: str,
+        arguments: Iterable[Any],
+        *,
+        at_most: int | None = None,
+        until: Callable[[], bool] = lambda: False,
+    ) -> Results:
         """Yield (index, result) of `Evaluator.method(argument)` in the order in which they finish.
 
         Arguments are taken when a worker is free for one; there are `at_most` so many, and a single one is not worth
         starting workers. One that is a `Call` names its own method; None means that there is nothing now. A job whose
-        worker dies or hangs is given to a new worker. Who closes the iterator does not wait for what is in flight.
+        worker dies or hangs is given to a new worker. Who closes the iterator does not wait for what is in flight;
+        it ends so by itself once `until` says that nobody needs it, which is asked while it waits.
 
         Raises:
             QuantDMError: what a job raised, or a job whose workers ended again and again.
@@ -119,7 +128,12 @@ class Engine:
         working = len(self._threads)
         try:
             while working:
-                index, answer = done.get()
+                try:
+                    index, answer = done.get(timeout=WAKE)
+                except queue.Empty:
+                    if until():
+                        return
+                    continue
                 if isinstance(answer, BaseException):
                     self.close(now=True)
                     raise answer
