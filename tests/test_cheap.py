@@ -8,7 +8,7 @@ import pytest
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json
 from quantdm.pipelines.subject import look_at
-from quantdm.runs.cheap import EVERY, told
+from quantdm.runs.cheap import told
 from quantdm.runs.engines.call import called
 from quantdm.runs.evaluator import Evaluator, job_of
 from quantdm.runs.labelled import label_draw
