@@ -25,6 +25,7 @@ from quantdm.hub.size import ExportSize
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
+from quantdm.pipelines.loading import known_pipelines
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import ActivationSpec, Provenance, Recipe, load_recipe
 from quantdm.runs import final
@@ -52,7 +53,7 @@ YARDSTICKS = ("sensitivity", "lambda mode", "best sampled")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("model", choices=known_pipelines())
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--scores-only", action="store_true", help="keep the rows; count their sizes anew")

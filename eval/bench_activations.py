@@ -27,6 +27,7 @@ from quantdm.machine import versions
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, Samples, compare, draw_samples
 from quantdm.metrics.statistics import mean_and_sd
+from quantdm.pipelines.loading import known_pipelines
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import default_protocol
 from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, match_weights
@@ -159,7 +160,7 @@ def _counted(pipe: Any, spec: ActivationSpec | None) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("model", choices=known_pipelines())
     parser.add_argument("--bits", type=int, nargs="+", default=[6, 4, 8, 5])
     parser.add_argument("--weights", nargs="+", choices=[*WEIGHTS], default=[*WEIGHTS])
     parser.add_argument("--images", type=int, default=200)

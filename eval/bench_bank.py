@@ -25,6 +25,7 @@ import torch
 from quantdm import get_denoiser, list_layers, load_pipeline
 from quantdm.files import write_json
 from quantdm.machine import cores, versions
+from quantdm.pipelines.loading import known_pipelines
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
 from quantdm.runs.bank import WeightBank
@@ -127,7 +128,7 @@ def main() -> None:
     try:
         record |= build(random_denoiser(arguments.model), folder / "big", arguments.workers)
         record["reference_pipelines"] = {}
-        for name in ("digits-dit", "digits-sd"):
+        for name in known_pipelines():
             denoiser = get_denoiser(load_pipeline(name))
             bank = WeightBank(folder / name, list_layers(denoiser), OPTIONS).build(denoiser, workers=arguments.workers)
             record["reference_pipelines"][name] = swap_seconds(bank, denoiser)

@@ -35,6 +35,7 @@ from quantdm.machine import cpu_features, versions
 from quantdm.modules import quantize_module_
 from quantdm.modules.kernels import compile_kernels
 from quantdm.modules.packed import PackedLayer
+from quantdm.pipelines.loading import known_pipelines
 from quantdm.quantizers import quantize_weight
 from quantdm.recipe import ActivationScheme
 from quantdm.schemes import Scheme
@@ -159,7 +160,7 @@ def block(side: int, heads: int) -> dict[str, Any]:
 def digits(images: int, steps: int) -> dict[str, Any]:
     """Return ms per step of the digits pipelines in every residency, and whether auto is ever slower than dense."""
     found = {}
-    for name in ("digits-dit", "digits-sd"):
+    for name in known_pipelines():
         options: dict[str, Any] = {"scheme": WEIGHTS, "recipe": None, "activations": INPUTS, "protocol": None}
         record = bench_model(name, images=images, steps=steps, **options)
         rows = {row["residency"]: row for row in record["rows"]}

@@ -29,6 +29,7 @@ from bench_rows import compare_rows
 
 from quantdm.files import read_json, write_json
 from quantdm.machine import cores, versions
+from quantdm.pipelines.loading import known_pipelines
 
 OUT = Path(__file__).parent / "results" / "bench_quantizers.json"
 VERSION = 1
@@ -46,7 +47,7 @@ def peer_versions(python: Path) -> dict[str, str]:
     return {package: found[package] for package in PEER_PACKAGES if package in found}
 
 
-MODELS = ("digits-dit", "digits-sd", "random-dit")
+MODELS = (*known_pipelines(), "random-dit")
 PARTS: dict[str, Callable[[Any, Path, Sequence[str]], dict[str, Any]]] = {
     "rows": compare_rows,
     "models": compare_models,

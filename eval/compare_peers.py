@@ -1,4 +1,4 @@
-"""quantdm beside its peers at equal bytes: images, seconds and bytes of digits-dit or digits-sd.
+"""quantdm beside its peers at equal bytes: images, seconds and bytes of an embedded pipeline.
 
     python eval/allocation_study.py digits-dit --run-dir runs/study-dit      # or any other finished run
     python eval/compare_peers.py digits-dit --run-dir runs/study-dit --peers .peers/bin/python -o runs/peers
@@ -37,6 +37,7 @@ from quantdm.hub.size import ExportSize
 from quantdm.machine import cores, versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd, spread
+from quantdm.pipelines.loading import known_pipelines
 from quantdm.quantizers import quantize_weight
 from quantdm.recipe import Recipe
 from quantdm.runs.choose import verification_draws
@@ -58,7 +59,7 @@ GROUP = 0.1
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("model", choices=known_pipelines())
     parser.add_argument("--run-dir", type=Path, required=True, help="a finished run with calibrated options")
     parser.add_argument("--peers", type=Path, required=True, help="the python of the peers' environment")
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder for what is measured")

@@ -5,11 +5,11 @@ python eval/correction_study.py                             # all cells that are
 python eval/correction_study.py digits-sd W4A4 dpm++2m --skip mmse tac tcec     # without some of the others' ways
 
 A cell is a pipeline, weights and activations everywhere of one scheme each, and a sampler of 20 steps. The statistics
-are fitted once per pipeline and bits, along DDIM, on activation noise alone, and serve every sampler. Every variant
-makes the same images on three draws; figures are against full precision with the same sampler. `ours` takes on each
-draw the variant of this project that was best on the other two, no correction included; `variance, independent` takes
-the errors of different steps for independent. Intervals are those of the
-difference to no correction under resampling of images, the same ones for both.
+are fitted once per pipeline and bits, along its own sampler, on activation noise alone, and serve every sampler. Every
+variant makes the same images on three draws; figures are against full precision with the same sampler. `ours` takes on
+each draw the variant of this project that was best on the other two, no correction included; `variance, independent`
+takes the errors of different steps for independent. Intervals are those of the difference to no correction under
+resampling of images, the same ones for both.
 """
 
 import argparse
@@ -47,9 +47,12 @@ OUT = Path(__file__).parent / "results" / "correction_study.json"
 VERSION, STEPS, IMAGES, DRAWS, FIT_IMAGES, RESAMPLES = 2, 20, 300, (911, 912, 913), 128, 100
 BITS = {
     "W4A4": ("kmeans-channel-4-feedback", {"default": "token-4", "attention": "token-4"}),
+    "W4A5": ("kmeans-channel-4-feedback", {"default": "token-5", "attention": "token-5"}),
     "W3A6": ("kmeans-channel-3-feedback", {"default": "token-6", "attention": "token-6"}),
+    "W2A8": ("kmeans-channel-2-feedback", {"default": "token-8", "attention": "token-8"}),
 }
-# Sampler -> scheduler, settings, eta. DiTPipeline starts from noise of unit variance, which Euler's sigmas are not.
+AS_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 1.0}
+# Sampler -> scheduler, settings, eta.
 SAMPLERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "ddim-0": ("DDIMScheduler", {}, 0.0),
     "ddim-1": ("DDIMScheduler", {}, 1.0),
@@ -58,10 +61,19 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any], float]] = {
     "unipc": ("UniPCMultistepScheduler", {}, 0.0),
     "euler": ("EulerDiscreteScheduler", {}, 0.0),
     "euler-a": ("EulerAncestralDiscreteScheduler", {}, 0.0),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}, 0.0),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}, 0.0),
+    "flow-dpm++2m": ("DPMSolverMultistepScheduler", AS_FLOW, 0.0),
+    "flow-unipc": ("UniPCMultistepScheduler", AS_FLOW, 0.0),
 }
-ONLY_SD = ("euler", "euler-a")
-ONLY_DIT = ("ddim-1",)  # StableDiffusionPipeline passes an eta of its own
-
+FLOW = tuple(name for name in SAMPLERS if name.startswith("flow"))
+# DiTPipeline starts from noise of unit variance, which Euler's sigmas are not; StableDiffusionPipeline passes an eta of
+# its own.
+SERVED = {
+    "digits-dit": ("ddim-0", "ddim-1", "dpm++2m", "ddpm", "unipc"),
+    "digits-sd": ("ddim-0", "dpm++2m", "ddpm", "unipc", "euler", "euler-a"),
+    "digits-flow": FLOW,
+}
 
 INDEPENDENT = "variance, independent"
 
@@ -177,25 +189,29 @@ def about() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", choices=("digits-dit", "digits-sd"))
+    parser.add_argument("model", nargs="?", choices=tuple(SERVED))
     parser.add_argument("bits", nargs="?", choices=BITS)
     parser.add_argument("sampler", nargs="*", choices=[[], *SAMPLERS])
     parser.add_argument("--skip", nargs="*", choices=tuple(RIVALS), default=[])
     options = parser.parse_args()
-    for model in (options.model,) if options.model else ("digits-dit", "digits-sd"):
+    for model in (options.model,) if options.model else SERVED:
         for bits in (options.bits,) if options.bits else BITS:
             study = None
-            for sampler in options.sampler or SAMPLERS:
-                if sampler in (ONLY_SD if model == "digits-dit" else ONLY_DIT):
-                    continue
-                record = read_json(OUT, version=VERSION) if OUT.is_file() else {"version": VERSION, "cells": {}}
+            for sampler in options.sampler or SERVED[model]:
                 key = f"{model} {bits} {sampler}"
-                if key in record["cells"]:
+                if sampler not in SERVED[model] or key in known()["cells"]:
                     continue
                 study = study or Study(model, bits, options.skip)
-                record["cells"][key] = study.cell(sampler)
+                cell = study.cell(sampler)
+                record = known()  # another process may have measured a cell meanwhile
+                record["cells"][key] = cell
                 write_json(OUT, record | about())
-                print(json.dumps({n: r["fid_fp"] for n, r in record["cells"][key]["rows"].items()}), flush=True)
+                print(json.dumps({n: r["fid_fp"] for n, r in cell["rows"].items()}), flush=True)
+
+
+def known() -> dict[str, Any]:
+    """Return the cells that are there."""
+    return read_json(OUT, version=VERSION) if OUT.is_file() else {"version": VERSION, "cells": {}}
 
 
 if __name__ == "__main__":

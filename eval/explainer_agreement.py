@@ -16,6 +16,7 @@ import torch
 from quantdm import load_recipe
 from quantdm.files import write_json
 from quantdm.machine import versions
+from quantdm.pipelines.loading import known_pipelines
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import SURROGATES
 from quantdm.runs.run import Run
@@ -38,7 +39,7 @@ SWAPS, SAMPLES = 60, 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("model", choices=known_pipelines())
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=None)
     arguments = parser.parse_args()

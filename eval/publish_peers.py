@@ -10,9 +10,9 @@ from typing import Any
 
 from quantdm.files import atomic_path, read_json
 from quantdm.metrics.statistics import spread
+from quantdm.pipelines.loading import known_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = ("digits-dit", "digits-sd")
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 OURS = ("data-free", "recipe")
 
@@ -42,7 +42,7 @@ def megabytes(row: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    paths = [ROOT / "eval" / "results" / f"peers_{model}.json" for model in MODELS]
+    paths = [ROOT / "eval" / "results" / f"peers_{model}.json" for model in known_pipelines()]
     tables = [table(read_json(path)) for path in paths if path.is_file()]
     readme = ROOT / "README.md"
     text = readme.read_text()

@@ -22,6 +22,7 @@ from quantdm.files import atomic_path, read_json
 from quantdm.metrics.samples import real_floor
 from quantdm.metrics.statistics import spread
 from quantdm.pipelines.generate import as_bytes
+from quantdm.pipelines.loading import known_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, SEED = 20, 101 * 10**6
@@ -111,7 +112,7 @@ def table(result: dict[str, Any], before: dict[str, Any], second: dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("models", nargs="+", choices=known_pipelines())
     parser.add_argument("--tables-only", action="store_true", help="draw no pictures")
     arguments, tables = parser.parse_args(), []
     for model in arguments.models:

@@ -2,8 +2,8 @@
 
     python eval/reference_quality.py        # a few minutes; writes eval/results/reference_quality.json
 
-The rows are the shipped protocol (2,000 images) and what a plain call of the pipeline does (50 steps, its own default
-guidance; 500 images).
+The rows are the shipped protocol (2,000 images) and what a plain call of the pipeline does (its own default steps
+and guidance; 500 images).
 """
 
 import datetime
@@ -18,6 +18,7 @@ from quantdm.files import write_json
 from quantdm.machine import fast_dtype, versions
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, compare_real, draw_samples, real_floor
+from quantdm.pipelines.loading import known_pipelines
 
 OUT = Path(__file__).parent / "results" / "reference_quality.json"
 IMAGES = {"shipped protocol": 2000, "plain call": 500}
@@ -26,12 +27,16 @@ SEED = 900
 
 def main() -> None:
     rows = []
-    for name in ("digits-dit", "digits-sd"):
+    for name in known_pipelines():
         shipped = load_protocol(name)
         pipe = load_pipeline(name, torch_dtype=getattr(torch, fast_dtype()))
         call = inspect.signature(pipe.__call__).parameters
         plain = shipped.model_copy(
-            update={"steps": call["num_inference_steps"].default, "guidance_scale": call["guidance_scale"].default}
+            update={
+                "steps": call["num_inference_steps"].default,
+                "guidance_scale": call["guidance_scale"].default,
+                "call": {},
+            }
         )
         for label, protocol in (("shipped protocol", shipped), ("plain call", plain)):
             samples = draw_samples(pipe, protocol, load_extractor("digits"), Draw(SEED, IMAGES[label], protocol.steps))

@@ -28,6 +28,7 @@ from quantdm.allocation import select
 from quantdm.files import read_json, write_json
 from quantdm.machine import cores, versions
 from quantdm.metrics.samples import Draw
+from quantdm.pipelines.loading import known_pipelines
 from quantdm.runs.evaluator import Evaluator, Job
 from quantdm.runs.final import run_key, space_config
 from quantdm.runs.run import Run
@@ -49,7 +50,7 @@ ORDER = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["digits-dit", "digits-sd"])
+    parser.add_argument("model", choices=known_pipelines())
     parser.add_argument("--run-dir", type=Path, required=True, help="of the study; nothing is written there")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """Train the embedded reference pipelines from scikit-learn's digits: classifier, VAE, digits-dit, digits-sd,
 digits-flow.
 
-    python eval/train_reference.py                    # everything, ~35 minutes on two cores
+    python eval/train_reference.py                    # everything, ~50 minutes on two cores
     python eval/train_reference.py --stage digits-dit # one stage (the VAE must exist)
 
 Every stage is seeded, writes its loss to eval/results/train_reference/<stage>.jsonl and its model into the package.

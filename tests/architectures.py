@@ -60,6 +60,14 @@ DIGITS = {
             "sample_size": 8, "patch_size": 2,
         },
     ),
+    "digits-flow": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 5,
+            "attention_head_dim": 32, "num_attention_heads": 5, "joint_attention_dim": 160,
+            "caption_projection_dim": 160, "pooled_projection_dim": 160, "pos_embed_max_size": 4,
+        },
+    ),
     "digits-sd": (
         "UNet2DConditionModel",
         {

@@ -71,14 +71,14 @@ def test_bench_prints_a_row_for_every_residency(tmp_path, monkeypatch):
 
 def test_doctor_names_versions_and_pipelines():
     record = json.loads(run("doctor", "--json"))
-    assert "digits-dit, digits-sd" in record["embedded pipelines"]
+    assert "digits-dit, digits-flow, digits-sd" in record["embedded pipelines"]
     assert record["torch"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["inspect", "digits-sdx"], "digits-dit, digits-sd"),
+        (["inspect", "digits-sdx"], "digits-dit, digits-flow, digits-sd"),
         (["inspect", "digits-dit", "--scheme", "kmeans-4"], "kmeans-channel-4"),
         (["demo", "--target-bits", "1.5", "--run-dir", "RUN"], "reach"),
         (["fit", "--run-dir", "RUN"], "run.json is missing"),

@@ -80,7 +80,7 @@ def mixed_recipe(name):
     return Recipe(model=name, layers=labels)
 
 
-@pytest.mark.parametrize("name", ["digits-dit", "digits-sd"])
+@pytest.mark.parametrize("name", ["digits-dit", "digits-flow", "digits-sd"])
 def test_an_export_opens_in_a_new_process_with_identical_images_and_the_counted_size(name, tmp_path):
     recipe, protocol = mixed_recipe(name), load_protocol(name)
     pipe = load_pipeline(name)

@@ -206,7 +206,7 @@ def test_the_digit_that_a_condition_asks_for(value, digit):
     assert digit_of(value) == digit
 
 
-@pytest.mark.parametrize("name", ["digits-dit", "digits-sd"])
+@pytest.mark.parametrize("name", ["digits-dit", "digits-flow", "digits-sd"])
 def test_every_value_of_the_shipped_protocols_names_its_digit(name):
     assert [digit_of(value) for value in load_protocol(name).values] == list(range(len(WORDS)))
 

@@ -152,7 +152,7 @@ def test_a_skeleton_comes_from_a_pipeline_a_directory_or_a_config_file(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "MyUNet"}')
     with pytest.raises(QuantDMError, match="MyUNet, which diffusers"):
         open_skeleton(tmp_path)
-    with pytest.raises(QuantDMError, match="digits-dit, digits-sd"):
+    with pytest.raises(QuantDMError, match="digits-dit, digits-flow, digits-sd"):
         open_skeleton(tmp_path / "nowhere")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, DiTPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from diffusers.quantizers import auto as diffusers_auto
 from transformers import CLIPTextModel
 from transformers.quantizers import auto as transformers_auto
@@ -30,16 +30,16 @@ from quantdm.pipelines.loading import EMBEDDED
 from quantdm.pipelines.text_memory import memoized_text_encoders
 from tests.forge import edit_file, edit_json
 
-NAMES = ("digits-dit", "digits-sd")
+KINDS = {"digits-dit": DiTPipeline, "digits-flow": StableDiffusion3Pipeline, "digits-sd": StableDiffusionPipeline}
 
 
-@pytest.mark.parametrize(("name", "kind"), [("digits-dit", DiTPipeline), ("digits-sd", StableDiffusionPipeline)])
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_an_embedded_pipeline_is_stock_diffusers_and_small(name, kind):
     assert type(DiffusionPipeline.from_pretrained(EMBEDDED / name)) is kind
     assert sum(f.stat().st_size for f in (EMBEDDED / name).rglob("*") if f.is_file()) <= 16e6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_denoiser_has_the_shape_of_a_real_one(name):
     layers = list_layers(get_denoiser(load_pipeline(name)))
     assert len(layers) >= 40
@@ -47,7 +47,7 @@ def test_a_denoiser_has_the_shape_of_a_real_one(name):
     assert sum(layer.num_weights // layer.shape[0] >= 160 for layer in layers) > 0.9 * len(layers)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_images_show_the_digit_that_was_asked_for(name):
     protocol = load_protocol(name)
     images = generate(load_pipeline(name), protocol, range(100), steps=10)
@@ -87,7 +87,7 @@ def test_prompts_are_encoded_once_and_images_stay_the_same(sd):
     assert "forward" not in vars(sd.text_encoder)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_a_replay_of_recorded_calls_is_exact(name):
     pipe = load_pipeline(name)
     with record_calls(get_denoiser(pipe), [1, 2]) as recording:
@@ -110,7 +110,7 @@ def test_the_split_of_the_real_digits_is_fixed_and_stratified():
 
 
 def test_an_unknown_pipeline_lists_those_known(tmp_path):
-    with pytest.raises(QuantDMError, match=r"digits-dit, digits-sd"):
+    with pytest.raises(QuantDMError, match=r"digits-dit, digits-flow, digits-sd"):
         load_pipeline("digits-di")
     with pytest.raises(QuantDMError, match=r"model_index\.json"):
         load_pipeline(tmp_path)
@@ -230,7 +230,7 @@ def test_a_damaged_text_encoder_is_one_clear_error(damage, damaged_sd):
 def test_a_protocol_that_does_not_fit_or_exist_is_one_clear_error(dit, tmp_path):
     with pytest.raises(QuantDMError, match=r"takes no 'prompt'.*class_labels"):
         generate(dit, load_protocol("digits-sd"), [0])
-    with pytest.raises(QuantDMError, match="digits-dit, digits-sd"):
+    with pytest.raises(QuantDMError, match="digits-dit, digits-flow, digits-sd"):
         load_protocol("nothing")
     (tmp_path / "p.yaml").write_text("version: 1\nargument: noise\n")
     with pytest.raises(QuantDMError, match="argument"):

@@ -5,10 +5,12 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from quantdm.correction import Correction
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json
 from quantdm.report.insight_files import save_insights
 from quantdm.report.insights import group_layers, headline, insights, least_error, one_more_bit, verdict
+from quantdm.report.noise import worth
 from quantdm.report.wording import megabytes, plus_minus
 from quantdm.surrogates import SearchSpace
 from tests.report_run import ROWS, SENSITIVE, make_run, make_space, row
@@ -24,6 +26,34 @@ def space() -> SearchSpace:
     [((0.02, 0.001), (0.06, 0.003), "better"), ((0.06, 0.003), (0.02, 0.001), "worse"),
      ((0.02, 0.02), (0.05, 0.001), "tie"), ((0.05, 0.0), (0.05, 0.0), "tie")],
 )  # fmt: skip
+@pytest.mark.parametrize(
+    ("variance", "variant", "feasible", "told"),
+    [
+        (
+            [0.3, 0.3, 0.2, 0.3],
+            "variance",
+            1.0,
+            ["is worth it here", "0.2750 against 0.5000", "gain of 0.2250 ± 0.0250"],
+        ),
+        ([0.5, 0.4, 0.5, 0.5], "none", 1.0, ["is within noise: the noise takes at most 7", "slope explains at most 2"]),
+        ([0.6, 0.7], "none", 1.0, ["gain of -0.1500 ± 0.0500 over 2 held-out runs, so none helps: the noise takes"]),
+        ([0.6, 0.7], "none", 0.0, ["so none helps: no step has room"]),
+    ],
+)
+def test_one_sentence_says_with_figures_whether_a_correction_is_worth_it(variance, variant, feasible, told) -> None:
+    measured = {"none": [0.5, 0.5, 0.5, 0.5], "variance": variance}
+    tables = {"variance.gain": np.ones((2, 1)), "variance.bias": np.zeros((2, 1)), "variance.q": np.full(2, 0.1)}
+    correction = Correction(
+        [-1.0, 1.0], np.zeros(2), np.zeros((2, 1)), np.zeros((2, 1)), np.full(2, 0.1), variant=variant,
+        measured=measured, rivals=tables, diagnostics={"r2": np.array([0.01, 0.02])},
+    )  # fmt: skip
+    steps = [{"occupancy": 0.01, "feasible": 1.0 * feasible}, {"occupancy": 0.07, "feasible": feasible}]
+    sentence = worth(correction, [*steps, {"occupancy": 9.0, "feasible": 0.0}])
+    assert sentence.count(". ") == 0
+    for words in told:
+        assert words in sentence
+
+
 def test_a_difference_counts_beyond_two_standard_deviations(ours, theirs, expected: str) -> None:
     assert verdict(row("a", *ours), row("b", *theirs)) == expected
 

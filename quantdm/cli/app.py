@@ -52,7 +52,9 @@ def size_in_bytes(text: str) -> int:
     return int(float(match[1]) * UNITS[unit])
 
 
-Model = Annotated[str, typer.Argument(help="Embedded pipeline (digits-dit, digits-sd), directory or hub id.")]
+Model = Annotated[
+    str, typer.Argument(help="Embedded pipeline (digits-dit, digits-flow, digits-sd), directory or hub id.")
+]
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run directory: every stage leaves its record there.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 TargetBits = Annotated[float | None, typer.Option(help="Average bits per weight, overhead included.")]

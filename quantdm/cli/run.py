@@ -39,7 +39,7 @@ DryRun = Annotated[
 
 @app.command(epilog="Example: quantdm demo --model digits-sd --target-bits 3.0")
 def demo(
-    model: Annotated[str, typer.Option(help="Embedded pipeline: digits-dit or digits-sd.")] = "digits-dit",
+    model: Annotated[str, typer.Option(help="Embedded pipeline: digits-dit, digits-flow or digits-sd.")] = "digits-dit",
     target_bits: Annotated[float, typer.Option(help="Average bits per weight, overhead included.")] = 3.0,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory (default: runs/MODEL-BITSbit).")] = None,
     quick: Annotated[

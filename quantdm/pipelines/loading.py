@@ -70,7 +70,7 @@ def load_pipeline(
     """Load a diffusers pipeline: an embedded one by name, any other by directory or hub id.
 
     Args:
-        name_or_path: e.g. "digits-dit", "digits-sd", "exports/small", "PixArt-alpha/PixArt-XL-2-512x512".
+        name_or_path: e.g. "digits-dit", "digits-flow", "exports/small", "PixArt-alpha/PixArt-XL-2-512x512".
         torch_dtype: the dtype of the unquantized tensors and of the computation (None: float32), or one per component
             ("default" for all others).
         device: where the pipeline is put.

@@ -113,7 +113,8 @@ def worth(correction: Correction, steps: Sequence[dict[str, float]]) -> str:
     if kept != "none":
         return f"The correction is worth it here: {variant_name(name)} has {figures}."
     text = f"No correction is in use: the best of {len(others)}, {variant_name(name)}, has {figures}"
-    most = max((step["occupancy"] for step in steps if step["feasible"]), default=0.0)
+    verdict = "which is within noise" if gain.mean() > 0 else "so none helps"
     share = max(correction.diagnostics.get("r2", np.zeros(1)))
-    room = f"the noise takes at most {percent(most)} of the room in a step"
-    return f"{text}, which is within noise: {room}, a slope explains at most {percent(share)} of it."
+    acting = [step["occupancy"] for step in steps if step["feasible"]]
+    room = f"the noise takes at most {percent(max(acting))} of the room in a step" if acting else "no step has room"
+    return f"{text}, {verdict}: {room}, a slope explains at most {percent(share)} of it."
