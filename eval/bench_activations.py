@@ -6,13 +6,16 @@
 Planting multiplies a few channels by 30 where the next weight divides them again (tests/planted_outliers.py): the
 function stays, and rounding per tensor collapses. Every row is compared with full precision on equal noises: fid_fp and
 PSNR, mean and sd over draws. Weights lie in the coordinates of their inputs, rotated or equalised (`match_weights`), so
-that integers could multiply them; halves of long skips always have scales of their own. "A16" is the weights alone.
+that integers could multiply them. The first two rows have one range for both halves of a long skip, all others two.
+"A16" is the weights alone, under full-precision weights the pipeline in bfloat16: what 16 bits cost by themselves.
 Every draw of a row is kept in a folder beside the result; run it again to go on, or with more of anything to widen it.
+`--known` writes what is known already.
 """
 
 import argparse
 import datetime
 import platform
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ import torch
 import quantdm
 from quantdm.activations import set_activation_bits_, usual_activations
 from quantdm.activations.choose import VARIANTS, choose_activations
+from quantdm.activations.handover import quantize_input
+from quantdm.denoisers.inventory import LayerRecord
 from quantdm.files import digest, write_json
 from quantdm.machine import versions
 from quantdm.metrics import load_extractor
@@ -30,23 +35,25 @@ from quantdm.metrics.statistics import mean_and_sd
 from quantdm.pipelines.loading import known_pipelines
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import default_protocol
-from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, match_weights
+from quantdm.recipe import ActivationScheme, ActivationSpec, CalibrationSpec, Recipe, match_weights
 from quantdm.runs.store import TrialStore
 from quantdm.schemes import QuantConfig
 from tests.planted_outliers import FACTOR, SHARE, plant_outliers_
 
 OUT = Path(__file__).parent / "results"
 BEDS = ("plain", "planted")
-WEIGHTS = {"W16": None, "W4": "kmeans-channel-4-feedback", "3.0 bits": "recipes/{model}-3.0bit-a16.yaml"}
+WEIGHTS = {"W16": "", "W4": "kmeans-channel-4-feedback", "3.0 bits": "recipes/{model}-3.0bit-a16.yaml"}
 LABELS = {
     "per tensor": "tensor-{b}",
     "per token": "token-{b}",
-    "clipped": "token-{b}-mse",
-    "rotated": "token-{b}-hadamard",
-    "outlier channels apart": "token-{b}-outliers8",
+    "+ split": "token-{b}",
+    "+ outlier channels": "token-{b}-outliers8",
+    "+ rotation": "token-{b}-hadamard",
 }
-ROWS = (*LABELS, "equalised", "sensitive at 8", "chosen per layer")
-ALONE = (16, "not quantized")
+UNSPLIT = ("per tensor", "per token")
+FEW = ("per tensor", "per token", "chosen per layer")  # rows of 8 and of 5 bits
+ROWS = ("+ sensitive at 8", *LABELS, "+ equalisation", "chosen per layer")  # those with the same weights together
+ALONE = "A16"
 CALIBRATION = {"images": 16, "steps": 5}
 
 
@@ -59,26 +66,29 @@ class Study:
         self.store = TrialStore(self.path.with_suffix(".part"))
         self.draws = [Draw(7000 + i, given.images, given.steps) for i in range(given.draws)]
         self.reference = cache(self._reference)
+        self.layers = quantdm.list_layers(get_denoiser(quantdm.load_pipeline(given.model)))
+        self.splits = [layer for layer in self.layers if layer.split is not None]
+        self.open: tuple[Any, Any, list[Any]] = (None, None, [])  # what the last row opened, and hooks on it
 
     def rows(self) -> list[dict[str, Any]]:
         """Measure what is missing and return every row; of what is not measured there is none."""
-        found = []
-        for draw in range(1, len(self.draws) + 1):  # the first draw of everything before the second of anything
-            found = [
-                self.row(bed, weights, pair[0], pair[1], self.draws[:draw])
-                for weights in self.given.weights
-                for bits in self.given.bits
-                for bed in BEDS
-                for pair in [
-                    *([ALONE] if weights != "W16" and bits == self.given.bits[0] else []),
-                    *((bits, name) for name in ROWS),
-                ]
-            ]
+        found = [
+            self.row(bed, weights, bits, name)
+            for weights in self.given.weights
+            for bed in BEDS
+            for bits, name in [(16, ALONE), *((bits, name) for name in ROWS for bits in self.bits_of(name))]
+        ]
         return [row for row in found if row is not None]
 
-    def row(self, bed: str, weights: str, bits: int, name: str, draws: list[Draw]) -> dict[str, Any] | None:
-        """Return one row over some draws; each is measured if it is not known, or left out with --known."""
-        keys = {draw: digest(bed, weights, bits, name, draw.images, draw.steps, draw.base_seed) for draw in draws}
+    def bits_of(self, name: str) -> list[int]:
+        """Return the bits that a row is measured at; without long skips there is nothing to split."""
+        if name == "+ split" and not self.splits:
+            return []
+        return [bits for bits in self.given.bits if bits in (4, 6) or name in FEW]
+
+    def row(self, bed: str, weights: str, bits: int, name: str) -> dict[str, Any] | None:
+        """Return one row; each of its draws is measured if it is not known, or left out with --known."""
+        keys = {draw: digest(bed, weights, bits, name, draw.images, draw.steps, draw.base_seed) for draw in self.draws}
         missing = [draw for draw, key in keys.items() if self.store.get(key) is None]
         if self.given.known:
             keys = {draw: key for draw, key in keys.items() if draw not in missing}
@@ -86,7 +96,7 @@ class Study:
                 return None
         elif missing:
             spec = self.spec(bed, bits, name)
-            pipe = self.pipe(bed, weights, spec)
+            pipe = self.pipe(bed, weights, spec, name in UNSPLIT)
             for draw in missing:
                 figures = compare(self.samples(pipe, draw), self.reference(bed, draw))
                 own = {key: figures[key] for key in ("fid_fp", "psnr_fp")}
@@ -107,15 +117,17 @@ class Study:
             return ActivationSpec(default=label, attention=label.removesuffix("-outliers8"))
         pipe = self.full(bed)
         usual = usual_activations(get_denoiser(pipe), bits)
-        if name == "sensitive at 8":
+        if name == "+ sensitive at 8":
             return usual
         key = digest("spec", bed, bits, name)
         if (found := self.store.get(key)) is None:
-            spec = ActivationSpec(default=f"token-{bits}") if name == "equalised" else usual
-            variants = ("-equalised",) if name == "equalised" else VARIANTS
+            spec = ActivationSpec(default=f"token-{bits}") if name == "+ equalisation" else usual
+            variants = ("-equalised",) if name == "+ equalisation" else VARIANTS
             calibration = CalibrationSpec(protocol=self.model, **CALIBRATION)
             spec, _ = choose_activations(pipe, spec, calibration, variants=variants)
-            spec = spec.model_copy(update={"attention": f"token-{bits}{'' if name == 'equalised' else '-hadamard'}"})
+            spec = spec.model_copy(
+                update={"attention": f"token-{bits}{'' if name == '+ equalisation' else '-hadamard'}"}
+            )
             self.store.put(key, {"spec": spec.model_dump(mode="json")})
             return spec
         return ActivationSpec.model_validate(found["spec"])
@@ -127,19 +139,47 @@ class Study:
             plant_outliers_(get_denoiser(pipe))
         return pipe
 
-    def pipe(self, bed: str, weights: str, spec: ActivationSpec | None) -> Any:
-        """Open the pipeline with the weights and activations of a row."""
-        pipe, source = self.full(bed), WEIGHTS[weights]
-        layers = quantdm.list_layers(get_denoiser(pipe))
-        if source is not None:
-            given = quantdm.load_recipe(source.format(model=self.model)) if "/" in source else None
-            config = (given or Recipe(model=self.model, default=source)).resolve(layers)
-            config = match_weights(config, {} if spec is None else spec.resolve(layers))
-            calibration = (given and given.calibration) or CalibrationSpec(protocol=self.model, images=16)
-            quantdm.apply_recipe(pipe, QuantConfig(config), calibration=calibration, insist=True)
-            quantdm.set_residency(get_denoiser(pipe), "dense")
+    def pipe(self, bed: str, weights: str, spec: ActivationSpec | None, unsplit: bool) -> Any:
+        """Return the pipeline with the weights and activations of a row; opened anew if the last had others."""
+        config = self.config(weights, spec)
+        key, pipe, hooks = self.open
+        for hook in hooks:
+            hook.remove()
+        if key != (bed, weights, config) or weights == "W16":
+            pipe = self.full(bed)
+            if weights != "W16":
+                calibration = self.recipe(weights).calibration
+                quantdm.apply_recipe(pipe, QuantConfig(config), calibration=calibration, insist=True)
+                quantdm.set_residency(get_denoiser(pipe), "dense")
+            elif spec is None:
+                pipe.to(torch.bfloat16)
         set_activation_bits_(get_denoiser(pipe), spec)
+        self.open = ((bed, weights, config), pipe, self.unsplit(pipe, spec) if unsplit and spec else [])
         return pipe
+
+    def recipe(self, weights: str) -> Recipe:
+        """Return what a name of weights means."""
+        source = WEIGHTS[weights].format(model=self.model)
+        if "/" in source:
+            return quantdm.load_recipe(source)
+        return Recipe(model=self.model, default=source, calibration=CalibrationSpec(protocol=self.model, images=16))
+
+    def config(self, weights: str, spec: ActivationSpec | None) -> dict[str, Any]:
+        """Return the schemes of weights in the coordinates of their inputs."""
+        if weights == "W16":
+            return {}
+        config = self.recipe(weights).resolve(self.layers)
+        return dict(match_weights(config, {} if spec is None else spec.resolve(self.layers)))
+
+    def unsplit(self, pipe: Any, spec: ActivationSpec) -> list[Any]:
+        """Give both halves of long skips one range; return the hooks that do it."""
+        schemes, hooks, denoiser = spec.resolve(self.layers), [], get_denoiser(pipe)
+        apart = dict.fromkeys((layer.name for layer in self.splits), None)
+        set_activation_bits_(denoiser, spec.model_copy(update={"layers": {**spec.layers, **apart}}))
+        for layer in self.splits:
+            hook = _rounds(replace(layer, split=None), schemes[layer.name])
+            hooks.append(denoiser.get_submodule(layer.name).register_forward_pre_hook(hook))
+        return hooks
 
     def _reference(self, bed: str, draw: Draw) -> Samples:
         return self.samples(self.full(bed), draw)
@@ -148,6 +188,12 @@ class Study:
         """Make the images of a draw."""
         protocol = default_protocol(self.model)
         return draw_samples(pipe, protocol, load_extractor(protocol.features), draw, may_be_constant=True)
+
+
+def _rounds(layer: LayerRecord, scheme: ActivationScheme | None) -> Any:
+    """Return a hook that rounds the input of a layer."""
+    assert scheme is not None
+    return lambda module, args: (quantize_input(args[0], layer, scheme), *args[1:])
 
 
 def _counted(pipe: Any, spec: ActivationSpec | None) -> dict[str, int]:

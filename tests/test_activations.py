@@ -394,4 +394,11 @@ def test_a_rule_that_matches_nothing_changes_nothing() -> None:
         set_activation_bits_(model, ActivationSpec(default="token-6", patterns={"no_such*": "token-8"}))
     with pytest.raises(QuantDMError, match="static and have no ranges"):
         set_activation_bits_(model, ActivationSpec(default="tensor-6-static"))
+    static = {record.name: ((-1.0, 1.0),) for record in list_layers(model)}
+    for observed in ({"ranges": {**static, "unet.conv_in": ((0.0, 1.0),)}}, {"equalisers": {"unet.conv_in": "mm"}}):
+        with pytest.raises(QuantDMError, match=r"unet\.conv_in is another model's.*\(1 in all\); observe it anew"):
+            set_activation_bits_(model, ActivationSpec(default="token-6", **observed))
+    for pair in ((1.0, -1.0), (0.0, float("nan")), (0.0, float("inf"))):
+        with pytest.raises(ValueError, match="expected two numbers, the smaller first"):
+            ActivationSpec(default="tensor-6-static", ranges={**static, "proj_out": (pair,)})
     assert activation_spec(model) == spec

@@ -17,6 +17,7 @@ from quantdm import (
     QuantDMError,
     Recipe,
     Scheme,
+    apply_correction,
     apply_recipe,
     export_pipeline,
     get_denoiser,
@@ -26,6 +27,7 @@ from quantdm import (
     load_pipeline,
     load_protocol,
     load_recipe,
+    set_activation_bits_,
     write_report,
 )
 from quantdm.activations import usual_activations
@@ -278,6 +280,44 @@ def test_an_exported_correction_was_fitted_for_the_recipe_beside_it(measured, tm
     (folder / "README.md").unlink()
     with pytest.raises(QuantDMError, match="measured other recipes"):
         write_card(folder, summary=run.path("summary.json"))
+
+
+AS_THE_CARD_SAYS = """
+import sys, torch
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+exec(sys.argv[1])
+from quantdm.activations import activation_spec
+assert activation_spec(pipe.transformer).bits == 6
+images = quantdm.generate(pipe, quantdm.load_protocol("digits-dit"), range(2), steps=3)
+save_file({"images": images}, sys.argv[2])
+"""
+
+
+def test_all_of_a_search_opens_with_plain_diffusers_and_makes_what_its_exporter_made(measured, tmp_path):
+    """Searched weights, 6-bit activations and the correction, in a new process, by the lines of the model card."""
+    run = Run.open(shutil.copytree(measured[0].folder, tmp_path / "run"))
+    correction = load_correction(run.path("correction.safetensors")).with_variant("both")
+    correction.save(run.path("correction.safetensors"))
+    folder = export_run(run, tmp_path / "small", corrected=True, say=lambda line: None)
+    card = write_card(folder).read_text()
+    assert "its inputs are rounded, as it is opened: token-6 activations" in card
+    assert "A correction of its sampler lies beside it" in card
+
+    pipe, protocol = load_pipeline("digits-dit"), load_protocol("digits-dit")
+    apply_recipe(pipe, load_recipe(run.path("recipe.yaml")), insist=True)
+    only_weights = generate(pipe, protocol, range(2), steps=3)
+    set_activation_bits_(pipe.transformer, correction.activations)
+    uncorrected = generate(pipe, protocol, range(2), steps=3)
+    expected = generate(apply_correction(pipe, correction), protocol, range(2), steps=3)
+    assert not torch.equal(only_weights, uncorrected)
+    assert not torch.equal(uncorrected, expected)
+
+    snippet = card.partition("```python\n")[2].partition("```")[0]
+    opening = "\n".join(line for line in snippet.splitlines() if not line.startswith("image = "))
+    command = [sys.executable, "-c", AS_THE_CARD_SAYS, opening, str(tmp_path / "images.safetensors")]
+    subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
+    assert torch.equal(load_file(tmp_path / "images.safetensors")["images"], expected)
 
 
 def test_a_correction_for_another_recipe_is_not_exported(measured, tmp_path):

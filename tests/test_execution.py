@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from itertools import cycle
 
 import pytest
 import torch
@@ -119,6 +120,57 @@ def test_integers_give_what_the_simulation_gives(kind: str, weight: str) -> None
             assert isinstance(coded, CodedInput)
             assert torch.equal(coded.values(), quantize_input(x, record, scheme, given))
             assert error(layer.forward(coded), simulated(layer, x, record, scheme, given)) < 1e-5, label
+
+
+WIDTHS = range(2, 9)
+EVERY = (
+    *(f"uniform-{rows}-{b}{sign}" for rows in ("channel", "tensor") for b in WIDTHS for sign in ("", "-symmetric")),
+    *(f"kmeans-{rows}" for b in WIDTHS for rows in (f"channel-{b}", f"tensor-{b}", f"tensor-{b}-int8")),
+    *(f"log2-channel-{b}" for b in WIDTHS),
+    *(f"uniform-group8-{b}" for b in WIDTHS),
+    *("kmeans-shared-3", "kmeans-channel-4-fp16", "uniform-channel-4-hadamard"),
+)
+# What no integer product computes: no whole multiples of one scale, scales of groups, rotated under plain inputs.
+SIMULATED = {
+    *(f"kmeans-tensor-{b}" for b in WIDTHS),
+    *(f"log2-channel-{b}" for b in WIDTHS if b > 3),
+    *(f"uniform-group8-{b}" for b in WIDTHS),
+    *("kmeans-shared-3", "kmeans-channel-4-fp16", "uniform-channel-4-hadamard"),
+}
+EVERY_INPUT = (
+    *(f"token-{b}{sign}" for b in range(3, 9) for sign in ("", "-symmetric")),
+    *(f"{which}-{b}" for which in ("sample", "tensor") for b in range(3, 9)),
+)
+GEOMETRIES = {
+    "linear": (lambda bias: nn.Linear(37, 29, bias), (3, 11, 37)),
+    "linear of one row": (lambda bias: nn.Linear(19, 1, bias), (1, 19)),
+    "conv": (lambda bias: nn.Conv2d(7, 5, 3, padding=1, bias=bias), (2, 7, 9, 8)),
+    "conv 1x1": (lambda bias: nn.Conv2d(9, 6, 1, bias=bias), (1, 9, 5, 3)),
+    "conv grouped": (lambda bias: nn.Conv2d(8, 12, 3, groups=4, stride=2, bias=bias), (2, 8, 9, 8)),
+    "conv depthwise": (lambda bias: nn.Conv2d(8, 8, 3, groups=8, dilation=2, bias=bias), (2, 8, 9, 8)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", GEOMETRIES)
+def test_every_method_and_width_gives_in_bf16_what_its_simulation_gives(kind: str, bias: bool) -> None:
+    make, shape = GEOMETRIES[kind]
+    layer, x, inputs = make(bias).bfloat16(), torch.randn(shape).bfloat16(), cycle(EVERY_INPUT)
+    whole = set()
+    for weight in EVERY:
+        own = packed(copy.deepcopy(layer), weight)
+        record = record_of(own)
+        own.keep_("integer")
+        scheme = ActivationScheme.parse(next(inputs))
+        given = input_for(own, x, record, scheme, None)
+        if isinstance(given, CodedInput):
+            whole.add(weight)
+            nearest = simulated(own, x, record, scheme).bfloat16().double()
+            assert error(own.forward(given), nearest) <= 1e-3, (weight, scheme)
+        else:
+            assert torch.equal(given, quantize_input(x, record, scheme)), (weight, scheme)
+    assert whole >= set(EVERY) - SIMULATED
 
 
 @torch.no_grad()

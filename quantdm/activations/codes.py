@@ -10,6 +10,7 @@ from torch import Tensor
 from quantdm.activations.rounding import Dims, grid_of, range_of, turned
 from quantdm.modules.coded import CodedInput, Codes
 from quantdm.modules.kernels import Kernel
+from quantdm.quantizers.equaliser import powers_of
 from quantdm.recipe import ActivationScheme
 
 Given = tuple[float, float] | None
@@ -62,10 +63,14 @@ def code_input(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
 
 def new_codes(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
     """Return what `code_input` does, always made anew."""
-    y = x if grid.exponents is None else turned(x, scheme, grid.channel, grid.exponents)
-    parts = [y] if grid.split is None else y.tensor_split([grid.split], dim=grid.channel)
+    parts, powers = (x,), (None,)
+    if grid.exponents is not None:
+        powers = (powers_of(grid.exponents.to(x.device), x.shape[grid.channel], -1),)
+    if grid.split is not None:
+        parts = x.tensor_split([grid.split], dim=grid.channel)
+        powers = (None, None) if powers[0] is None else powers[0].tensor_split([grid.split])
     parts = [turned(part, scheme, grid.channel, None) for part in parts] if scheme.hadamard else parts
-    coded = tuple(_code(part, scheme, grid.dims, grid.channel, grid.given) for part in parts)
+    coded = tuple(_code(part, scheme, grid, own) for part, own in zip(parts, powers, strict=True))
     return CodedInput(coded, x.dtype, grid.channel, scheme.hadamard, grid.exponents)
 
 
@@ -74,26 +79,30 @@ def _forget(source: "weakref.ref[Tensor]") -> None:
         _memory.last = None
 
 
-def _code(x: Tensor, scheme: ActivationScheme, dims: Dims, channel: int, given: Given) -> Codes:
-    """Code one part: its channels last, as rows of pixels or tokens."""
-    if channel == 1:
-        coded = _code(x.permute(0, 2, 3, 1), scheme, _channels_last(dims, x.dim()), -1, given)
+def _code(x: Tensor, scheme: ActivationScheme, grid: Grid, powers: Tensor | None) -> Codes:
+    """Code one part, its channels multiplied by `powers`: channels last, as rows of pixels or tokens."""
+    if grid.channel == 1:
+        last = grid._replace(dims=_channels_last(grid.dims, x.dim()), channel=-1)
+        coded = _code(x.permute(0, 2, 3, 1), scheme, last, powers)
         return Codes(*(t.permute(0, 3, 1, 2) for t in (coded.codes, coded.scale, coded.zero)))
-    x, levels = x.contiguous(), 2**scheme.bits - 1
+    x, levels, given = x.contiguous(), 2**scheme.bits - 1, grid.given
     codes = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
     rows, coded_rows, shape = x.flatten(0, -2), codes.flatten(0, -2), (*x.shape[:-1], 1)
-    if dims in (-1, (x.dim() - 1,)) and scheme.range is None and given is None:
+    if grid.dims in (-1, (x.dim() - 1,)) and scheme.range is None and given is None:
         scale, zero = (torch.empty(len(rows), 1, device=x.device) for _ in range(2))
-        _code_tokens((coded_rows, scale, zero), rows, levels, scheme.symmetric, per_row=1)
+        _code_tokens((coded_rows, scale, zero), rows, powers, levels, scheme.symmetric, per_row=1)
         return Codes(codes, scale.view(shape), zero.view(shape))
-    low, high = _range(x, scheme, dims) if given is None else torch.tensor(given, device=x.device)
+    if given is None:
+        low, high = _range(x if powers is None else x * powers, scheme, grid.dims)
+    else:
+        low, high = torch.tensor(given, device=x.device)
     scale, zero = grid_of(low, high, levels, scheme.symmetric)
     if scale.numel() == 1:
         scale, zero = (t.view([1] * x.dim()) for t in (scale, zero))
         lines = scale.view(1, 1), zero.view(1, 1)
     else:
         lines = (t.expand(shape).reshape(-1, 1) for t in (scale, zero))
-    _place((coded_rows,), rows, *lines, levels, per_row=3)
+    _place((coded_rows,), rows, *lines, powers, levels, per_row=3)
     return Codes(codes, scale, zero)
 
 
@@ -109,15 +118,19 @@ def _channels_last(dims: Dims, ndim: int) -> Dims:
     return tuple(order.index(dim % ndim) for dim in ((dims,) if isinstance(dims, int) else dims))
 
 
-def _tokens_on_grid(out: tuple[Tensor, Tensor, Tensor], x: Tensor, levels: int, symmetric: bool) -> None:
-    x = x.float()
+def _tokens_on_grid(
+    out: tuple[Tensor, Tensor, Tensor], x: Tensor, powers: Tensor | None, levels: int, symmetric: bool
+) -> None:
+    x = x.float() if powers is None else x * powers
     scale, zero = grid_of(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), levels, symmetric)
     for place, value in zip(out, (_placed(x, scale, zero, levels), scale, zero), strict=True):
         place.copy_(value)
 
 
-def _on_given_grid(out: tuple[Tensor], x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> None:
-    out[0].copy_(_placed(x.float(), scale, zero, levels))
+def _on_given_grid(
+    out: tuple[Tensor], x: Tensor, scale: Tensor, zero: Tensor, powers: Tensor | None, levels: int
+) -> None:
+    out[0].copy_(_placed(x.float() if powers is None else x * powers, scale, zero, levels))
 
 
 def _placed(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:

@@ -92,6 +92,9 @@ def _denoiser_of(folder: Path) -> str:
     return next((name for name in DENOISER_NAMES if (folder / name / "config.json").is_file()), "")
 
 
+SAMPLER = " A correction of its sampler lies beside it, which takes back quantization noise once it is applied."
+
+
 def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None, source: str | Path) -> str:
     """Return the card of an export as Markdown with a YAML head."""
     index = read_json(folder / "model_index.json")
@@ -109,7 +112,7 @@ def card_text(folder: Path, recipe: Recipe, summary: dict[str, Any] | None, sour
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title}",
         f"A {index.get('_class_name')} whose denoiser ({config.get('_class_name')}) is quantized layer by layer with "
-        f"quantdm, from `{origin}`.{other}{_inputs(recipe)}"
+        f"quantdm, from `{origin}`.{other}{_inputs(recipe)}{SAMPLER if corrected else ''}"
         + ("" if left is None else f" {left[0].upper()}{left[1:]}."),
         _parts(folder, index),
         f"## Load it\n\n```python\n{loading}\n```",

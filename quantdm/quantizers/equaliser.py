@@ -50,10 +50,15 @@ def shifted(x: Tensor, exponents: Tensor, dim: int, sign: int) -> Tensor:
         sign: 1 or -1.
     """
     dim %= x.dim()
-    powers = ((exponents.to(x.device, torch.int32) * sign + 127) << 23).view(torch.float32)  # the bits of 2^k
-    powers = powers.repeat(x.shape[dim] // len(powers))
     y = x if x.dtype == torch.float64 else x.float()
+    powers = powers_of(exponents.to(x.device), x.shape[dim], sign)
     return y * powers.view([-1 if at == dim else 1 for at in range(x.dim())])
+
+
+def powers_of(exponents: Tensor, channels: int, sign: int) -> Tensor:
+    """Return 2^(sign·exponent) for every channel, once for every convolution group, float32 [channels]."""
+    powers = ((exponents.to(torch.int32) * sign + 127) << 23).view(torch.float32)  # the bits of 2^k
+    return powers.repeat(channels // len(powers))
 
 
 def equalise_moments(moments: Moments, exponents: Tensor) -> Moments:

@@ -1,5 +1,6 @@
 """How activations are quantized: the scheme of one input as a label, and the rules that give every layer its own."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
@@ -195,6 +196,15 @@ class ActivationSpec(BaseModel):
                 raise ValueError(f"{name}: got {letters[:20]!r}, expected a letter from a to y for every input channel")
         return equalisers
 
+    @field_validator("ranges")
+    @classmethod
+    def _check_ranges(cls, ranges: Ranges) -> Ranges:
+        for name, pairs in ranges.items():
+            for low, high in pairs:
+                if not -math.inf < low <= high < math.inf:
+                    raise ValueError(f"{name}: got the range ({low}, {high}), expected two numbers, the smaller first")
+        return ranges
+
     @field_validator("bucket_bits")
     @classmethod
     def _check_bucket_bits(cls, bits: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
@@ -249,14 +259,20 @@ class ActivationSpec(BaseModel):
         """Return the scheme of the input of every layer; None: it is not quantized.
 
         Raises:
-            QuantDMError: a name, pattern or type that matches nothing (with the nearest), or a static scheme of a
-                layer without ranges.
+            QuantDMError: a name, pattern or type that matches nothing (with the nearest), ranges or equalisers of
+                another model's layers, or a static scheme of a layer without ranges.
         """
         layers = list(layers)
         labels = resolve_rules(
             self.layers, self.patterns, self.types, self.default, layers, "activations", object(), also_types=True
         )
         schemes = {name: None if label is None else ActivationScheme.parse(label) for name, label in labels.items()}
+        strange = [name for name in (*self.ranges, *self.equalisers) if name not in labels]
+        if strange:
+            raise QuantDMError(
+                f"activations: what was observed of {strange[0]} is another model's, this one has no such layer "
+                f"({len(strange)} in all); observe it anew with observe_ranges or choose_activations"
+            )
         bare = [name for name, scheme in schemes.items() if scheme and scheme.static and name not in self.ranges]
         if bare:
             raise QuantDMError(
