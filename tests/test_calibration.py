@@ -111,6 +111,24 @@ def test_groups_and_files_give_the_same_moments(dit, calls, layers, moments, tmp
     assert not any(module._forward_pre_hooks for module in get_denoiser(dit).modules())
 
 
+@pytest.mark.parametrize("other", ["weights", "inputs"])
+def test_moments_of_another_model_or_protocol_are_not_taken_for_its_own(other, tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        nn.init.zeros_(model[1].weight)  # as the last layers of ControlNets: all outputs are alike
+        nn.init.zeros_(model[1].bias)
+        return model
+
+    mine, theirs = make(0), make(1 if other == "weights" else 0)
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    y = 3 * x if other == "inputs" else x
+    first = gather_moments(mine, [Call((x,), {}, mine(x))], ["1"], folder=tmp_path)["1"]
+    second = gather_moments(theirs, [Call((), {"input": y}, theirs(y))], ["1"], folder=tmp_path)["1"]
+    assert not torch.allclose(first.second, second.second)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_what_cannot_be_calibrated_is_an_error(dit, calls):
     denoiser = get_denoiser(dit)
     with pytest.raises(QuantDMError, match="calls: got none"):

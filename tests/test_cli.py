@@ -75,6 +75,23 @@ def test_doctor_names_versions_and_pipelines():
     assert record["torch"]
 
 
+GONE = ["run", "RUN/gone", "--target-bits", "3", "--run-dir", "RUN"]  # a pipeline that is not there is told last
+
+
+def test_an_older_name_of_an_option_is_still_known():
+    found = CliRunner().invoke(app, ["bank", "nowhere", "--run-dir", "x", "--target-bytes", "many"])
+    assert "size: got 'many'" in found.output + str(found.exception)
+
+
+@pytest.mark.parametrize("command", ["run", "search", "bank", "demo"])
+def test_help_fits_eighty_columns_with_room_to_read(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = CliRunner().invoke(app, [command, "--help"]).output
+    assert max(map(len, text.splitlines())) <= 80
+    options = text.partition("Options")[2].partition("╰")[0].splitlines()
+    assert not [line for line in options if "…" in line.partition("<")[0]]  # names are not cut
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -85,6 +102,18 @@ def test_doctor_names_versions_and_pipelines():
         (["report", "--run-dir", "RUN"], "run"),
         (["apply", "digits-dit", "--recipe", "RUN/none.yaml", "-o", "RUN/out"], "no file"),
         (["evaluate", "digits-dit", "--seeds", "a,b"], "whole numbers"),
+        ([*GONE, "--engine", "rya"], "engine: got 'rya'; known: local, ray"),
+        ([*GONE, "--ray-address", "auto"], "expected engine ray"),
+        ([*GONE, "--fidelity", "high"], "fidelity: got 'high'; known: full, auto"),
+        ([*GONE, "--gpu-hours", "1", "--device", "cpu"], "no accelerator works here; give minutes"),
+        ([*GONE, "--gpu-hours", "1", "--minutes", "5"], "give one of them"),
+        ([*GONE, "--effort", "high"], "effort: got 'high'; known: quick, normal, thorough"),
+        ([*GONE, "--dtype", "int8"], "dtype: got 'int8'"),
+        ([*GONE, "--device", "gpu"], "device: got 'gpu', expected cpu, cuda"),
+        ([*GONE, "--options", "kmeans-4"], "kmeans-channel-4"),
+        ([*GONE, "--protocol", "text-to-image"], "text-to-image-64"),
+        (["search", *GONE[1:], "--effort", "high"], "effort: got 'high'"),
+        (["search", *GONE[1:], "--engine", "rya"], "engine: got 'rya'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+import quantdm
 from quantdm import (
     Protocol,
     QuantDMError,
@@ -36,10 +37,15 @@ from quantdm.correction.statistics import NoiseStatistics
 from quantdm.corridor.export import export_run
 from quantdm.hub.header import read_headers
 from quantdm.metrics.chosen import check_chosen, chosen_figures
+from quantdm.metrics.door import check_measures
 from quantdm.metrics.features import load_extractor
+from quantdm.metrics.intervals import frechet_infinity
 from quantdm.metrics.kernels import kid
+from quantdm.metrics.moments import Moments
+from quantdm.metrics.neighbours import neighbour_figures
 from quantdm.metrics.paired import ssim_each
-from quantdm.metrics.samples import Draw, draw_samples
+from quantdm.metrics.registry import MORE, SIZES
+from quantdm.metrics.samples import Draw, draw_samples, real_floor
 from quantdm.pipelines.generate import as_bytes, calibration_calls
 from quantdm.pipelines.protocol import known_protocols, protocol_schema
 from quantdm.pipelines.stored import weight_files
@@ -248,6 +254,34 @@ def test_metrics_that_cannot_be_computed_are_refused_at_the_door(said, message):
     pipe, protocol = make("ddpm")
     with pytest.raises(QuantDMError, match=message):
         evaluate(pipe, protocol=Protocol(**{**protocol.model_dump(), **said}), num_images=2, seeds=[1])
+
+
+def test_metrics_that_need_more_images_than_there_are_are_refused_before_any_is_made(tmp_path, monkeypatch):
+    pipe, protocol = make("ddpm")
+    many = Protocol(**{**protocol.model_dump(), "metrics": ["precision"]})
+    with pytest.raises(QuantDMError, match="precision: got 5 images that are judged, expected 6 or more"):
+        check_measures(pipe, many, images=5)
+    with pytest.raises(QuantDMError, match="precision: got 5 images that are judged"):
+        evaluate(pipe, protocol=many, num_images=5, seeds=[1])
+    for i in range(3):
+        (tmp_path / "real").mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), (i, 9, 9)).save(tmp_path / "real" / f"{i}.png")
+    few = many.model_copy(update={"real": str(tmp_path / "real")})
+    with pytest.raises(QuantDMError, match="precision: got 3 real images, expected 6 or more; or leave it out"):
+        quantdm.run(pipe, target_bits=4.0, protocol=few, run_dir=tmp_path / "run", say=str)
+    assert not (tmp_path / "run").exists()
+    assert real_floor(few) is None  # halves of one picture
+
+
+def test_as_many_images_as_a_metric_is_said_to_need_are_enough():
+    torch.manual_seed(0)
+    x, y = torch.randn(SIZES, 3), torch.randn(MORE, 3)
+    frechet_infinity(x, Moments.of(torch.randn(9, 3)))
+    with pytest.raises(QuantDMError, match=f"got {SIZES - 1}, expected {SIZES} or more"):
+        frechet_infinity(x[1:], Moments.of(torch.randn(9, 3)))
+    neighbour_figures(y, y)
+    with pytest.raises(QuantDMError, match="neighbours"):
+        neighbour_figures(y[1:], y[1:])
 
 
 def test_metrics_change_nothing_of_what_was_recorded(tmp_path):

@@ -20,6 +20,7 @@ from quantdm.hub.size import ExportSize, denoiser_bytes
 from quantdm.modules.packed import packed_layers
 from quantdm.pipelines.tensor_files import DTYPE_NAMES
 from quantdm.quantizers import count_bits
+from quantdm.quantizers.branches import fits_rank
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.settings import checked_target
 from quantdm.schemes import ORIGINAL, PAPER_OPTIONS, Scheme
@@ -166,3 +167,27 @@ def test_a_target_in_bytes_is_never_exceeded_and_hardly_missed(name, stays):
             (space.bits.min(axis=1) if target == least else space.bits.max(axis=1)).sum() / space.num_weights.sum(),
             abs=0.01,
         )
+
+
+def test_what_diffusers_keeps_in_float32_counts_where_it_stays(tiny, monkeypatch):
+    monkeypatch.setattr(DiTTransformer2DModel, "_keep_in_fp32_modules", ["proj_out_1", "ff"])
+    pipe = load_pipeline(tiny).to(torch.bfloat16)
+    layers, size = list_layers(pipe.transformer), ExportSize(pipe)
+    options = (Scheme.parse("uniform-channel-4"), BRANCHED.model_copy(update={"lowrank": 6}), ORIGINAL)
+    for number in range(12):
+        rng = np.random.default_rng(number)
+        own = [[option for option in options if fits_rank(layer.shape, option)] for layer in layers]
+        chosen = [each[rng.integers(len(each))] if number else ORIGINAL for each in own]
+        bits = sum(count_bits(la.shape, scheme, la.split) for la, scheme in zip(layers, chosen, strict=True))
+        labels = [None if scheme == ORIGINAL else scheme.label for scheme in chosen]
+        exact = size.of(dict(zip((layer.name for layer in layers), labels, strict=True)))
+        assert bits / sum(layer.num_weights for layer in layers) >= size.bits_within(options, exact)
+
+
+def test_a_layer_that_no_branch_fits_may_stay(tiny):
+    pipe = load_pipeline(tiny).to(torch.bfloat16)
+    layers = list_layers(pipe.transformer)
+    options = (BRANCHED.model_copy(update={"lowrank": 13}), ORIGINAL)
+    assert not any(fits_rank(layer.shape, options[0]) for layer in layers)
+    _, most = ExportSize(pipe).extremes(options)
+    assert checked_target(layers, options, pipe, target_bits=None, target_bytes=most) <= 16

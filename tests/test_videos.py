@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from quantdm.errors import QuantDMError
+from quantdm.files import read_json, write_json
 from quantdm.metrics.distance import frechet_distance, psnr_of_bytes
 from quantdm.metrics.features import load_extractor, open_features
 from quantdm.metrics.images import open_images
 from quantdm.metrics.measure import measure
 from quantdm.metrics.sampled import sampled_images
 from quantdm.metrics.samples import Draw, compare, draw_samples
-from quantdm.metrics.to_folder import generate_to_folder
+from quantdm.metrics.to_folder import MANIFEST, generate_to_folder
 from quantdm.metrics.videos import by_frame, clip_features, flicker, frechet_of_clips, video_distance
 from tests.pipeline_kinds import make
 
@@ -90,6 +91,21 @@ def test_a_video_pipeline_is_measured_and_its_folder_is_read_frame_by_frame(tmp_
     assert "3 videos of 3 frames" in fvd.notes[0]
     with pytest.raises(QuantDMError, match="fvd: needs videos of as many frames on both sides"):
         measure(made, space, ["fvd"], reference=open_images(stills(tmp_path / "stills", samples.images)))
+
+
+def test_a_folder_of_videos_that_does_not_say_their_frames_is_told_by_one_of_them(tmp_path) -> None:
+    pipe, protocol = make("video")
+    folder, seeds = tmp_path / "made", Draw(0, 2, 2).seeds
+    generate_to_folder(pipe, protocol, seeds, folder, steps=2)
+    record, before = read_json(folder / MANIFEST), (folder / "000000.png").read_bytes()
+    write_json(folder / MANIFEST, {key: value for key, value in record.items() if key != "frames"})  # as before 0.4
+    with pytest.raises(QuantDMError, match=r"does not say of how many frames.*evaluate generate` again"):
+        open_images(folder)
+    assert generate_to_folder(pipe, protocol, seeds, folder, steps=2) == 1
+    assert read_json(folder / MANIFEST) == record
+    assert (folder / "000000.png").read_bytes() == before
+    assert generate_to_folder(pipe, protocol, seeds, folder, steps=2) == 0
+    assert open_images(folder).frames == 3
 
 
 def stills(folder, images):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantdm.denoisers.calls import Call, layer_input, replay
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, save_tensors
+from quantdm.pipelines.sketch import sketch_of
 from quantdm.quantizers import Moments
 from quantdm.recipe.joint import joint_prefix, split_name
 
@@ -259,5 +260,20 @@ def _groups(layers: Mapping[str, nn.Module], budget_bytes: int) -> Iterator[dict
 
 
 def _key(denoiser: nn.Module, calls: Sequence[Call]) -> str:
-    """Return a digest of what determines the inputs of every layer: the calls' outputs stand for weights and inputs."""
-    return digest(type(denoiser).__name__, len(calls), *[call.output for call in calls])
+    """Return a digest of what determines the inputs of every layer: weights, and inputs of the calls.
+
+    Outputs alone do not tell: those of a network whose last layer is zero are all alike.
+    """
+    told = [_content([call.args, call.kwargs, call.output]) for call in calls]
+    return digest(type(denoiser).__name__, sketch_of(denoiser), told)
+
+
+def _content(value: Any) -> Any:
+    """Return what a call was given with its tensors as their hashes."""
+    if torch.is_tensor(value):
+        return digest(value)
+    if isinstance(value, Mapping):
+        return {str(key): _content(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_content(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value).__name__

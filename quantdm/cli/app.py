@@ -1,13 +1,18 @@
 """The application, and the arguments that several sub-commands share."""
 
+import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from quantdm.errors import QuantDMError
-from quantdm.schemes import Scheme
+from quantdm.schemes import Scheme, parse_option
+
+OLDER_NAMES = {"target-bytes": "target-size"}  # of options, which help does not show twice
 
 app = typer.Typer(
     name="quantdm",
@@ -16,7 +21,23 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
+    context_settings={"token_normalize_func": lambda name: OLDER_NAMES.get(name, name)},
 )
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Look for no circles of garbage: what a short command imports and opens lives until it ends.
+
+    Where so much is imported, the search for them takes a quarter of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _show_version(asked: bool) -> None:
@@ -61,14 +82,18 @@ TargetBits = Annotated[float | None, typer.Option(help="Average bits per weight,
 TargetBytes = Annotated[
     int | None,
     typer.Option(
-        "--target-bytes",
         "--target-size",
         parser=size_in_bytes,
         metavar="SIZE",
         help="Or the size of the denoiser on disk: bytes, or e.g. 1.2GB.",
     ),
 ]
-Trials = Annotated[int, typer.Option(min=1, help="Configurations whose images are measured.")]
+EffortName = Annotated[str, typer.Option("--effort", help="quick, normal or thorough.")]
+Trials = Annotated[int | None, typer.Option(min=1, help="Measured configurations (default: the effort's).")]
+Options = Annotated[
+    str | None, typer.Option(help="Schemes that every layer may take, with commas between (default: the effort's).")
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")]
 BatchSize = Annotated[
     str,
     typer.Option(help="Images at once at most: auto (found from memory), or a number; halved where memory runs out."),
@@ -86,7 +111,12 @@ RayAddress = Annotated[
     str | None, typer.Option(help="Of a Ray cluster: auto, HOST:6379, ray://HOST:10001 (default: one here).")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Determines every sampled configuration and noise.")]
-ProtocolFile = Annotated[str | None, typer.Option("--protocol", help="YAML file: what images to measure on.")]
+ProtocolFile = Annotated[
+    str | None,
+    typer.Option(
+        "--protocol", help="What images to measure on: YAML file, or e.g. text-to-image-64 (docs/protocol.md)."
+    ),
+]
 LearnedFrom = Annotated[
     list[Path] | None,
     typer.Option(help="Run directory of another model, whose trials say where to look first; may be repeated."),
@@ -115,6 +145,11 @@ Embeddings = Annotated[
 def table_scheme(label: str) -> Scheme | None:
     """Read the scheme of `--embeddings`."""
     return None if label == "original" else Scheme.parse(label)
+
+
+def schemes_of(labels: str | None) -> list[Scheme] | None:
+    """Read `--options`, if it is given."""
+    return None if labels is None else [parse_option(label.strip()) for label in labels.split(",")]
 
 
 def given_inputs(path: Path | None) -> dict[str, Any] | None:

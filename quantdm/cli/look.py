@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import AsJson, Config, ExampleInputs, Overrides, Variant, app, given_inputs
+from quantdm.cli.app import AsJson, Config, ExampleInputs, Overrides, Variant, app, given_inputs, uncollected
 from quantdm.errors import QuantDMError
 
 
@@ -27,19 +27,20 @@ def inspect(
     config: Config = None,
 ) -> None:
     """List the quantizable layers of a pipeline, an export or a recipe's model: shape, scheme, bits, SQNR."""
-    from quantdm.cli.layer_table import layers_csv, layers_text
-    from quantdm.hub.inspection import inspect_target
+    with uncollected():
+        from quantdm.cli.layer_table import layers_csv, layers_text
+        from quantdm.hub.inspection import inspect_target
 
-    record = inspect_target(
-        target,
-        model=model,
-        scheme=scheme,
-        recipe=recipe,
-        overrides=overrides or [],
-        example_inputs=given_inputs(example_inputs),
-        variant=variant,
-        config=config,
-    )
+        record = inspect_target(
+            target,
+            model=model,
+            scheme=scheme,
+            recipe=recipe,
+            overrides=overrides or [],
+            example_inputs=given_inputs(example_inputs),
+            variant=variant,
+            config=config,
+        )
     if as_json:
         typer.echo(json.dumps(record, indent=1))
     else:

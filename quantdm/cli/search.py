@@ -8,12 +8,14 @@ from quantdm.cli.app import (
     BatchSize,
     Device,
     Dtype,
+    EffortName,
     Embeddings,
     EngineName,
     ExampleInputs,
     Fidelity,
     LearnedFrom,
     Model,
+    Options,
     Out,
     ProtocolFile,
     RayAddress,
@@ -22,9 +24,11 @@ from quantdm.cli.app import (
     TargetBits,
     TargetBytes,
     Trials,
+    Workers,
     app,
     batch_size_of,
     given_inputs,
+    schemes_of,
     table_scheme,
 )
 from quantdm.schemes import TABLE_SCHEME
@@ -36,7 +40,7 @@ def bank(
     run_dir: RunDir,
     target_bits: TargetBits = None,
     target_bytes: TargetBytes = None,
-    trials: Trials = 160,
+    effort: EffortName = "normal", trials: Trials = None, options: Options = None,
     seed: Seed = 0,
     protocol: ProtocolFile = None,
     example_inputs: ExampleInputs = None,
@@ -44,27 +48,29 @@ def bank(
     batch_size: BatchSize = "auto",
     device: Device = None,
     dtype: Dtype = None,
-) -> None:
+    learned_from: LearnedFrom = None,
+) -> None:  # fmt: skip
     """Start a run and quantize every layer with every option (the first stage of `search`, alone)."""
-    from quantdm.machine import checked_device
+    from quantdm.corridor.levels import level_of
     from quantdm.pipelines.protocol import load_protocol
-    from quantdm.pipelines.subject import look_at
-    from quantdm.runs.search import start_run
-    from quantdm.runs.settings import check_dtype
+    from quantdm.runs.search import look_for_run, start_run
     from quantdm.runs.stages import build_bank, describe
 
-    place = None if device is None else checked_device(device)
-    check_dtype(dtype)
+    level, others = level_of(effort, trials=trials), learned_from or ()
+    inputs = given_inputs(example_inputs)
     run, subject = start_run(
-        look_at(model, example_inputs=given_inputs(example_inputs), device=place, dtype=dtype),
+        look_for_run(model, run_dir, example_inputs=inputs, device=device, dtype=dtype, learned_from=others),
         run_dir,
         target_bits=target_bits,
         target_bytes=target_bytes,
-        trials=trials,
+        trials=level.trials,
+        options=schemes_of(options) or level.options,
+        effort=level.effort,
         seed=seed,
         protocol=None if protocol is None else load_protocol(protocol),
         embeddings=table_scheme(embeddings),
         dtype=dtype,
+        learned_from=others,
     )
     describe(run, subject)
     build_bank(run, subject, batch_size=batch_size_of(batch_size))
@@ -75,9 +81,9 @@ def bank(
 def search(
     model: Model,
     run_dir: RunDir,
-    target_bits: TargetBits = None, target_bytes: TargetBytes = None, trials: Trials = 160, seed: Seed = 0,
-    protocol: ProtocolFile = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")] = None,
+    target_bits: TargetBits = None, target_bytes: TargetBytes = None,
+    effort: EffortName = "normal", trials: Trials = None, options: Options = None,
+    seed: Seed = 0, protocol: ProtocolFile = None, workers: Workers = None,
     example_inputs: ExampleInputs = None,
     embeddings: Embeddings = TABLE_SCHEME.label,
     batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None,
@@ -85,31 +91,26 @@ def search(
     learned_from: LearnedFrom = None,
 ) -> None:  # fmt: skip
     """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""
+    from quantdm.corridor.levels import level_of
     from quantdm.pipelines.protocol import load_protocol
     from quantdm.runs.cheap import told
     from quantdm.runs.run import Run
     from quantdm.runs.search import search
     from quantdm.runs.trials import cheap_verdict
 
+    level = level_of(effort, trials=trials)
     recipe = search(
         model,
-        run_dir=run_dir,
-        target_bits=target_bits,
-        target_bytes=target_bytes,
-        trials=trials,
-        seed=seed,
+        target_bits=target_bits, target_bytes=target_bytes, run_dir=run_dir,
+        trials=level.trials, options=schemes_of(options) or level.options, effort=level.effort,
         protocol=None if protocol is None else load_protocol(protocol),
-        workers=workers,
+        seed=seed, workers=workers,
         example_inputs=given_inputs(example_inputs),
-        batch_size=batch_size_of(batch_size),
-        device=device,
-        dtype=dtype,
         embeddings=table_scheme(embeddings),
-        engine=engine,
-        ray_address=ray_address,
-        fidelity=fidelity,
+        batch_size=batch_size_of(batch_size), device=device, dtype=dtype,
+        engine=engine, ray_address=ray_address, fidelity=fidelity,
         learned_from=learned_from or (),
-    )
+    )  # fmt: skip
     if (cheap := cheap_verdict(Run.open(run_dir))) is not None:
         typer.echo(told(cheap))
     typer.echo(f"recipe: {run_dir / 'recipe.yaml'}  ({recipe.avg_bits:.4f} bits per weight)")

@@ -13,15 +13,16 @@ from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.plan import plan_run
 from quantdm.corridor.table import show_table
 from quantdm.errors import QuantDMError
-from quantdm.files import check_output, check_replaceable
+from quantdm.files import check_replaceable
 from quantdm.hub.inspection import left_in
 from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes
-from quantdm.machine import checked_device
-from quantdm.pipelines.loading import DiffusionPipeline
+from quantdm.machine import best_device
+from quantdm.metrics.door import check_measures
+from quantdm.pipelines.loading import DiffusionPipeline, model_name
 from quantdm.pipelines.planning import example_call
 from quantdm.pipelines.protocol import Protocol
-from quantdm.pipelines.subject import Subject, look_at
+from quantdm.pipelines.subject import Subject
 from quantdm.recipe import Recipe
 from quantdm.report import write_report
 from quantdm.report.insight_files import save_insights
@@ -35,7 +36,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import Run
-from quantdm.runs.search import start_run
+from quantdm.runs.search import look_for_run, start_run
 from quantdm.runs.settings import check_given, check_one_target, make_settings
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import cheap_verdict, load_labels, run_trials
@@ -45,6 +46,7 @@ from quantdm.schemes import TABLE_SCHEME, Scheme
 from quantdm.surrogates import SearchSpace
 
 ACTIVATION_BITS = 6
+NO_ACCELERATOR = "gpu_hours (--gpu-hours): no accelerator works here; give minutes (--minutes) instead"
 Say = Callable[[str], object]
 
 
@@ -92,18 +94,19 @@ def run(
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
     start, level = time.monotonic(), _level(effort, trials, options, dtype, target_bits, target_bytes, fidelity)
-    _check_means(engine, ray_address, minutes, gpu_hours)
-    subject = _look(pipe, run_dir, example_inputs, device, dtype, say)
+    _check_means(engine, ray_address, minutes, gpu_hours, device)
+    folder = run_dir or default_folder(pipe, target_bits, target_bytes, effort)
+    subject = _look(pipe, folder, example_inputs, device, dtype, learned_from, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
         "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
         "fidelity": fidelity,
     }  # fmt: skip
     settings, how = make_settings(subject, **given), _How(workers=workers, batch_size=batch_size)
+    check_measures(subject.pipe, settings.protocol, images=level.final_images)
     plan = plan_run(subject, settings, level, tuned=tuned, **how) if dry_run or minutes or gpu_hours else None
     if dry_run and plan is not None:
         return plan.said(say)
-    folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
     started, subject = start_run(subject, folder, **given, learned_from=learned_from)
     _begin(started, subject, say)
     opened = open_engine(started, subject, engine, **how, ray_address=ray_address)
@@ -134,18 +137,17 @@ def _level(
 
 def _look(
     pipe: DiffusionPipeline | str | Path,
-    run_dir: str | Path | None,
+    folder: str | Path,
     example_inputs: Mapping[str, Any] | None,
     device: str | None,
     dtype: str | None,
+    learned_from: Sequence[str | Path],
     say: Say,
 ) -> Subject:
-    """Open and look at what a run is of, on a device that is there."""
-    if run_dir is not None:
-        check_output(run_dir, folder=True)  # before anything is opened
     say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
-    place = None if device is None else checked_device(device)
-    return look_at(pipe, example_inputs=example_inputs, device=place, dtype=dtype)
+    return look_for_run(
+        pipe, folder, example_inputs=example_inputs, device=device, dtype=dtype, learned_from=learned_from
+    )
 
 
 def _begin(started: Run, subject: Subject, say: Say) -> None:
@@ -159,10 +161,14 @@ def _counted(subject: Subject) -> str:
     return f"{len(subject.layers)} layers, {weights:,} quantizable weights"
 
 
-def _check_means(engine: str, ray_address: str | None, minutes: float | None, gpu_hours: float | None) -> None:
+def _check_means(
+    engine: str, ray_address: str | None, minutes: float | None, gpu_hours: float | None, device: str | None
+) -> None:
     check_engine(engine, ray_address)
     if minutes is not None and gpu_hours is not None:
         raise QuantDMError("budget: got minutes and gpu_hours; give one of them")
+    if gpu_hours is not None and engine == "local" and (device or best_device()) == "cpu":
+        raise QuantDMError(NO_ACCELERATOR)
 
 
 def gpu_minutes(gpu_hours: float, engine: Engine) -> float:
@@ -172,12 +178,15 @@ def gpu_minutes(gpu_hours: float, engine: Engine) -> float:
         QuantDMError: it has none.
     """
     if not engine.accelerators:
-        raise QuantDMError("gpu_hours: there is no accelerator here; expected minutes")
+        raise QuantDMError(NO_ACCELERATOR)
     return 60 * gpu_hours / engine.accelerators
 
 
-def default_folder(name: str, target_bits: float | None, target_bytes: int | None, effort: str) -> Path:
+def default_folder(
+    pipe: DiffusionPipeline | str | Path, target_bits: float | None, target_bytes: int | None, effort: str
+) -> Path:
     """Return where a run lies if nobody says: runs/NAME-SIZE, with the effort if it is not the normal one."""
+    name = str(pipe) if isinstance(pipe, (str, Path)) else model_name(pipe)
     size = f"{target_bits:g}bit" if target_bits is not None else f"{target_bytes}bytes"
     return Path("runs") / f"{Path(name or 'pipeline').name}-{size}{'' if effort == 'normal' else '-' + effort}"
 

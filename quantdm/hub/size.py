@@ -157,24 +157,26 @@ class PartSize:
         The longest header and the widest padding of every layer: some bytes per layer more than a given choice needs.
         """
         stays = ORIGINAL in options
-        options = [scheme for scheme in options if scheme != ORIGINAL]
-        widest: dict[str, Scheme | None] = dict.fromkeys(self.layers, self._embeddings)  # tables have no options
         own = {name: self._own(name, options) for name in self._searched}
-        widest |= {name: max(own[name], key=lambda s: self._order(name, s)) for name in own}
+        packed = {name: [scheme for scheme in each if scheme != ORIGINAL] for name, each in own.items()}
+        widest: dict[str, Scheme | None] = dict.fromkeys(self.layers, self._embeddings)  # tables have no options
+        widest |= {name: max(packed[name], key=lambda s: self._order(name, s), default=None) for name in own}
         tensors, table = self._packed(widest)
         text = header_text(
-            table, [0] * len(table), [0] * (len(tensors) - len(table)), longest_of=self._possible(options)
-        )
-        searched = {f"{name}{SUFFIX}" for name in self._searched}
-        blobs = sum(tensor.nbytes for name, tensor in tensors.items() if name in searched)
-        rest = _files_bytes(tensors, {"format": "pt", HEADER_KEY: text}) - blobs
-        padding = sum(
-            max(8 * blob_size(layer.shape, scheme, layer.split) - stored_bits(layer, scheme) for scheme in own[name])
-            for name, layer in self.layers.items()
-            if name in own
-        )
+            table, [0] * len(table), [0] * (len(tensors) - len(table)),
+            longest_of=self._possible([scheme for scheme in options if scheme != ORIGINAL]),
+        )  # fmt: skip
+        searched = {f"{name}{SUFFIX if widest[name] is not None else '.weight'}" for name in self._searched}
+        weights = sum(tensor.nbytes for name, tensor in tensors.items() if name in searched)
+        rest = _files_bytes(tensors, {"format": "pt", HEADER_KEY: text}) - weights
+        padding = sum(max(self._more(name, scheme) for scheme in own[name]) for name in own)
         # A layer that stays has a shorter header, but larger files have longer offsets, two of every tensor.
         return 8 * rest + padding + (8 * 2 * len(tensors) if stays else 0)
+
+    def _more(self, name: str, scheme: Scheme) -> int:
+        """Return the bits of a layer's weight in the file beyond those that count: padding, or float32 that is kept."""
+        nbytes, counted = self._order(name, scheme)
+        return 8 * nbytes - counted
 
     def _own(self, name: str, options: Sequence[Scheme]) -> list[Scheme]:
         """Return the options that a layer can have."""

@@ -1,6 +1,7 @@
 """The metrics that a protocol asks for by name, beside fid_fp and psnr_fp: of samples that are in memory."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -11,8 +12,9 @@ from quantdm.metrics.images import ImageSet
 from quantdm.metrics.measure import set_figures
 from quantdm.metrics.moments import Moments
 from quantdm.metrics.one_by_one import classes_of, inception_score, values_of_each
-from quantdm.metrics.registry import METRICS, Need, check_metrics
-from quantdm.metrics.samples import Samples, real_features
+from quantdm.metrics.registry import METRICS, Need, check_enough, check_metrics
+from quantdm.metrics.samples import DIGITS, Samples, real_features
+from quantdm.pipelines.inputs import pictures_in
 from quantdm.pipelines.protocol import Protocol
 
 ALWAYS = {"fd": "fid_fp, and fid_real where there are real images", "psnr": "psnr_fp", "fvd": "fvd_fp of videos"}
@@ -41,6 +43,22 @@ def check_chosen(protocol: Protocol) -> None:
         if any("classes" in METRICS[name].needs for name in protocol.metrics if name in METRICS):
             have |= {"classes"} if classes_of(_words(protocol), open_features(protocol.features)) is not None else set()
     check_metrics(protocol.metrics, have)
+
+
+def check_counts(protocol: Protocol, images: int) -> None:
+    """Check, before anything is computed, that there are as many images as the metrics of a protocol need.
+
+    Args:
+        protocol: with metrics that exist.
+        images: of a draw: those that are judged, and those of full precision beside them.
+
+    Raises:
+        QuantDMError: too few, or too few real ones.
+    """
+    others = {"images of full precision": images}
+    if protocol.real not in (None, DIGITS):
+        others["real images"] = len(pictures_in(Path(protocol.real)))
+    check_enough(protocol.metrics, images, others)
 
 
 def chosen_figures(samples: Samples, reference: Samples | None, protocol: Protocol) -> dict[str, float]:

@@ -48,7 +48,7 @@ def evaluate(
     check_draws(num_images, seeds)
     for each in (pipe, reference):
         if each is not None:
-            check_measures(each, protocol)
+            check_measures(each, protocol, images=num_images)
     extractor = load_extractor(protocol.features)
     rows = []
     for seed in seeds:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, load_tensors, read_json
-from quantdm.metrics.to_folder import MANIFEST
+from quantdm.metrics.to_folder import MANIFEST, lacks_frames
 from quantdm.pipelines.inputs import PICTURES
 
 BATCH = 64
@@ -99,6 +99,11 @@ def _of_folder(folder: Path, side: int | None, rgb: bool) -> ImageSet:
             raise QuantDMError(
                 f"{folder}: holds {len(names)} of the {record['images']} images that its manifest names; run "
                 "`quantdm evaluate generate` again to make the rest"
+            )
+        if lacks_frames(record):
+            raise QuantDMError(
+                f"{folder}: its pictures are videos, and its manifest does not say of how many frames: an older "
+                "quantdm made them; run `quantdm evaluate generate` again as then, which makes one anew and notes it"
             )
         if len(prompts := record.get("prompts") or ()) == len(names):
             told["prompts"] = tuple(str(p) for p in prompts)

@@ -135,10 +135,9 @@ def frechet_infinity(
         QuantDMError: too few images for points of different sizes.
     """
     sizes = torch.linspace(smallest * len(features), len(features), points).round().long()
-    if sizes[0] < 2 or len(sizes.unique()) < points:
-        raise QuantDMError(
-            f"images: got {len(features)}, expected more than {math.ceil(max(2, points) / smallest)} to extrapolate"
-        )
+    fewest = max(math.ceil((points - 1) / (1 - smallest)), math.ceil(2 / smallest))
+    if len(features) < fewest:
+        raise QuantDMError(f"images: got {len(features)}, expected {fewest} or more to extrapolate")
     rng = torch.Generator().manual_seed(seed)
     found = []
     for size in sizes.tolist():

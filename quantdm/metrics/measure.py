@@ -14,7 +14,7 @@ from quantdm.metrics.intervals import frechet_infinity
 from quantdm.metrics.kernels import cmmd, kid
 from quantdm.metrics.neighbours import neighbour_figures
 from quantdm.metrics.one_by_one import classes_of, inception_score, values_of_each
-from quantdm.metrics.registry import METRICS, Need, check_metrics
+from quantdm.metrics.registry import METRICS, Need, check_enough, check_metrics
 from quantdm.metrics.videos import frechet_of_clips
 
 Reference = ImageSet | FeatureSet
@@ -54,6 +54,8 @@ def measure(
     if made.frames > 1 and isinstance(reference, ImageSet) and reference.frames == made.frames:
         have.add("videos")
     check_metrics(tuple(metrics), have)
+    others = {} if reference is None else {f"images of {_name_of(reference)}": _count_of(reference)}
+    check_enough(metrics, len(made), others)
     sets = [name for name in metrics if "set" in METRICS[name].needs]
     each = [name for name in metrics if {"pairs", "prompts", "class scores"} & set(METRICS[name].needs)]
     found: dict[str, Figure] = {}
@@ -71,6 +73,14 @@ def measure(
         found |= _each_figures(each, made, space, pairs, asked, clip)
     order = [*metrics, *(name for name in found if name not in metrics)]
     return [found[name] for name in order]
+
+
+def _name_of(reference: Reference) -> str:
+    return reference.moments.source if isinstance(reference, FeatureSet) else reference.source
+
+
+def _count_of(reference: Reference) -> int:
+    return reference.moments.n if isinstance(reference, FeatureSet) else len(reference)
 
 
 def _have(

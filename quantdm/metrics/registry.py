@@ -1,11 +1,13 @@
 """Every metric by name: which direction is good, what it needs, what it says."""
 
 import importlib.util
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from quantdm.errors import QuantDMError, nearest
 from quantdm.metrics import lpips, prompted
+from quantdm.metrics.neighbours import NEAREST
 
 Need = Literal[
     "images", "set", "pairs", "prompts", "class scores", "classes", "features kept", "CLIP features", "videos"
@@ -68,6 +70,13 @@ METRICS: dict[str, Metric] = {
         fetch="pip install hpsv2, then hpsv2.score(...) once",
     ),
 }  # fmt: skip
+MORE = NEAREST + 1  # images that have so many neighbours
+SIZES = 18  # images of which an extrapolation takes fifteen sizes, no two of them equal
+# The fewest images that are judged, and that they are compared with; one of each where nothing is said.
+LEAST = {
+    "fd": (2, 2), "kid": (2, 2), "cmmd": (2, 2), "fvd": (2, 2), "fd_infinity": (SIZES, 2),
+    **dict.fromkeys(("precision", "recall", "density", "coverage"), (MORE, MORE)),
+}  # fmt: skip
 # What is computed if nothing is said: without weights of any kind, of a set and of pairs.
 DEFAULT = ("fd", "kid", "psnr", "ssim", "cosine")
 
@@ -104,6 +113,26 @@ def check_metrics(names: tuple[str, ...], have: set[Need]) -> None:
         lacks: list[Need] = [need for need in found.needs if need not in have]
         if lacks:
             raise QuantDMError(f"{name}: needs {_WHAT[lacks[0]]}")
+
+
+def check_enough(names: Iterable[str], made: int, others: Mapping[str, int]) -> None:
+    """Check that there are as many images as metrics need, before anything is computed.
+
+    Args:
+        names: of metrics that exist.
+        made: images that are judged.
+        others: what they are compared with -> how many there are.
+
+    Raises:
+        QuantDMError: names the metric, what is too few, and how many it needs.
+    """
+    for name in names:
+        first, second = LEAST.get(name, (1, 1))
+        found = {"images that are judged": (made, first)}
+        found |= {what: (count, second) for what, count in others.items() if "set" in METRICS[name].needs}
+        for what, (count, least) in found.items():
+            if count < least:
+                raise QuantDMError(f"{name}: got {count} {what}, expected {least} or more; or leave it out")
 
 
 _WHAT: dict[Need, str] = {

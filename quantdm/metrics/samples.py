@@ -214,12 +214,17 @@ def real_features(extractor_name: str, real: str, size: tuple[int, int] | None) 
     return torch.cat(found)
 
 
-def real_floor(protocol: Protocol) -> float:
-    """Return the Frechet distance of real images to real images: training to test digits, or two halves of a folder."""
+def real_floor(protocol: Protocol) -> float | None:
+    """Return the Frechet distance of real images to real images: training to test digits, or two halves of a folder.
+
+    None: the folder's halves would have one picture, which has no distance to others.
+    """
     assert protocol.real is not None
     if protocol.real == DIGITS:
         train = batched(load_extractor(protocol.features), load_digit_images("train")[0])
         return frechet_distance(train, real_features(protocol.features, DIGITS, None))
     side = protocol.resolution
     features = real_features(protocol.features, protocol.real, None if side is None else (side, side))
+    if len(features) < 4:
+        return None
     return frechet_distance(features[::2], features[1::2])

@@ -19,6 +19,7 @@ from quantdm.pipelines.generate import as_pictures, generate_batches
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.signature import makes_videos
 from quantdm.pipelines.text_memory import memoized_text_encoders
 from quantdm.progress import bar
 
@@ -122,6 +123,8 @@ def generate_to_folder(
     _claim(folder, manifest)
     mine = share(len(seeds), shard)
     lacks = [i for i in mine if not _path(folder, i, latents).is_file()]
+    if not lacks and len(mine) and not latents and lacks_frames(read_json(folder / MANIFEST)):
+        lacks = [mine[0]]  # of an older quantdm: one video says how many frames they have
     with bar(len(mine), what) as progress, memoized_text_encoders(pipe):
         progress.update(len(mine) - len(lacks))
         for start, stop in _runs(lacks):
@@ -138,6 +141,12 @@ def generate_to_folder(
                     at += 1
                 progress.update(len(found.images))
     return len(lacks)
+
+
+def lacks_frames(manifest: dict[str, Any]) -> bool:
+    """Tell whether a folder is of videos and does not say of how many frames, as none did before 0.4."""
+    told = "frames" in manifest or manifest.get("latents")
+    return not told and makes_videos(str(manifest.get("pipeline")))
 
 
 def _claim(folder: Path, manifest: dict[str, Any]) -> None:

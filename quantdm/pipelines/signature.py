@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import nn
@@ -190,6 +191,16 @@ def output_of(signature: CallSignature, protocol: Protocol) -> Output:
     if not signature.decodes or "output_type" not in signature:
         raise QuantDMError(f"protocol: output: {signature.kind} has no latents, it makes {made}s; leave it out")
     return "latent"
+
+
+def makes_videos(class_name: str) -> bool:
+    """Tell whether diffusers has a class of pipelines of that name, and it makes videos."""
+    kind = getattr(diffusers, class_name, None)
+    return (
+        inspect.isclass(kind)
+        and issubclass(kind, DiffusionPipeline)
+        and CallSignature.of_class(kind, ()).makes == "video"
+    )
 
 
 def _fields_of_outputs(pipeline: type) -> set[str]:

@@ -4,13 +4,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, told
 from quantdm.files import digest
+from quantdm.runs.manifest import read_manifest
 from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.stages import LEARNED_VERSION, load_space
 from quantdm.runs.trials import load_labels
 from quantdm.schemes import Scheme
 from quantdm.surrogates.transfer import learn, share
+
+
+def check_donors(folders: Sequence[str | Path]) -> None:
+    """Check, before anything is opened, that others' runs are there.
+
+    Raises:
+        QuantDMError: a folder that holds no run.
+    """
+    for folder in folders:
+        with told(f"learned from {folder}"):
+            read_manifest(folder)
 
 
 def learn_from(folders: Sequence[str | Path], options: Sequence[Scheme]) -> dict[str, Any]:
@@ -40,6 +52,6 @@ def learn_from(folders: Sequence[str | Path], options: Sequence[Scheme]) -> dict
             )
         donors.append(learn(space, choices, y))
         sources.append({"model": Path(run.settings.model).name, "trials": len(y)})
-    told = share(donors)
-    effects = dict(zip(told.names, told.mean.tolist(), strict=True))
+    shared = share(donors)
+    effects = dict(zip(shared.names, shared.mean.tolist(), strict=True))
     return {"version": LEARNED_VERSION, "sources": sources, "effects": effects, "digest": digest(effects)}

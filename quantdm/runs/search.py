@@ -16,9 +16,9 @@ from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
-from quantdm.runs.learned import learn_from
+from quantdm.runs.learned import check_donors, learn_from
 from quantdm.runs.run import MANIFEST, Run
-from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_given, check_one_target, make_settings
+from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_dtype, check_given, check_one_target, make_settings
 from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import LEARNED_FILE, build_bank, describe, measure_space
 from quantdm.runs.trials import load_labels, run_trials
@@ -79,12 +79,12 @@ def search(
         QuantDMError: target out of reach (the range is stated), too few trials, no protocol, a run directory that
             belongs to another run or to another pipeline (the difference is named).
     """
-    check_output(run_dir, folder=True)  # before anything is opened
     check_engine(engine, ray_address)
     check_one_target(target_bits, target_bytes)
     check_given(trials, options, dtype, fidelity)
-    device = None if device is None else checked_device(device)
-    subject = look_at(pipe, example_inputs=example_inputs, device=device, dtype=dtype)
+    subject = look_for_run(
+        pipe, run_dir, example_inputs=example_inputs, device=device, dtype=dtype, learned_from=learned_from
+    )
     run, subject = start_run(
         subject,
         run_dir,
@@ -103,6 +103,40 @@ def search(
     opened = open_engine(run, subject, engine, workers=workers, batch_size=batch_size, ray_address=ray_address)
     with opened:
         return find_recipe(run, opened, subject)
+
+
+def look_for_run(
+    pipe: DiffusionPipeline | str | Path,
+    run_dir: str | Path,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    learned_from: Sequence[str | Path] = (),
+) -> Subject:
+    """Open and look at what a run is of, on a device that is there; see `search` for the arguments.
+
+    A run that is there decides in which dtype a named pipeline is opened: that in which it started. Whoever goes on
+    need not say it again.
+
+    Raises:
+        QuantDMError: no such dtype or device, a run directory that is none, or a pipeline that cannot be looked at.
+    """
+    check_output(run_dir, folder=True)  # before anything is opened
+    check_dtype(dtype)
+    place = None if device is None else checked_device(device)
+    if not _has_learned(run_dir):
+        check_donors(learned_from)
+    if os.path.isfile(Path(run_dir) / MANIFEST):
+        seen = Run.open(run_dir).settings.seen
+        dtype = seen.parts[seen.denoisers[0]].dtype
+    return look_at(pipe, example_inputs=example_inputs, device=place, dtype=dtype)
+
+
+def _has_learned(run_dir: str | Path) -> bool:
+    """Tell whether a run is there that keeps what others taught it: these may be gone."""
+    is_run = os.path.isfile(Path(run_dir) / MANIFEST) and os.path.isfile(Path(run_dir) / LEARNED_FILE)
+    return is_run and Run.open(run_dir).settings.learned is not None
 
 
 def start_run(
@@ -128,8 +162,7 @@ def start_run(
     known = Run.open(run_dir).settings if os.path.isfile(Path(run_dir) / MANIFEST) else None
     if embeddings == TABLE_SCHEME and known is not None:  # the default: a run keeps its own
         embeddings = None if known.embeddings is None else Scheme.parse(known.embeddings)
-    has = known is not None and known.learned is not None and os.path.isfile(Path(run_dir) / LEARNED_FILE)
-    told = learn_from(learned_from, options) if learned_from and not has else None  # the other runs may be gone
+    told = learn_from(learned_from, options) if learned_from and not _has_learned(run_dir) else None
     learned = told["digest"] if told is not None else None if known is None else known.learned
     settings = make_settings(
         subject,

@@ -74,7 +74,7 @@ def make_settings(
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     options = fitting_options(options, subject.pipe)
     check_given(trials, options, dtype, fidelity)
-    _check_dense(subject)
+    _check_can_be_quantized(subject, options)
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
@@ -109,10 +109,18 @@ def _free_dtype(subject: Subject) -> str:
     return "float32" if networks == set(subject.part_names) else fast_dtype()
 
 
-def _check_dense(subject: Subject) -> None:
+def _check_can_be_quantized(subject: Subject, options: Sequence[Scheme]) -> None:
+    """Check that nothing is quantized yet, and that every layer can take an option."""
     packed = [part for part, module in subject.denoisers.items() if packed_layers(module)]
     if packed:
         raise QuantDMError(f"{subject.name}: its {packed[0]} is quantized already; give the full-precision pipeline")
+    for layer in subject.layers:
+        if not any(fits_rank(layer.shape, scheme) for scheme in options):
+            raise QuantDMError(
+                f"options: got {', '.join(map(str, options[:3]))}, none of which fits {layer.name} "
+                f"{tuple(layer.shape)}: their branches have a higher rank; add a scheme without -lowrank, or of a "
+                "smaller rank"
+            )
 
 
 def check_one_target(target_bits: float | None, target_bytes: int | None) -> None:
