@@ -8,8 +8,9 @@ A cell is a pipeline, weights and activations everywhere of one scheme each, and
 are fitted once per pipeline and bits, along its own sampler, on activation noise alone, and serve every sampler. Every
 variant makes the same images on three draws; figures are against full precision with the same sampler. `ours` takes on
 each draw the variant of this project that was best on the other two, no correction included; `variance, independent`
-takes the errors of different steps for independent. Intervals are those of the difference to no correction under
-resampling of images, the same ones for both.
+takes the errors of different steps for independent; `weights alone` has no noise of activations. Intervals are those of
+the difference to no correction under resampling of images, the same ones for both. What is drawn is kept in a temporary
+folder: run it again to go on.
 """
 
 import argparse
@@ -48,6 +49,7 @@ VERSION, STEPS, IMAGES, DRAWS, FIT_IMAGES, RESAMPLES = 2, 20, 300, (911, 912, 91
 BITS = {
     "W4A4": ("kmeans-channel-4-feedback", {"default": "token-4", "attention": "token-4"}),
     "W4A5": ("kmeans-channel-4-feedback", {"default": "token-5", "attention": "token-5"}),
+    "W4A6": ("kmeans-channel-4-feedback", {"default": "token-6", "attention": "token-6"}),
     "W3A6": ("kmeans-channel-3-feedback", {"default": "token-6", "attention": "token-6"}),
     "W2A8": ("kmeans-channel-2-feedback", {"default": "token-8", "attention": "token-8"}),
 }
@@ -75,7 +77,7 @@ SERVED = {
     "digits-flow": FLOW,
 }
 
-INDEPENDENT = "variance, independent"
+INDEPENDENT, WEIGHTS = "variance, independent", "weights alone"
 
 
 class Study:
@@ -91,11 +93,12 @@ class Study:
         layers = list_layers(denoiser)
         self.labels = {layer.name: self.scheme for layer in layers}
         folder = Path(gettempdir()) / "quantdm-correction-study" / f"{name}-{bits}-{FIT_IMAGES}"
+        self.kept, self.exact = folder / f"{IMAGES} images", folder.parent / f"{name}-exact-{IMAGES}"
         moments = gather_moments(
             denoiser, calibration_calls(self.pipe, self.protocol, range(64)), [layer.name for layer in layers]
         )
         self.bank = WeightBank(folder / "bank", layers, [self.scheme]).build(denoiser, moments=moments)
-        self.correction = self._fit(folder / "correction.safetensors")
+        self.correction = self.fitted(folder / "correction.safetensors")
 
     @contextmanager
     def quantized(self, *, activations: bool = True) -> Iterator[None]:
@@ -108,11 +111,18 @@ class Study:
                 stack.callback(set_activation_bits_, denoiser, None)
             yield
 
-    def samples(self) -> list[Samples]:
-        """Return the images of every draw, as the pipeline is now."""
-        return [draw_samples(self.pipe, self.protocol, self.extractor, Draw(seed, IMAGES, STEPS)) for seed in DRAWS]
+    def samples(self, what: str, folder: Path) -> list[Samples]:
+        """Return the images of every draw, as the pipeline is now; kept in a folder under that name."""
+        found = []
+        for seed in DRAWS:
+            path = folder / f"{what}, draw {seed}.safetensors"
+            if not path.is_file():
+                draw_samples(self.pipe, self.protocol, self.extractor, Draw(seed, IMAGES, STEPS)).save(path)
+            found.append(Samples.load(path))
+        return found
 
-    def _fit(self, kept: Path) -> Correction:
+    def fitted(self, kept: Path) -> Correction:
+        """Return the correction of the activations as they are set, kept in a file."""
         if not kept.is_file():
             half = FIT_IMAGES // 2
             runs = [partial(self._run, range(first, first + half)) for first in (801_000_000, 802_000_000)]
@@ -133,12 +143,14 @@ class Study:
         corrections = {name: self.correction.with_variant(name) for name in (*VARIANTS, *RIVALS)}
         corrections[INDEPENDENT] = replace(self.correction.with_variant("variance"), age=np.zeros(0))
         with sampling(self.pipe, None, eta=eta):
-            exact = self.samples()
+            exact = self.samples(sampler, self.exact)
         found: dict[str, list[Samples]] = {}
         for name in [name for name in corrections if name not in hopeless | self.skipped]:
             with self.quantized(), sampling(self.pipe, corrections[name], eta=eta):
-                found[name] = self.samples()
+                found[name] = self.samples(f"{sampler}, {name}", self.kept)
             print(f"  {self.name} {self.bits} {sampler} {name}", flush=True)
+        with self.quantized(activations=False), sampling(self.pipe, None, eta=eta):  # what no correction here takes off
+            found[WEIGHTS] = self.samples(f"{sampler}, {WEIGHTS}", self.kept)
         return {"significant_k": bool(self.correction.k.any()), "rows": self._rows(exact, found)}
 
     def _rows(self, exact: list[Samples], found: dict[str, list[Samples]]) -> dict[str, dict[str, Any]]:

@@ -26,7 +26,7 @@ import torch
 from quantdm.correction import Correction, corrected_class
 from quantdm.correction.corrected import KEY
 from quantdm.correction.levels import Level, level_of, prediction_of
-from quantdm.files import write_json
+from quantdm.files import read_json, write_json
 from quantdm.machine import versions
 
 OUT = Path(__file__).parent / "results"
@@ -223,7 +223,29 @@ def main(say: Callable[..., None] = print) -> None:
     parser.add_argument("--samples", type=int, default=200_000)
     parser.add_argument("--steps", type=int, nargs="*", default=STEPS)
     parser.add_argument("--only", default="", help="samplers whose name contains this")
+    parser.add_argument("--memory", action="store_true", help="the rows of memory alone; the others stay")
     options = parser.parse_args()
+    path = OUT / "correction_toy.json"
+    if options.memory:
+        record: dict[str, Any] = read_json(path)
+    else:
+        record = {"k": K, "bias": BIAS, "q": Q, "samples": options.samples, "floor_seeds": FLOOR_SEEDS}
+        record |= {"rows": rows_of(options, say)}
+    memory = []
+    for sampler in (s for s in SAMPLERS if s.name in REMEMBERING and options.only in s.name):
+        for steps in options.steps:
+            memory.append({"sampler": sampler.name, "steps": steps, **remembered(sampler, steps, options.samples)})
+            say(memory[-1], flush=True)
+    record |= {"pace": PACE, "memory_samples": options.samples, "memory": memory}
+    timed = [sampler for sampler in SAMPLERS if sampler.name in ("DDIM, eta 0", "Euler a", "DPM-Solver++ 2M", "UniPC")]
+    record["microseconds_per_step"] = {sampler.name: overhead(sampler) for sampler in timed}
+    record |= {"versions": versions(), "date": datetime.date.today().isoformat()}
+    if not options.only:
+        write_json(path, record)
+
+
+def rows_of(options: argparse.Namespace, say: Callable[..., None]) -> list[dict[str, Any]]:
+    """Return the rows of noise that is another one in every step."""
     rows = []
     for sampler in SAMPLERS:
         if options.only not in sampler.name:
@@ -234,18 +256,7 @@ def main(say: Callable[..., None] = print) -> None:
             holds = full <= none and (full <= 1.5 * floor or full <= 0.15 * none)
             rows.append({"sampler": sampler.name, "steps": steps, **found, "holds": holds})
             say(f"{sampler.name:28} {steps:3} " + " ".join(f"{k} {v:.4f}" for k, v in found.items()), holds, flush=True)
-    memory = []
-    for sampler in (s for s in SAMPLERS if s.name in REMEMBERING and options.only in s.name):
-        for steps in options.steps:
-            memory.append({"sampler": sampler.name, "steps": steps, **remembered(sampler, steps, options.samples)})
-            say(memory[-1], flush=True)
-    record = {"k": K, "bias": BIAS, "q": Q, "samples": options.samples, "floor_seeds": FLOOR_SEEDS, "rows": rows}
-    record |= {"pace": PACE, "memory": memory}
-    timed = [sampler for sampler in SAMPLERS if sampler.name in ("DDIM, eta 0", "Euler a", "DPM-Solver++ 2M", "UniPC")]
-    record["microseconds_per_step"] = {sampler.name: overhead(sampler) for sampler in timed}
-    record |= {"versions": versions(), "date": datetime.date.today().isoformat()}
-    if not options.only:
-        write_json(OUT / "correction_toy.json", record)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Measure the embedded full-precision pipelines: obedience and distance to the real digits, beside the floor.
 
-    python eval/reference_quality.py        # a few minutes; writes eval/results/reference_quality.json
+    python eval/reference_quality.py                 # a few minutes; writes eval/results/reference_quality.json
+    python eval/reference_quality.py digits-flow     # this one anew, the rows of the others stay
 
 The rows are the shipped protocol (2,000 images) and what a plain call of the pipeline does (its own default steps
 and guidance; 500 images).
 """
 
+import argparse
 import datetime
 import inspect
 import platform
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 
 from quantdm import load_pipeline, load_protocol
-from quantdm.files import write_json
+from quantdm.files import read_json, write_json
 from quantdm.machine import fast_dtype, versions
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, compare_real, draw_samples, real_floor
@@ -26,8 +28,12 @@ SEED = 900
 
 
 def main() -> None:
-    rows = []
-    for name in known_pipelines():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[[], *known_pipelines()])
+    models = parser.parse_args().models or known_pipelines()
+    known = read_json(OUT)["rows"] if OUT.is_file() else []
+    rows = [row for row in known if row["model"] not in models]
+    for name in models:
         shipped = load_protocol(name)
         pipe = load_pipeline(name, torch_dtype=getattr(torch, fast_dtype()))
         call = inspect.signature(pipe.__call__).parameters
@@ -47,10 +53,12 @@ def main() -> None:
                 "steps": protocol.steps,
                 "guidance_scale": protocol.guidance_scale,
                 **compare_real(samples, protocol),
+                "date": datetime.date.today().isoformat(),
                 "seconds": round(samples.seconds, 1),
             }
             rows.append(row)
             print(row, flush=True)
+    rows.sort(key=lambda row: known_pipelines().index(row["model"]))
     record = {
         "seed": SEED,
         "fid_real_against": "540 real test digits",

@@ -33,7 +33,7 @@ SUMMARY = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["digits-dit", "digits-sd"])
+@pytest.fixture(scope="module", params=["digits-dit", "digits-flow", "digits-sd"])
 def export(request, tmp_path_factory):
     """An export with its card, made by the command line."""
     folder = tmp_path_factory.mktemp("card")
@@ -55,7 +55,7 @@ def test_a_card_says_what_it_is_and_that_nothing_was_measured(export):
     model, folder = export
     head, text, sections = parts(folder)
     assert head["library_name"] == "diffusers"
-    assert head["pipeline_tag"] == ("text-to-image" if model == "digits-sd" else "unconditional-image-generation")
+    assert head["pipeline_tag"] == ("unconditional-image-generation" if model == "digits-dit" else "text-to-image")
     assert "base_model" not in head  # no name on the Hub
     assert list(sections) == ["Load it", "Results", "Recipe", "Limits"]
     assert "was not measured" in sections["Results"]

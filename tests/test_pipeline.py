@@ -1,6 +1,7 @@
 """The embedded pipelines are stock, small and good; images depend on their seeds alone."""
 
 import inspect
+import json
 import shutil
 from pathlib import Path
 
@@ -35,7 +36,9 @@ KINDS = {"digits-dit": DiTPipeline, "digits-flow": StableDiffusion3Pipeline, "di
 
 @pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_an_embedded_pipeline_is_stock_diffusers_and_small(name, kind):
-    assert type(DiffusionPipeline.from_pretrained(EMBEDDED / name)) is kind
+    index = json.loads((EMBEDDED / name / "model_index.json").read_text())
+    absent = {part: None for part, value in index.items() if value == [None, None]}  # diffusers wants to be told
+    assert type(DiffusionPipeline.from_pretrained(EMBEDDED / name, **absent)) is kind
     assert sum(f.stat().st_size for f in (EMBEDDED / name).rglob("*") if f.is_file()) <= 16e6
 
 

@@ -9,6 +9,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -80,8 +81,17 @@ class CorrectedScheduler(SchedulerMixin, ConfigMixin):
         correction = self.correction
         if correction is None or correction.room is None:
             return 0.0
-        at = correction.at(level.log_snr)
+        at = self.correction_at(correction, level)
         return at.q * epsilon_units(correction.prediction_type, level.sigma)
+
+    def correction_at(self, correction: Correction, level: Level) -> StepCorrection:
+        """Return what the correction undoes at a level; a schedule's levels come again with every sample."""
+        known = self.__dict__.get("_known")
+        if known is None or known[0] is not correction:
+            known = self.__dict__["_known"] = (correction, {})
+        if level.log_snr not in known[1]:
+            known[1][level.log_snr] = correction.at(level.log_snr)
+        return known[1][level.log_snr]
 
     def make_room(self, move: Move) -> Room:
         """Return how the step that is this move makes room for the noise."""
@@ -118,7 +128,7 @@ def corrected_step(scheduler: Any, plain: Callable, call: inspect.BoundArguments
     if values.get("per_token_timesteps") is not None:
         raise QuantDMError("correction: got per_token_timesteps, expected one noise level per step; remove it")
     here, sample = level_of(scheduler, values["timestep"]), values["sample"]
-    at = correction.at(here.log_snr)
+    at = scheduler.correction_at(correction, here)
     values["model_output"] = correct_mean(correction, at, values["model_output"], sample)
     q = scheduler.remaining_std(here)
     scheduler.did = Did(here, at, q, None, None)
@@ -134,7 +144,8 @@ def corrected_step(scheduler: Any, plain: Callable, call: inspect.BoundArguments
         return plain(*call.args, **call.kwargs)
     if values.get("variance_noise") is not None:
         values["variance_noise"] = values["variance_noise"] * room.noise
-    with _ScaledNoise(room.noise):
+    unscaled = not isinstance(room.noise, torch.Tensor) and room.noise == 1.0
+    with nullcontext() if unscaled else _ScaledNoise(room.noise):
         result = plain(*call.args, **call.kwargs)
     if room.length == 1.0:
         return result
@@ -218,9 +229,11 @@ def _corrected_update(plain: Callable, name: str) -> Callable:
         goes_on = self.lower_order_nums > 0 and history[0] in (self.step_index, self.step_index - 1)
         known = history[1] if goes_on else multistep.History()
         base = known.last if corrector else known.now
-        move, here, after, carried = multistep.move_of_update(
-            self, own, base, self.remaining_std, partial(_level_at, self, memo), partial(_age_at, correction)
-        )
+        key = (correction, *key, *base.items())
+        if key not in memo:
+            level_at, age = partial(_level_at, self, memo), partial(_age_at, correction)
+            memo[key] = multistep.move_of_update(self, own, base, self.remaining_std, level_at, age)
+        move, here, after, carried = memo[key]
         self.__dict__["_history"] = (self.step_index, multistep.History(carried, known.last if corrector else base))
         room = self.make_room(move)
         if not corrector:

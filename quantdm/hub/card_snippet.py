@@ -50,13 +50,14 @@ def snippet(
         given["output_type"] = "pil"
     pictures = {name: value for name, value in given.items() if _is_picture(value)}
     texts = [f"{name}={name}" if name in pictures else f"{name}={value!r}" for name, value in given.items()]
+    absent = "".join(f", {name}=None" for name in _to_be_told(index))
     lines = [
         *(["from PIL import Image"] if pictures else []),
         "from diffusers import DiffusionPipeline",
         "",
         "import quantdm  # makes itself known to diffusers and transformers",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{folder.name}")  # or its name on the Hub',
+        f'pipe = DiffusionPipeline.from_pretrained("{folder.name}"{absent})  # or its name on the Hub',
     ]
     if corrected:
         lines += [
@@ -65,6 +66,12 @@ def snippet(
         ]
     lines += [f"{name} = {_picture(value)}  # yours: Image.open(...)" for name, value in pictures.items()]
     return "\n".join([*lines, *_made(signature, ", ".join(texts), video=video)])
+
+
+def _to_be_told(index: Mapping[str, Any]) -> list[str]:
+    """Return the parts that a pipeline lacks and that its class does not call optional: diffusers must be told."""
+    optional = getattr(getattr(diffusers, str(index.get("_class_name")), None), "_optional_components", ())
+    return [name for name, value in index.items() if value == [None, None] and name not in optional]
 
 
 def _made(signature: CallSignature | None, arguments: str, *, video: bool) -> list[str]:
