@@ -1,9 +1,10 @@
 """What 8-bit arithmetic is worth on this processor: products, convolutions, a block of DiT-XL/2, the digits pipelines.
 
     python eval/bench_execution.py                      # all of it, two threads: minutes, wants a quiet machine
-    python eval/bench_execution.py --peers DIR          # also sdnq, torchao and quanto, installed with pip --target DIR
+    python eval/bench_execution.py --peers .peers/bin/python   # also sdnq, torchao and quanto
     python eval/bench_execution.py --tiny               # small sizes, no record: does the script still run?
 
+The environment of the peers: see eval/bench_quantizers.py; they run in a process of their own, beside bf16 there.
 Weights have 4 bits, inputs 8 per token (convolutions: per sample), quantized again in every call. Ways to compute the
 same run in alternating rounds; the best round of each counts. Writes eval/results/bench_execution.json.
 """
@@ -14,15 +15,16 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_quantizers import peer_versions
 from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
@@ -37,6 +39,7 @@ from quantdm.modules.kernels import compile_kernels
 from quantdm.modules.packed import PackedLayer
 from quantdm.pipelines.loading import known_pipelines
 from quantdm.quantizers import quantize_weight
+from quantdm.quantizers.equaliser import shifted
 from quantdm.recipe import ActivationScheme
 from quantdm.schemes import Scheme
 
@@ -131,6 +134,22 @@ def convs(sizes: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     return with_mean(rows)
 
 
+def codings(sizes: tuple[tuple[int, int, int], ...]) -> dict[str, Any]:
+    """Return ms of quantizing inputs alone: plain, and with an equaliser, multiplied on the way or in its own pass."""
+    grid, rows = Grid(-1, -1, None, None), {}
+    for tokens, width in dict.fromkeys((tokens, width) for tokens, width, _ in sizes):
+        x, exponents = torch.randn(tokens, width).bfloat16(), torch.randint(-3, 4, (width,)).to(torch.int8)
+        plain, turned = ActivationScheme.parse(INPUTS), ActivationScheme.parse(f"{INPUTS}-equalised")
+        equalised = grid._replace(exponents=exponents)
+        ways: dict[str, Callable[[], object]] = {
+            "plain": partial(new_codes, x, plain, grid),
+            "equalised": partial(new_codes, x, turned, equalised),
+            "equalised in its own pass": lambda x=x, e=exponents, s=plain: new_codes(shifted(x, e, -1, -1), s, grid),
+        }
+        rows[f"{tokens}x{width}"] = {name: round(ms, 3) for name, ms in best_ms(ways).items()}
+    return rows
+
+
 def with_mean(rows: dict[str, Any]) -> dict[str, Any]:
     speedups = [row["speedup"] for row in rows.values()]
     return {**rows, "geometric_mean": round(prod(speedups) ** (1 / len(speedups)), 3)}
@@ -174,22 +193,20 @@ def digits(images: int, steps: int) -> dict[str, Any]:
     return found
 
 
-def peers(folder: Path, sizes: tuple[tuple[int, int, int], ...], threads: int) -> dict[str, Any]:
-    """Return ms of the same linear layers under peers, measured in a process of its own beside bf16."""
+def peers(python: Path, sizes: tuple[tuple[int, int, int], ...], threads: int) -> dict[str, Any]:
+    """Return ms of the same linear layers under peers, and the versions of these."""
     script = Path(__file__).with_name("bench_execution_peers.py")
     with tempfile.TemporaryDirectory() as temporary:
         out = Path(temporary) / "peers.json"
-        environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        command = [sys.executable, str(script), str(out), str(threads), json.dumps(sizes)]
-        subprocess.run(command, check=True, env=environment)
-        return read_json(out)
+        subprocess.run([python, script, out, str(threads), json.dumps(sizes)], check=True)
+        return {"rows": read_json(out), "versions": peer_versions(python)}
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", type=Path, help="where sdnq, torchao and optimum-quanto were installed")
+    parser.add_argument("--peers", type=Path, help="the Python that has sdnq, torchao and optimum-quanto")
     parser.add_argument("--tiny", action="store_true", help="small sizes, nothing written")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -200,6 +217,7 @@ def main() -> None:
     if not tiny:
         compile_kernels()
     record: dict[str, Any] = {"linear": linears(linear), "conv": convs(conv), "block": block(*sides)}
+    record["coding"] = codings(linear)
     record["digits"] = digits(*((TINY["images"], TINY["steps"]) if tiny else (64, 8)))
     if arguments.peers:
         record["peers"] = peers(arguments.peers, linear, arguments.threads)

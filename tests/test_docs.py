@@ -116,6 +116,16 @@ def test_what_the_support_page_says_of_pipelines_is_what_is_tested(support):
     assert {"model", "group"} <= offloads
 
 
+def test_the_tables_of_activations_are_what_was_measured():
+    spec = importlib.util.spec_from_file_location("publish_activations", ROOT / "eval" / "publish_activations.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = script.PAGE.read_text()
+    assert text == script.page(text), "write them again: see the script"
+    assert "| plain, chosen per layer |" in text
+    assert "| planted, chosen per layer |" in text
+
+
 def test_every_package_that_is_offered_is_used():
     """What `doctor` misses and the extras install is imported, or run, somewhere in the project."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

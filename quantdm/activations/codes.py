@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,8 @@ def code_input(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
 
 def new_codes(x: Tensor, scheme: ActivationScheme, grid: Grid) -> CodedInput:
     """Return what `code_input` does, always made anew."""
-    parts, powers = (x,), (None,)
+    parts: Sequence[Tensor] = (x,)
+    powers: Sequence[Tensor | None] = (None,)
     if grid.exponents is not None:
         powers = (powers_of(grid.exponents.to(x.device), x.shape[grid.channel], -1),)
     if grid.split is not None:
