@@ -1,5 +1,7 @@
 """Run the command line."""
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -34,6 +36,7 @@ def _interrupt(*_: object) -> None:
 def main() -> None:
     """Run the command line: bad input is one line on standard error, Ctrl-C says how to go on."""
     signal.signal(signal.SIGINT, _interrupt)
+    atexit.register(gc.freeze)  # a process that ends need not look for circles among all that it imported
     try:
         app()
     except QuantDMError as error:
