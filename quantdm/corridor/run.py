@@ -32,6 +32,7 @@ from quantdm.runs.choose import choose
 from quantdm.runs.correct import correct_run
 from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
+from quantdm.runs.engines.means import look_at_means
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import Run
@@ -99,26 +100,28 @@ def run(
         "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
         "fidelity": fidelity,
     }  # fmt: skip
-    settings, how = make_settings(subject, **given), _How(workers=workers, batch_size=batch_size)
-    plan = plan_run(subject, settings, level, tuned=tuned, **how) if dry_run or minutes or gpu_hours else None
-    if dry_run and plan is not None:
-        return plan.said(say)
+    settings = make_settings(subject, **given)
+    how, most = _How(workers=workers, batch_size=batch_size, ray_address=ray_address), None
+    if dry_run or minutes or gpu_hours:
+        means = look_at_means(subject, settings, engine, **how, say=say)
+        plan = plan_run(subject, settings, level, means, tuned=tuned, batch_size=batch_size)
+        most = plan.within(start, minutes, gpu_hours, say)
+        if dry_run:
+            return plan.said(say, most)
     folder = run_dir or default_folder(subject.name, target_bits, target_bytes, effort)
     started, subject = start_run(subject, folder, **given, learned_from=learned_from)
     _begin(started, subject, say)
-    opened = open_engine(started, subject, engine, **how, ray_address=ray_address)
-    minutes = minutes if gpu_hours is None else gpu_minutes(gpu_hours, opened)
-    most = None if plan is None or not minutes else plan.trials_within(start + 60 * minutes, say)
-    with opened:
+    with open_engine(started, subject, engine, **how) as opened:
         summary = _Way(started, opened, level, say, most).walk(tuned=tuned)
     return _hand_over(started, subject, summary, say, tuned=tuned, start=start)
 
 
 class _How(TypedDict):
-    """In how many processes, and with how many images at once."""
+    """In how many processes, with how many images at once, and where."""
 
     workers: int | None
     batch_size: int | Literal["auto"]
+    ray_address: str | None
 
 
 def _level(
@@ -163,17 +166,6 @@ def _check_means(engine: str, ray_address: str | None, minutes: float | None, gp
     check_engine(engine, ray_address)
     if minutes is not None and gpu_hours is not None:
         raise QuantDMError("budget: got minutes and gpu_hours; give one of them")
-
-
-def gpu_minutes(gpu_hours: float, engine: Engine) -> float:
-    """Return the minutes in which an engine's accelerators together work so many hours.
-
-    Raises:
-        QuantDMError: it has none.
-    """
-    if not engine.accelerators:
-        raise QuantDMError("gpu_hours: there is no accelerator here; expected minutes")
-    return 60 * gpu_hours / engine.accelerators
 
 
 def default_folder(name: str, target_bits: float | None, target_bytes: int | None, effort: str) -> Path:
