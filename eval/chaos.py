@@ -99,7 +99,7 @@ def _labels(folder: Path) -> dict[str, float]:
 
 def _start(folder: Path) -> "subprocess.Popen[bytes]":
     code = (
-        "import quantdm.runs.engines.local as local; local.LEAST_PATIENCE = 30.0; "
+        "import quantdm.runs.engines.local as local; local.LEAST_PATIENCE = local.OPENING = 30.0; "
         f"from tests.tiny_search import run_search; run_search({str(folder)!r}, workers=2)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

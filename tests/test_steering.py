@@ -8,12 +8,14 @@ import torch
 from quantdm import QuantDMError, generate, load_pipeline, load_protocol
 from quantdm.cli.app import batch_size_of
 from quantdm.corridor import plan as planning
+from quantdm.corridor.levels import level_of
 from quantdm.corridor.run import run
 from quantdm.machine import checked_device, same_devices
 from quantdm.pipelines import subject as opening
 from quantdm.pipelines.sizes import auto_batch, is_out_of_memory
 from quantdm.pipelines.subject import look_at
 from quantdm.runs.engines.local import Engine
+from quantdm.runs.engines.means import Means, Speed
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
 from quantdm.runs.settings import make_settings
@@ -116,6 +118,35 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(tmp_path, dit)
     assert 2 < stages["trials"]["seconds"] < 3600
     assert "An estimate" in said[-1]
     assert all(len(line) <= 79 for line in said[-1].splitlines())
+
+
+def test_a_plan_goes_by_the_workers_of_the_engine_and_by_fidelity_and_budget(dit, tmp_path):
+    asked = {"target_bits": 3.2, "run_dir": tmp_path / "run", "options": OPTIONS, "dry_run": True, "workers": 1}
+    asked |= {"protocol": load_protocol("digits-dit"), "trials": 40}
+    with pytest.raises(QuantDMError, match="no accelerator here"):
+        run(dit, **asked, gpu_hours=1.0, say=lambda _: None)
+    said = []
+    run(dit, **asked, minutes=0.1, fidelity="auto", say=said.append)
+    assert "time allows 0 of 40 trials" in said[-2]
+    assert "if cheap labels rank like full ones" in said[-1]
+    subject, level = look_at(dit), level_of("normal", trials=40)
+    full, cheap = (
+        make_settings(
+            subject, target_bits=3.2, target_bytes=None, trials=40, seed=0, options=OPTIONS, fidelity=fidelity
+        )
+        for fidelity in ("full", "auto")
+    )
+    slow, fast = Speed(1.0, 0.5), Speed(0.01, 0.005)
+
+    def seconds(settings, means):
+        plan = planning.plan_run(subject, settings, level, means, tuned=True)
+        return {stage.name: stage.seconds for stage in plan.stages}
+
+    here, there = (seconds(full, Means(workers, 64.0, slow, fast)) for workers in (1, 64))
+    assert there["trials"] * 64 == pytest.approx(here["trials"])
+    assert here["trials"] == 40 * full.label_images * full.label_steps * fast.fast  # measured by workers
+    assert there["tuning"] == here["tuning"] > 1000 * there["sensitivities"]  # made by this process
+    assert seconds(cheap, Means(64, 64.0, slow, fast))["trials"] < 0.5 * there["trials"]
 
 
 def test_minutes_end_the_trials_in_time_for_what_follows_by_the_measured_rate(monkeypatch):

@@ -10,22 +10,26 @@ from torch import nn
 
 from quantdm.corridor.levels import Level
 from quantdm.denoisers.inventory import LayerRecord
-from quantdm.machine import cores, same_devices
-from quantdm.pipelines.generate import generate, most_at_once
-from quantdm.pipelines.loading import DiffusionPipeline
-from quantdm.pipelines.protocol import Protocol
+from quantdm.errors import QuantDMError
+from quantdm.machine import cores
+from quantdm.pipelines.generate import most_at_once
 from quantdm.pipelines.sizes import bytes_per_image
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import Moments, count_bits, quantize_options
+from quantdm.runs.cheap import EVERY
+from quantdm.runs.engines.means import Means
 from quantdm.runs.evaluator import NOISE_CALLS
 from quantdm.runs.run import RunSettings
+from quantdm.runs.trials import FRONTIER_SHARE, RANDOM_SHARE
 
-PROBE_SECONDS, PROBE_IMAGES, PROBE_ROWS = 1.0, 64, 64
+PROBE_ROWS = 64
 CANDIDATES, SURVIVORS = 13, 5  # of the verification: those of a usual run, and how many run further draws
 PLAIN_ROWS, ROUNDED_ROWS = 7, 2  # of the result: with and without quantized activations
 ROUNDED = 2.4  # what quantized activations cost, times the plain denoiser: measured on digits-dit
 TRIED = 8  # corrections, each on two of four draws where it does not help
-
+UNLEARNED = RANDOM_SHARE + FRONTIER_SHARE  # of the trials: those that get cheap labels
+NO_ACCELERATOR = "gpu_hours (--gpu-hours): no accelerator works here; give minutes (--minutes) instead"
+CHEAP = f"Trials: if cheap labels rank like full ones; else they take up to {EVERY} times as long."
 
 PARALLEL = ("sensitivities", "trials", "verification", "final rows")
 
@@ -47,13 +51,18 @@ class Plan:
     stages: tuple[Stage, ...]
     trials: int
     workers: int
+    accelerators: float = 0.0
+    note: str = ""
 
     def record(self) -> dict[str, Any]:
         """Return plain numbers."""
-        return {"estimate": True, "workers": self.workers, "stages": [asdict(stage) for stage in self.stages]}
+        means = {"workers": self.workers, "accelerators": self.accelerators}
+        return {"estimate": True, **means, "stages": [asdict(stage) for stage in self.stages]}
 
-    def said(self, say: Callable[[str], object]) -> dict[str, Any]:
-        """Say the plan, and return its record."""
+    def said(self, say: Callable[[str], object], most: Callable[[int], int] | None = None) -> dict[str, Any]:
+        """Say the plan, and how many trials time allows, if that says `most`; return its record."""
+        if most is not None:
+            most(0)
         say(self.text())
         return self.record()
 
@@ -64,8 +73,8 @@ class Plan:
         for stage in (*self.stages, whole):
             memory, disk = (f"{size / 1e6:,.0f} MB" for size in (stage.memory, stage.disk))
             lines.append(f"{stage.name:<16}{_clock(stage.seconds):>12}{memory:>12}{disk:>12}")
-        lines.append(f"An estimate, from a few images generated here just now; {self.workers} processes.")
-        return "\n".join(lines)
+        lines.append(f"An estimate, from a few images generated just now; {self.workers} workers.")
+        return "\n".join([*lines, self.note] if self.note else lines)
 
     def _sums(self) -> tuple[float, int, int]:
         return (
@@ -73,6 +82,14 @@ class Plan:
             max(s.memory for s in self.stages),
             sum(s.disk for s in self.stages),
         )
+
+    def within(
+        self, start: float, minutes: float | None, gpu_hours: float | None, say: Callable[[str], object]
+    ) -> Callable[[int], int] | None:
+        """Return `trials_within` of a budget that began at `start`; None: there is none."""
+        if gpu_hours is not None:
+            minutes = gpu_minutes(gpu_hours, self.accelerators)
+        return None if minutes is None else self.trials_within(start + 60 * minutes, say)
 
     def trials_within(self, end: float, say: Callable[[str], object]) -> Callable[[int], int]:
         """Return what says how many trials fit before `end` (of the monotonic clock), the later stages left their time.
@@ -97,55 +114,68 @@ class Plan:
         return most
 
 
+def gpu_minutes(gpu_hours: float, accelerators: float) -> float:
+    """Return the minutes in which accelerators together work so many hours.
+
+    Raises:
+        QuantDMError: there is none.
+    """
+    if not accelerators:
+        raise QuantDMError(NO_ACCELERATOR)
+    return 60 * gpu_hours / accelerators
+
+
 def plan_run(
     subject: Subject,
     settings: RunSettings,
     level: Level,
+    means: Means,
     *,
-    workers: int | None,
     tuned: bool,
     batch_size: int | Literal["auto"] = "auto",
 ) -> Plan:
-    """Estimate a run stage by stage; a few images are generated and some rows of one layer quantized for it.
+    """Estimate a run stage by stage, from what an engine has; some rows of one layer are quantized for it.
 
     Raises:
         QuantDMError: the pipeline refuses the protocol's call.
     """
-    many = (workers or cores()) if subject.device.type == "cpu" else len(same_devices(subject.device))
     pipe = subject.in_dtype(settings.torch_dtype)
-    exact = seconds_per_step(subject.pipe, settings.protocol, batch_size)
-    fast = exact if pipe is subject.pipe else seconds_per_step(pipe, settings.protocol, batch_size)
-    seconds = _seconds(subject, settings, level if tuned else replace(level, tune_images=0), exact, fast, many)
+    seconds = _seconds(subject, settings, level if tuned else replace(level, tune_images=0), means)
     weights = sum(map(_bytes, subject.denoisers.values()))
     held = weights + (0 if pipe is subject.pipe else weights * settings.torch_dtype.itemsize // 4)
     held += bytes_per_image(pipe, settings.protocol) * most_at_once(pipe, settings.protocol, batch_size)
     disk = _disk(subject, settings)
     return Plan(
         tuple(
-            Stage(name, time_, held * (many if name in PARALLEL else 1), disk.get(name, 10**6))
+            Stage(name, time_, held * (means.workers if name in PARALLEL else 1), disk.get(name, 10**6))
             for name, time_ in seconds.items()
         ),
         settings.trials,
-        many,
+        means.workers,
+        means.accelerators,
+        CHEAP if settings.fidelity == "auto" else "",
     )
 
 
-def _seconds(subject: Subject, s: RunSettings, level: Level, exact: float, fast: float, many: int) -> dict[str, float]:
-    """Return the seconds of every stage, from those of one step of one image in float32 and in the run's dtype."""
+def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means) -> dict[str, float]:
+    """Return the seconds of every stage: what workers share at their speed, all else at that of this process."""
     layers, steps, tune = len(subject.layers), s.protocol.steps, level.tune
+    here, there, many = means.here, means.there, means.workers
     rows = (PLAIN_ROWS + ROUNDED_ROWS * ROUNDED) * 2.3 + 3  # some stop after two of three draws; three references
     tries = 2 * (2 + ROUNDED) + 4 + ROUNDED * (4 + 2 * TRIED)
     trained = level.tune_images * steps + tune.steps * tune.rows * 3 if level.tune_images else 0
     calibrated = s.calibration_images * (s.calibration_steps or s.label_steps) * 2
+    probe = NOISE_CALLS * s.noise_images * there.exact
+    full, cheap = (s.trials, 0.0) if s.fidelity == "full" else (s.trials / EVERY, s.trials * UNLEARNED)
     return {
-        "bank": calibrated * exact + _bank_seconds(subject, s) / cores(),
-        "sensitivities": layers * len(s.options) * NOISE_CALLS * s.noise_images * exact / many,
-        "trials": s.trials * s.label_images * s.label_steps * fast / many,
+        "bank": calibrated * here.exact + _bank_seconds(subject, s) / cores(),
+        "sensitivities": layers * len(s.options) * probe / many,
+        "trials": (full * s.label_images * s.label_steps * there.fast + cheap * probe) / many,
         "surrogates": 2 + s.trials * layers * 5e-4,
-        "verification": (CANDIDATES + SURVIVORS * (s.verify_draws - 1)) * s.verify_images * steps * fast / many,
-        "tuning": trained * exact,
-        "correction": level.correction_images * steps * fast * tries,
-        "final rows": rows * level.final_images * steps * fast / many,
+        "verification": (CANDIDATES + SURVIVORS * (s.verify_draws - 1)) * s.verify_images * steps * there.fast / many,
+        "tuning": trained * here.exact,
+        "correction": level.correction_images * steps * here.fast * tries,
+        "final rows": rows * level.final_images * steps * there.fast / many,
         "export, report": 10.0,
     }
 
@@ -166,18 +196,6 @@ def _disk(subject: Subject, settings: RunSettings) -> dict[str, int]:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def seconds_per_step(pipe: DiffusionPipeline, protocol: Protocol, batch_size: int | Literal["auto"] = "auto") -> float:
-    """Measure the seconds of one image's step: one image first, then twice as many while that stays short."""
-    images = 1
-    while True:
-        start = time.monotonic()
-        generate(pipe, protocol, range(images), steps=2, batch_size=batch_size)
-        took = time.monotonic() - start
-        if took > PROBE_SECONDS / 2 or images >= PROBE_IMAGES:
-            return took / images / 2
-        images *= 2
 
 
 def _bank_seconds(subject: Subject, settings: RunSettings) -> float:

@@ -10,7 +10,7 @@ from quantdm.activations import usual_activations
 from quantdm.correction.schedulers import is_served
 from quantdm.corridor.export import export_run
 from quantdm.corridor.levels import Level, level_of
-from quantdm.corridor.plan import plan_run
+from quantdm.corridor.plan import NO_ACCELERATOR, plan_run
 from quantdm.corridor.table import show_table
 from quantdm.errors import QuantDMError
 from quantdm.files import check_replaceable
@@ -33,6 +33,7 @@ from quantdm.runs.choose import choose
 from quantdm.runs.correct import correct_run
 from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
+from quantdm.runs.engines.means import look_at_means
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import Run
@@ -46,7 +47,6 @@ from quantdm.schemes import TABLE_SCHEME, Scheme
 from quantdm.surrogates import SearchSpace
 
 ACTIVATION_BITS = 6
-NO_ACCELERATOR = "gpu_hours (--gpu-hours): no accelerator works here; give minutes (--minutes) instead"
 Say = Callable[[str], object]
 
 
@@ -102,26 +102,28 @@ def run(
         "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
         "fidelity": fidelity,
     }  # fmt: skip
-    settings, how = make_settings(subject, **given), _How(workers=workers, batch_size=batch_size)
+    settings = make_settings(subject, **given)
     check_measures(subject.pipe, settings.protocol, images=level.final_images)
-    plan = plan_run(subject, settings, level, tuned=tuned, **how) if dry_run or minutes or gpu_hours else None
-    if dry_run and plan is not None:
-        return plan.said(say)
+    how, most = _How(workers=workers, batch_size=batch_size, ray_address=ray_address), None
+    if dry_run or minutes or gpu_hours:
+        means = look_at_means(subject, settings, engine, **how, say=say)
+        plan = plan_run(subject, settings, level, means, tuned=tuned, batch_size=batch_size)
+        most = plan.within(start, minutes, gpu_hours, say)
+        if dry_run:
+            return plan.said(say, most)
     started, subject = start_run(subject, folder, **given, learned_from=learned_from)
     _begin(started, subject, say)
-    opened = open_engine(started, subject, engine, **how, ray_address=ray_address)
-    minutes = minutes if gpu_hours is None else gpu_minutes(gpu_hours, opened)
-    most = None if plan is None or not minutes else plan.trials_within(start + 60 * minutes, say)
-    with opened:
+    with open_engine(started, subject, engine, **how) as opened:
         summary = _Way(started, opened, level, say, most).walk(tuned=tuned)
     return _hand_over(started, subject, summary, say, tuned=tuned, start=start)
 
 
 class _How(TypedDict):
-    """In how many processes, and with how many images at once."""
+    """In how many processes, with how many images at once, and where."""
 
     workers: int | None
     batch_size: int | Literal["auto"]
+    ray_address: str | None
 
 
 def _level(
@@ -169,17 +171,6 @@ def _check_means(
         raise QuantDMError("budget: got minutes and gpu_hours; give one of them")
     if gpu_hours is not None and engine == "local" and (device or best_device()) == "cpu":
         raise QuantDMError(NO_ACCELERATOR)
-
-
-def gpu_minutes(gpu_hours: float, engine: Engine) -> float:
-    """Return the minutes in which an engine's accelerators together work so many hours.
-
-    Raises:
-        QuantDMError: it has none.
-    """
-    if not engine.accelerators:
-        raise QuantDMError(NO_ACCELERATOR)
-    return 60 * gpu_hours / engine.accelerators
 
 
 def default_folder(

@@ -14,17 +14,29 @@ ARGUMENTS |= {"prepare": lambda record: Draw(**record)}
 ARGUMENTS |= {"propose": lambda record: Proposal(**record)}
 ARGUMENTS |= {"sensitivity": lambda record: Probe(record["layer"], tuple(record["options"]))}
 
+OPEN = "open"  # in place of a method: the evaluator is opened, and nothing else
+
 
 def respond(evaluator: Callable[[], Evaluator], method: str, argument: Any) -> dict[str, Any]:
     """Return {"result"}, {"error"}: one clear line, or {"traceback"}: whatever else a pipeline raised.
 
     Args:
         evaluator: opens it, the first time.
-        method: of it.
+        method: of it, or OPEN.
         argument: the plain record of the method's argument.
     """
+
+    def result() -> Any:
+        opened = evaluator()
+        return None if method == OPEN else getattr(opened, method)(ARGUMENTS[method](argument))
+
+    return answered(result)
+
+
+def answered(call: Callable[[], Any]) -> dict[str, Any]:
+    """Return what `respond` does, of any call."""
     try:
-        return {"result": getattr(evaluator(), method)(ARGUMENTS[method](argument))}
+        return {"result": call()}
     except QuantDMError as error:
         return {"error": str(error)}
     except Exception:  # the parent shows it

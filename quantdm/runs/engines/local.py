@@ -17,7 +17,7 @@ from typing import Any, Literal
 from quantdm.errors import QuantDMError
 from quantdm.machine import cores, same_devices
 from quantdm.pipelines.subject import Subject
-from quantdm.runs.engines.answer import result_of
+from quantdm.runs.engines.answer import OPEN, result_of
 from quantdm.runs.engines.call import called
 from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.run import Run
@@ -30,6 +30,7 @@ PATIENCE = 5.0  # seconds that a worker may take to end
 SOON = 0.05  # seconds between two questions where there is nothing to do
 WAKE = 1.0  # seconds between two questions whether what is waited for has come from elsewhere
 TRIES = 3  # workers that may end over one job
+OPENING = 3600.0  # seconds that a worker may take to open its pipeline: it may have to be downloaded
 LEAST_PATIENCE, HANGS_AFTER = 300.0, 30  # seconds, and times what the slowest job of its kind took for its size
 _END, _NOTHING = -1, object()
 Results = Generator[tuple[int, Any], None, None]  # who closes it wants no more
@@ -64,6 +65,7 @@ class Engine:
         self.workers = 1 if subject.location is None else (workers or cores()) if on_cpu else len(self.devices)
         self._slowest: dict[str, float] = {}  # kind of job -> seconds per unit of its size
         self._closing = False
+        self._opened: set[subprocess.Popen[str]] = set()  # workers that have their pipeline
         self._busy: set[int] = set()  # places whose workers are at a job
         self._processes: list[subprocess.Popen[str]] = []
         self._threads: list[threading.Thread] = []
@@ -194,12 +196,26 @@ class Engine:
 
     def _ask(self, place: int, line: str, kind: str, size: int) -> Any:
         """Return the answer of a place's worker, or `_Ended` if it died or hung."""
-        process, start = self._processes[place], time.monotonic()
+        process = self._processes[place]
+        if process not in self._opened:
+            opened = self._exchange(process, json.dumps({"method": OPEN, "argument": None}), OPENING)
+            if opened is not None:
+                return opened
+            self._opened.add(process)
+        start = time.monotonic()
+        # the first of a kind may take as long as it takes
+        answer = self._exchange(process, line, self._patience(kind, size) if kind in self._slowest else None)
+        if not isinstance(answer, _Ended):
+            self._slowest[kind] = max(self._slowest.get(kind, 0.0), (time.monotonic() - start) / size)
+        return answer
+
+    def _exchange(self, process: "subprocess.Popen[str]", line: str, patience: float | None) -> Any:
+        """Return a worker's answer to a line, or `_Ended` if it died, or did not answer within `patience` seconds."""
         assert process.stdin is not None
         assert process.stdout is not None
-        watch = threading.Timer(self._patience(kind, size), process.kill)
-        watch.daemon = True
-        if kind in self._slowest:  # the first of a kind may take as long as it takes
+        watch = None if patience is None else threading.Timer(patience, process.kill)
+        if watch is not None:
+            watch.daemon = True
             watch.start()
         try:
             process.stdin.write(line + "\n")
@@ -208,11 +224,9 @@ class Engine:
         except (OSError, ValueError):  # it ended, or was ended
             answer = ""
         finally:
-            watch.cancel()
-        if not answer:
-            return _Ended(process)
-        self._slowest[kind] = max(self._slowest.get(kind, 0.0), (time.monotonic() - start) / size)
-        return result_of(json.loads(answer))
+            if watch is not None:
+                watch.cancel()
+        return result_of(json.loads(answer)) if answer else _Ended(process)
 
     def _patience(self, kind: str, size: int) -> float:
         """Return the seconds after which a job counts as hung: many times the slowest one of its kind so far."""

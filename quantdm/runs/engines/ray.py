@@ -6,28 +6,28 @@ directory that every node has; one that was changed after loading travels with t
 """
 
 import contextlib
-import hashlib
-import socket
+import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
-from quantdm.files import atomic_path
-from quantdm.machine import versions
 from quantdm.pipelines.subject import Subject
 from quantdm.runs.engines.answer import result_of
 from quantdm.runs.engines.call import Call, called
-from quantdm.runs.engines.local import SOON, TRIES, Engine, Results
-from quantdm.runs.engines.remote import GIVEN, RemoteWorker
-from quantdm.runs.evaluator import Job
-from quantdm.runs.run import MANIFEST, SNAPSHOT, Run
+from quantdm.runs.engines.cluster import STARTING, connect, no_place, room
+from quantdm.runs.engines.local import OPENING, SOON, TRIES, Engine, Results
+from quantdm.runs.engines.mirror import sweep_here
+from quantdm.runs.engines.outbox import Outbox
+from quantdm.runs.engines.remote import RemoteWorker, facts_of
+from quantdm.runs.run import Run
 
-SENT = (MANIFEST, "space.json", "bank", SNAPSHOT, "reference")  # of a run directory: what workers read
-REACHED = 10.0  # seconds in which a cluster has to answer
-STARTING = 300.0  # seconds that a cluster may take to give the first worker a place
+_log = logging.getLogger("quantdm")
+
+TIDYING = 10.0  # seconds that nodes may take to remove what workers fetched
 
 
 @dataclass
@@ -44,7 +44,8 @@ class _Asked:
 class RayEngine(Engine):
     """Map a method of `Evaluator` over arguments, on the actors of a Ray cluster.
 
-    A job whose node or worker is lost is given to a new actor, which Ray places where there is room.
+    A job whose node or worker is lost is given to a new actor, which Ray places where there is room. An actor first
+    gets a place, then opens the pipeline, then answers jobs; only those have to be answered in time.
 
     Args:
         address: of a cluster ("auto": the one that this machine belongs to; None: one of its own, here).
@@ -64,39 +65,60 @@ class RayEngine(Engine):
         batch_size: int | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(run, subject, batch_size=batch_size)
-        self._ray, self._own_cluster = _connect(address, workers)
-        resources = self._ray.cluster_resources()
-        self.gpus = gpus if gpus is not None else float(resources.get("GPU", 0) > 0)
-        room = int(resources.get("GPU", 0) / self.gpus) if self.gpus else int(resources.get("CPU", 0))
-        self.workers = workers or max(room, 1)
+        self._ray, self._connected = connect(address, workers)
+        self.workers, self.gpus = room(self._ray, workers, gpus)
         self._actors: list[Any] = [None] * self.workers
         self._starting: dict[Any, int] = {}  # what an actor answers when it has a place -> which one
-        self._began = time.monotonic()
-        self._sent: dict[str, Any] = {}  # hash of a file's content -> where the object store has it
-        self._known: dict[Path, tuple[tuple[int, int], str]] = {}  # file -> (time and size, hash)
+        self._loading: dict[Any, int] = {}  # and when it has opened the pipeline
+        self._since: dict[int, float] = {}  # place -> since when it opens the pipeline
+        self._failed = Counter[int]()  # place -> actors in a row that ended before they had
+        self._folders: dict[str, list[str]] = defaultdict(list)  # node -> what actors have there
+        self._began = time.monotonic()  # since when no actor has a place
+        self._outbox = Outbox(run, self._ray.put)
+        _tell_apart(subject, self.device)
 
     @property
     def accelerators(self) -> float:
         """How many accelerators work: fractions count as such."""
         return self.workers * self.gpus
 
-    def map(self, method: str, arguments: Iterable[Any], *, at_most: int | None = None) -> Results:
+    @property
+    def device(self) -> str:
+        """Where workers load the pipeline."""
+        return "cuda" if self.gpus else "cpu"
+
+    @cached_property
+    def _facts(self) -> dict[str, str]:
+        return facts_of(self.run.settings.protocol)
+
+    def map(
+        self,
+        method: str,
+        arguments: Iterable[Any],
+        *,
+        at_most: int | None = None,
+        until: Callable[[], bool] = lambda: False,
+    ) -> Results:
         """Yield (index, result) in the order in which they finish; see `Engine.map`.
 
         Raises:
-            QuantDMError: what a job raised, a job whose workers were lost again and again, or no room for a worker.
+            QuantDMError: what a job raised, a job whose workers were lost again and again, workers that cannot start,
+                or no room for one.
         """
         if (len(arguments) if isinstance(arguments, Sequence) else at_most) == 0:
             return
         source, count, over = iter(arguments), 0, False
         asked: dict[Any, _Asked] = {}
         again: list[_Asked] = []  # what lost workers were at
+        self._outbox.look()
+        self._began = time.monotonic()
         for place in range(self.workers):
             if self._actors[place] is None:
                 self._start_at(place)
-        idle = [place for place in range(self.workers) if place not in self._starting.values()]
+        busy = {*self._starting.values(), *self._loading.values()}
+        idle = [place for place in range(self.workers) if place not in busy]
         try:
-            while asked or again or not over:
+            while (asked or again or not over) and not until():
                 while idle and (again or not over):
                     argument = again.pop() if again else next(source, self)
                     if argument is self or argument is None:
@@ -113,62 +135,74 @@ class RayEngine(Engine):
                 self._end(left.place)
 
     def close(self, *, now: bool = False) -> None:
-        """End the workers, and the cluster if it is this engine's own."""
+        """End the workers and remove what they fetched; disconnect from a cluster that this engine connected to."""
         for place in range(self.workers):
             self._end(place)
-        if self._own_cluster:
+        with contextlib.suppress(self._ray.exceptions.RayError):  # the cluster may be gone
+            self._tidy()
+        if self._connected:
             self._ray.shutdown()
 
     def _answers(self, asked: dict[Any, _Asked], again: list[_Asked], idle: list[int]) -> Iterator[tuple[_Asked, Any]]:
         """Yield what is finished now; what a lost worker was at goes to `again`, places that are ready to `idle`."""
-        if not asked and not self._starting:
+        if not asked and not self._starting and not self._loading:
             time.sleep(SOON)
             return
-        ready, _ = self._ray.wait([*asked, *self._starting], num_returns=1, timeout=10 * SOON)
-        lost = (self._ray.exceptions.RayActorError, self._ray.exceptions.RayTaskError)
+        ready, _ = self._ray.wait([*asked, *self._starting, *self._loading], num_returns=1, timeout=10 * SOON)
         for reference in ready:
             found = asked.pop(reference, None)
-            place = self._starting.pop(reference) if found is None else found.place
             try:
                 answer = self._ray.get(reference)
-            except lost as error:
-                again += self._lose(place, found, str(error))
+            except self._ray.exceptions.RayError as error:  # of the worker, its node, its memory, the object store
+                again += self._lose(self._place_of(reference) if found is None else found.place, found, str(error))
                 continue
             if found is None:
-                idle.append(place)
+                idle += self._come_up(reference, answer)
                 continue
             self._learn(found)
-            self._receive(answer.files)
-            result = result_of(answer.record)
-            if isinstance(result, QuantDMError):
-                raise result
-            yield found, result
+            self._outbox.receive(answer.files)
+            yield found, _result(answer)
         for reference, found in [item for item in asked.items() if self._hangs(item[1])]:
             del asked[reference]
             again += self._lose(found.place, found, "it hung")
+        for place in [place for place in self._loading.values() if time.monotonic() - self._since[place] > OPENING]:
+            again += self._lose(place, None, f"the pipeline was not open in {OPENING:.0f} s")
         if len(self._starting) == self.workers and time.monotonic() - self._began > STARTING:
-            raise QuantDMError(
-                f"ray: the cluster gave no worker a place in {STARTING:.0f} s (each needs 1 CPU, {self.gpus:g} GPU); "
-                "see `ray status`, or ask for fewer GPUs per worker"
-            )
+            raise no_place(self.gpus)
+
+    def _place_of(self, reference: Any) -> int:
+        return self._starting[reference] if reference in self._starting else self._loading[reference]
+
+    def _come_up(self, reference: Any, answer: Any) -> list[int]:
+        """Let an actor that has a place open the pipeline; return the place of one that has done so."""
+        if reference in self._starting:
+            place = self._starting.pop(reference)
+            node, folder = answer
+            self._folders[node].append(folder)
+            self._since[place] = time.monotonic()
+            self._loading[self._actors[place].load.remote(self._outbox.parcel()[1])] = place
+            return []
+        place = self._loading.pop(reference)
+        _result(answer)
+        del self._failed[place]
+        return [place]
 
     def _lose(self, place: int, found: _Asked | None, why: str) -> list[_Asked]:
         """Start another actor in place of a lost one; return what that was at."""
         self._end(place)
-        if found is not None and found.tries >= TRIES:
-            raise QuantDMError(f"ray: a job lost {TRIES} workers, the last because: {why:.300}")
+        if found is None:
+            self._failed[place] += 1
+        what, tries = ("a worker", self._failed[place]) if found is None else ("a job", found.tries)
+        if tries >= TRIES:
+            failed = "could not start" if found is None else "lost its worker"
+            raise QuantDMError(f"ray: {what} {failed} {TRIES} times, the last because: {_shortened(why)}")
         self._start_at(place)
         return [] if found is None else [found]
 
     def _ask(self, asked: dict[Any, _Asked], what: _Asked, place: int) -> None:
         what = replace(what, place=place, begun=time.monotonic(), tries=what.tries + 1)
-        record, files = what.call.record, self._files()
-        if isinstance(what.call.argument, Job):
-            for kind in GIVEN:
-                if record[kind] is not None:
-                    record[kind], sent = self._given(Path(record[kind]))
-                    files |= sent
-        asked[self._actors[what.place].answer.remote(what.call.method, record, files)] = what
+        record, parcel = self._outbox.parcel(what.call)
+        asked[self._actors[place].answer.remote(what.call.method, record, parcel)] = what
 
     def _learn(self, found: _Asked) -> None:
         kind, size = found.call.effort
@@ -181,9 +215,10 @@ class RayEngine(Engine):
 
     def _start_at(self, place: int) -> None:
         remote = self._ray.remote(RemoteWorker).options(num_cpus=1, num_gpus=self.gpus)
-        actor = remote.remote("cuda" if self.gpus else "cpu", self.batch_size, versions())
-        self._actors[place] = actor
-        self._starting[actor.ready.remote()] = place
+        self._actors[place] = remote.remote(self.device, self.batch_size, self._facts)
+        self._starting[self._actors[place].ready.remote()] = place
+        if len(self._starting) == self.workers:
+            self._began = time.monotonic()
 
     def _end(self, place: int) -> None:
         if self._actors[place] is not None:
@@ -191,70 +226,45 @@ class RayEngine(Engine):
                 self._ray.kill(self._actors[place])
         self._actors[place] = None
         self._starting = {reference: other for reference, other in self._starting.items() if other != place}
+        self._loading = {reference: other for reference, other in self._loading.items() if other != place}
 
-    # ------------------------------------------------------------------------------------------------------ artifacts
+    def _tidy(self) -> None:
+        """Remove what workers fetched, on every node that is still there."""
+        if not self._folders or not self._ray.is_initialized():
+            return
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def _files(self) -> dict[str, tuple[str, list[Any]]]:
-        """Return name in the run directory -> (hash of its content, its place in the object store)."""
-        found = {}
-        for name in SENT:
-            top = self.run.path(name)
-            paths = [top] if top.is_file() else top.rglob("*")
-            for path in paths:
-                if path.is_file() and not any(part.startswith(".") for part in path.relative_to(self.run.folder).parts):
-                    found[path.relative_to(self.run.folder).as_posix()] = self._send(path)
-        return found
-
-    def _given(self, path: Path) -> tuple[str, dict[str, tuple[str, list[Any]]]]:
-        """Return the name under which a worker finds a file that a job names, and the file."""
-        sent = self._send(path)
-        name = f"given/{sent[0]}{path.suffix}"
-        return name, {name: sent}
-
-    def _send(self, path: Path) -> tuple[str, list[Any]]:
-        stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
-        if path not in self._known or self._known[path][0] != stamp:
-            data = path.read_bytes()
-            sha = hashlib.sha256(data).hexdigest()
-            self._known[path] = (stamp, sha)
-            if sha not in self._sent:
-                self._sent[sha] = self._ray.put(data)
-        sha = self._known[path][1]
-        return sha, [self._sent[sha]]  # in a list: Ray would fetch what stands alone
-
-    def _receive(self, files: dict[str, bytes]) -> None:
-        """Keep what a worker made for others: full-precision samples."""
-        for name, data in files.items():
-            if not self.run.path(name).is_file():
-                with atomic_path(self.run.path(name)) as path:
-                    path.write_bytes(data)
+        task = self._ray.remote(sweep_here)
+        asked = [
+            task.options(
+                num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)
+            ).remote(folders)
+            for node, folders in self._folders.items()
+        ]
+        self._folders.clear()
+        self._ray.wait(asked, num_returns=len(asked), timeout=TIDYING)
 
 
-def _connect(address: str | None, workers: int | None) -> tuple[Any, bool]:
-    """Return Ray, connected, and whether the cluster was started here."""
-    try:
-        import ray
-    except ImportError:
-        raise QuantDMError("engine ray: the package ray is not installed; pip install 'quantdm[ray]'") from None
-    if ray.is_initialized():
-        return ray, False
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        settings |= {"num_cpus": workers, "include_dashboard": False}
-    try:
-        _probe(address)
-        ray.init(address=address, **settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise QuantDMError(
-            f"ray: no cluster at {address}: {str(error).splitlines()[0]:.200}; expected auto, HOST:6379 or "
-            "ray://HOST:10001 of one that runs (`ray status` there)"
-        ) from None
-    return ray, address is None
+def _result(answer: Any) -> Any:
+    result = result_of(answer.record)
+    if isinstance(result, QuantDMError):
+        raise result
+    return result
 
 
-def _probe(address: str | None) -> None:
-    """Raise OSError at once where nobody listens: Ray itself would try for a minute."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=REACHED).close()
+def _shortened(why: str) -> str:
+    """Return the first line of what Ray says and the last, which has the reason: a stack lies between."""
+    lines = why.strip().splitlines() or [""]
+    return " ... ".join(dict.fromkeys((f"{lines[0]:.150}", f"{lines[-1].strip():.300}")))
+
+
+def _tell_apart(subject: Subject, device: str) -> None:
+    """Say what is computed elsewhere than by the workers if that is another kind of device."""
+    if subject.device.type != device:
+        _log.warning(
+            "ray: workers are on %s, this process is on %s: calibration, bank, gradients, tuning and correction are "
+            "computed here, and the dtype of images is what is fast here unless --dtype says; start from a node "
+            "that is like the workers' (docs/cluster.md)",
+            device,
+            subject.device.type,
+        )

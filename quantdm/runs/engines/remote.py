@@ -1,21 +1,26 @@
 """A worker on a node of a cluster: one evaluator over files that came by their content."""
 
+import contextlib
+import hashlib
 import platform
-import shutil
-import tempfile
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
-from quantdm.runs.engines.answer import respond
+from quantdm.metrics.features import open_features
+from quantdm.metrics.samples import DIGITS, pictures_in
+from quantdm.pipelines.protocol import Protocol
+from quantdm.runs.engines.answer import OPEN, respond
+from quantdm.runs.engines.mirror import Mirror, Parcel, node_folder
+from quantdm.runs.engines.outbox import GIVEN
 from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.run import Run
 
-GIVEN = ("correction", "tuned")  # files that a job names
 MADE = "reference"  # what workers make for others
-MUST_MATCH = ("quantdm", "torch", "diffusers", "transformers")  # between driver and workers: labels depend on them
-Files = dict[str, tuple[str, list[Any]]]  # name -> (hash of the content, [place in the object store])
+# Labels depend on these, and what surrogates propose.
+MUST_MATCH = ("quantdm", "torch", "diffusers", "transformers", "numpy", "scipy", "xgboost-cpu", "xgboost")
 
 
 @dataclass
@@ -26,72 +31,92 @@ class Answer:
     files: dict[str, bytes] = field(default_factory=dict)
 
 
+def facts_of(protocol: Protocol) -> dict[str, str]:
+    """Return what the numbers of a run depend on beside its files, here: versions, feature weights, real pictures.
+
+    Raises:
+        QuantDMError: the weights of the protocol's features are not here.
+    """
+    facts = {}
+    for name in MUST_MATCH:
+        with contextlib.suppress(PackageNotFoundError):
+            facts[name] = version(name)
+    facts["features"] = open_features(protocol.features).ruler
+    if protocol.real not in (None, DIGITS):
+        sha = hashlib.sha256()
+        for path in pictures_in(Path(protocol.real)):
+            sha.update(path.name.encode() + path.read_bytes())
+        facts["real pictures"] = sha.hexdigest()[:16]
+    return facts
+
+
 class RemoteWorker:
     """A mirror of the run directory on this node, and the evaluator that reads it.
 
     Args:
         device: where the pipeline is loaded.
         batch_size: images at once at most.
-        versions: of the driver, which have to be this worker's.
+        facts: of the driver (`facts_of`), which have to be this worker's.
     """
 
-    def __init__(self, device: str, batch_size: int | Literal["auto"], versions: dict[str, str]) -> None:
+    def __init__(self, device: str, batch_size: int | Literal["auto"], facts: dict[str, str]) -> None:
         import torch
 
         torch.set_num_threads(1)
-        self._device, self._versions = device, versions
+        self._device, self._facts = device, facts
         self._batch_size: int | Literal["auto"] = batch_size
-        self._folder = Path(tempfile.mkdtemp(prefix="quantdm-worker-"))
-        self._have: dict[str, str] = {}
+        self._mirror: Mirror | None = None
         self._evaluator: Evaluator | None = None
 
-    def ready(self) -> bool:
-        """Say that this worker has a place."""
-        return True
+    def ready(self) -> tuple[str, str]:
+        """Say that this worker has a place: on which node, and the name of its folder there."""
+        import ray
 
-    def answer(self, method: str, argument: Any, files: Files) -> Answer:
+        return ray.get_runtime_context().get_node_id(), self._mirrored().folder.name
+
+    def load(self, parcel: Parcel) -> Answer:
+        """Fetch files and open the pipeline: however long that takes, it is no job that hangs."""
+        record = self._fetched(parcel) or respond(self._opened, OPEN, None)
+        return Answer(record if "error" not in record else {"error": f"ray, on {platform.node()}: {record['error']}"})
+
+    def answer(self, method: str, argument: Any, parcel: Parcel) -> Answer:
         """Fetch what is new of the files, call the evaluator, and return its answer."""
+        if (failed := self._fetched(parcel)) is not None:
+            return Answer(failed)
+        mirror = self._mirrored()
         if isinstance(argument, dict):
             given = {kind: name for kind in GIVEN if (name := argument.get(kind)) is not None}
-            argument = {**argument, **{kind: str(self._folder / name) for kind, name in given.items()}}
-        record = respond(lambda: self._opened(files), method, argument)
-        made = {path.name: path for path in (self._folder / MADE).glob("*.safetensors")}
-        new = {f"{MADE}/{name}": path for name, path in made.items() if f"{MADE}/{name}" not in self._have}
-        self._have |= dict.fromkeys(new, "made here")
-        return Answer(record, {name: path.read_bytes() for name, path in new.items()})
+            argument = {**argument, **{kind: str(mirror.folder / name) for kind, name in given.items()}}
+        record = respond(self._opened, method, argument)
+        return Answer(record, {name: path.read_bytes() for name, path in mirror.made(MADE).items()})
 
-    def _opened(self, files: Files) -> Evaluator:
-        self._fetch(files)
+    def _mirrored(self) -> Mirror:
+        if self._mirror is None:
+            self._mirror = Mirror(node_folder())
+        return self._mirror
+
+    def _fetched(self, parcel: Parcel) -> dict[str, Any] | None:
+        """Fetch what is new; what Ray raises is the engine's to try again elsewhere."""
+        import ray
+
+        try:
+            self._mirrored().take(parcel, ray.get)
+        except QuantDMError as error:
+            return {"error": str(error)}
+        return None
+
+    def _opened(self) -> Evaluator:
         if self._evaluator is None:
-            self._check_versions()
-            run = Run.open(self._folder)
+            run = Run.open(self._mirrored().folder)
+            self._check_facts(run)
             subject = run.open_subject(device=self._device)
             self._evaluator = Evaluator(run, subject, batch_size=self._batch_size)
         return self._evaluator
 
-    def _check_versions(self) -> None:
-        from quantdm.machine import versions
-
-        own, asked = versions(), self._versions
-        other = [
-            f"{name} {own.get(name)}, not {asked.get(name)}" for name in MUST_MATCH if own.get(name) != asked.get(name)
-        ]
+    def _check_facts(self, run: Run) -> None:
+        own, asked = facts_of(run.settings.protocol), self._facts
+        other = [f"{k} {own.get(k)}, not {asked.get(k)}" for k in {**asked, **own} if own.get(k) != asked.get(k)]
         if other:
             raise QuantDMError(
-                f"ray: the worker on {platform.node()} has {'; '.join(other)} as the driver; labels would not be "
-                "comparable: install the same versions on all nodes"
+                f"has {'; '.join(other)} as the driver; labels would not be comparable: install the same on all nodes"
             )
-
-    def _fetch(self, files: Files) -> None:
-        import ray
-
-        for name, (sha, places) in files.items():
-            if name in self._have:
-                if self._have[name] not in (sha, "made here"):
-                    shutil.rmtree(self._folder, ignore_errors=True)
-                    raise QuantDMError(f"{name}: changed while the search was running; start it again")
-                continue
-            path = self._folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(ray.get(places[0]))
-            self._have[name] = sha
