@@ -123,7 +123,7 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(tmp_path, dit)
 def test_a_plan_goes_by_the_workers_of_the_engine_and_by_fidelity_and_budget(dit, tmp_path):
     asked = {"target_bits": 3.2, "run_dir": tmp_path / "run", "options": OPTIONS, "dry_run": True, "workers": 1}
     asked |= {"protocol": load_protocol("digits-dit"), "trials": 40}
-    with pytest.raises(QuantDMError, match="no accelerator here"):
+    with pytest.raises(QuantDMError, match="no accelerator works here"):
         run(dit, **asked, gpu_hours=1.0, say=lambda _: None)
     said = []
     run(dit, **asked, minutes=0.1, fidelity="auto", say=said.append)

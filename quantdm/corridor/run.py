@@ -10,7 +10,7 @@ from quantdm.activations import usual_activations
 from quantdm.correction.schedulers import is_served
 from quantdm.corridor.export import export_run
 from quantdm.corridor.levels import Level, level_of
-from quantdm.corridor.plan import NO_ACCELERATOR, plan_run
+from quantdm.corridor.plan import NO_ACCELERATOR, Plan, plan_run
 from quantdm.corridor.table import show_table
 from quantdm.errors import QuantDMError
 from quantdm.files import check_replaceable
@@ -36,7 +36,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.engines.means import look_at_means
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
-from quantdm.runs.run import Run
+from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.search import look_for_run, start_run
 from quantdm.runs.settings import check_given, check_one_target, make_settings
 from quantdm.runs.stages import build_bank, describe, measure_space
@@ -106,8 +106,7 @@ def run(
     check_measures(subject.pipe, settings.protocol, images=level.final_images)
     how, most = _How(workers=workers, batch_size=batch_size, ray_address=ray_address), None
     if dry_run or minutes or gpu_hours:
-        means = look_at_means(subject, settings, engine, **how, say=say)
-        plan = plan_run(subject, settings, level, means, tuned=tuned, batch_size=batch_size)
+        plan = _planned(subject, settings, level, engine, how, say, tuned=tuned)
         most = plan.within(start, minutes, gpu_hours, say)
         if dry_run:
             return plan.said(say, most)
@@ -124,6 +123,13 @@ class _How(TypedDict):
     workers: int | None
     batch_size: int | Literal["auto"]
     ray_address: str | None
+
+
+def _planned(
+    subject: Subject, settings: RunSettings, level: Level, engine: str, how: _How, say: Say, *, tuned: bool
+) -> Plan:
+    means = look_at_means(subject, settings, engine, **how, say=say)
+    return plan_run(subject, settings, level, means, tuned=tuned, batch_size=how["batch_size"])
 
 
 def _level(

@@ -51,7 +51,8 @@ class Outbox:
 
     def parcel(self, call: Call | None = None) -> tuple[Any, Parcel]:
         """Return the record of a call's argument as a worker reads it, and what it has to have for it."""
-        record, given = None if call is None else call.record, {}
+        given: dict[str, str] = {}
+        record: Any = None if call is None else call.record
         if call is not None and isinstance(call.argument, Job):
             for kind in GIVEN:
                 if record[kind] is not None:
@@ -87,7 +88,7 @@ class Outbox:
         if path not in self._known or self._known[path][0] != stamp:
             # mapped: the only copy that is made is that of the object store
             data = np.asarray(np.memmap(path, mode="r")) if stat.st_size else np.zeros(0, dtype=np.uint8)
-            sha = hashlib.sha256(data).hexdigest()
+            sha = hashlib.sha256(data.data).hexdigest()
             if sha not in self._places:
                 self._places[sha] = self._stored(path, data)
             self._known[path] = (stamp, sha)
