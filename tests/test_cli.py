@@ -89,6 +89,7 @@ def test_help_fits_eighty_columns_with_room_to_read(command, monkeypatch):
     text = CliRunner().invoke(app, [command, "--help"]).output
     assert max(map(len, text.splitlines())) <= 80
     options = text.partition("Options")[2].partition("╰")[0].splitlines()
+    assert options
     assert not [line for line in options if "…" in line.partition("<")[0]]  # names are not cut
 
 

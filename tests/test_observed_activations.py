@@ -97,3 +97,16 @@ def test_ranges_of_layers_that_are_called_by_keyword_are_observed(pipe, monkeypa
         type(layer), "__call__", lambda self, x: call(self, input=x) if self is layer else call(self, x)
     )
     assert observe_ranges(pipe, spec, CALIBRATION).ranges == plain
+
+
+def test_what_was_observed_of_another_model_is_observed_anew(pipe) -> None:
+    foreign = {"ranges": {"unet.conv_in": ((0.0, 1.0),)}, "equalisers": {"unet.conv_in": "mm"}}
+    for spec in (ActivationSpec(layers={"proj_out_1": "tensor-8-static"}), ActivationSpec(default="token-6")):
+        with pytest.raises(QuantDMError, match="another model's"):
+            spec.model_copy(update=foreign).resolve(list_layers(pipe.transformer))
+    static = ActivationSpec(layers={"proj_out_1": "tensor-8-static"})
+    again = observe_ranges(pipe, static.model_copy(update=foreign), CALIBRATION)
+    assert again == observe_ranges(pipe, static, CALIBRATION)
+    rounded = ActivationSpec(layers={"proj_out_1": "token-4"})
+    chosen = choose_activations(pipe, rounded.model_copy(update=foreign), CALIBRATION)
+    assert chosen == choose_activations(pipe, rounded, CALIBRATION)

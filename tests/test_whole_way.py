@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from quantdm import QuantDMError, load_pipeline, load_protocol
 from quantdm.cli.app import size_in_bytes
 from quantdm.cli.main import app
 from quantdm.corridor.levels import LEVELS, Level, level_of
-from quantdm.corridor.run import default_folder, run
+from quantdm.corridor.run import default_folder, device_of, run
+from quantdm.machine import best_device
 from quantdm.pipelines.generate import generate
 from quantdm.report.page import SECTIONS
 from quantdm.report.records import read_records
@@ -129,6 +131,11 @@ def test_efforts_and_folders_have_names():
         quantdm.run("digits-dit", target_bits=3.0, effort="fast")
     assert str(default_folder("a/b", 3.5, None, "normal")) == "runs/b-3.5bit"
     assert str(default_folder("b", None, 900, "quick")) == "runs/b-900bytes-quick"
+
+
+def test_a_live_pipeline_says_itself_where_it_lies():
+    assert device_of(SimpleNamespace(device=torch.device("mps:0"))) == "mps"
+    assert device_of("digits-dit") == best_device()
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def choose_activations(
         QuantDMError: a variant is no label, or an input has NaN (layer and timestep are named).
     """
     denoiser = get_denoiser(pipe)
+    spec = spec.observed_of({record.name for record in list_layers(denoiser)})
     schemes = spec.resolve(list_layers(denoiser))
     tried = {
         name: [ActivationScheme.parse(f"{scheme.granularity}-{scheme.bits}{variant}") for variant in variants]

@@ -43,6 +43,7 @@ def observe_ranges(
     if spec.bucket_bits:
         raise QuantDMError("activations: have bits per bucket already; observe ranges first, then give bits to steps")
     denoiser = get_denoiser(pipe)
+    spec = spec.observed_of({record.name for record in list_layers(denoiser)})
     rules = spec.model_copy(update={"ranges": {}, "buckets": ()})
     schemes = _without_ranges(rules, list_layers(denoiser))
     static = {name: scheme for name, scheme in schemes.items() if scheme is not None and scheme.static}

@@ -94,7 +94,7 @@ def run(
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
     start, level = time.monotonic(), _level(effort, trials, options, dtype, target_bits, target_bytes, fidelity)
-    _check_means(engine, ray_address, minutes, gpu_hours, device)
+    _check_means(engine, ray_address, minutes, gpu_hours, device or device_of(pipe))
     folder = run_dir or default_folder(pipe, target_bits, target_bytes, effort)
     subject = _look(pipe, folder, example_inputs, device, dtype, learned_from, say)
     given: dict[str, Any] = {
@@ -170,13 +170,18 @@ def _counted(subject: Subject) -> str:
 
 
 def _check_means(
-    engine: str, ray_address: str | None, minutes: float | None, gpu_hours: float | None, device: str | None
+    engine: str, ray_address: str | None, minutes: float | None, gpu_hours: float | None, device: str
 ) -> None:
     check_engine(engine, ray_address)
     if minutes is not None and gpu_hours is not None:
         raise QuantDMError("budget: got minutes and gpu_hours; give one of them")
-    if gpu_hours is not None and engine == "local" and (device or best_device()) == "cpu":
+    if gpu_hours is not None and engine == "local" and device == "cpu":
         raise QuantDMError(NO_ACCELERATOR)
+
+
+def device_of(pipe: DiffusionPipeline | str | Path) -> str:
+    """Return the kind of device of a live pipeline, or that where one is put that is named."""
+    return best_device() if isinstance(pipe, (str, Path)) else pipe.device.type
 
 
 def default_folder(

@@ -144,6 +144,8 @@ def check_given(trials: int, options: Sequence[Scheme], dtype: str | None, fidel
     """
     if fidelity is not None and fidelity not in FIDELITIES:
         raise QuantDMError(f"fidelity: got {fidelity!r}; {nearest(fidelity, FIDELITIES)}")
+    if all(scheme == ORIGINAL for scheme in options):
+        raise QuantDMError("options: none of them quantizes; expected a scheme, such as kmeans-channel-4-feedback")
     least = max(MIN_TRIALS, 3 * sum(scheme != ORIGINAL for scheme in options) // 2)
     if trials < least:
         raise QuantDMError(f"trials: got {trials}, expected at least {least}: the surrogates learn nothing from fewer")
