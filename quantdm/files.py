@@ -259,7 +259,8 @@ def map_tensor(path: str | Path, name: str) -> "tuple[torch.Tensor, dict[str, An
     length = int.from_bytes(mapped[:8], "little")
     first = json.loads(mapped[8 : 8 + length])[name]["data_offsets"][0]
     tensor = torch.frombuffer(mapped, dtype=torch.float32, count=math.prod(shape), offset=8 + length + first)
-    return tensor.view(shape), metadata, lambda: mapped.madvise(mmap.MADV_DONTNEED)
+    unused = getattr(mmap, "MADV_DONTNEED", None)  # not every system can be told
+    return tensor.view(shape), metadata, lambda: None if unused is None else mapped.madvise(unused)
 
 
 def tensors_digest(path: str | Path) -> str:
