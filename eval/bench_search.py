@@ -15,7 +15,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ import diffusers
 import torch
 
 from quantdm import Protocol, Scheme
-from quantdm.activations.moments import LazyMoments
-from quantdm.denoisers.calls import Call, record_calls, replay
+from quantdm.activations.moments import gather_moments
+from quantdm.denoisers.calls import record_calls, replay
 from quantdm.files import write_json
 from quantdm.machine import cores, memory_gb, versions
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import Subject, look_at
-from quantdm.quantizers import quantize_options
+from quantdm.runs.bank import WeightBank
 from quantdm.runs.settings import FULL, FULL_TRIALS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,7 +41,7 @@ PROTOCOL = Protocol(
     version=2, argument="prompt", values=["a red barn", "two owls"], steps=1, features="pyramid", resolution=128,
     guidance_scale=1.0,
 )  # fmt: skip
-OPTIONS = [Scheme.parse(label) for label in ("kmeans-channel-4-importance", "uniform-channel-4-importance")]
+OPTIONS = [Scheme.parse(label) for label in ("kmeans-channel-4-feedback", "uniform-channel-4-importance")]
 LAYERS = (
     "mid_block.attentions.0.transformer_blocks.0.attn1.to_q",  # 1,280 columns
     "mid_block.attentions.0.transformer_blocks.0.ff.net.2",  # 5,120
@@ -88,23 +88,24 @@ def timed(record: dict[str, Any], name: str, do: Callable[[], Any]) -> Any:
     return found
 
 
-def stages(subject: Subject, record: dict[str, Any]) -> None:
+def stages(subject: Subject, record: dict[str, Any], folder: Path) -> None:
     """Measure the pieces of every stage."""
     denoiser: Any = subject.denoiser
     with record_calls(denoiser) as recording:
         timed(record, "one image, one step", lambda: generate(subject.pipe, PROTOCOL, [1]))
+    moments = {  # of all layers first, to files, as a run does
+        name: timed(
+            record,
+            f"moments: {name}",
+            partial(gather_moments, denoiser, recording.calls, [name], folder=folder / "moments"),
+        )
+        for name in LAYERS
+    }
     for name in LAYERS:
-        _layer(subject, record, recording.calls, name)
+        layer = next(layer for layer in subject.layers if layer.name == name)
+        bank = WeightBank(folder / "bank", [layer], OPTIONS, sweeps=0)
+        timed(record, f"two options: {name}", partial(bank.build, denoiser, moments=moments[name], workers=1))
     timed(record, "sensitivity: one layer, one scheme, one call", lambda: replay(denoiser, recording.calls))
-
-
-def _layer(subject: Subject, record: dict[str, Any], calls: Sequence[Call], name: str) -> None:
-    denoiser = subject.denoiser
-    moments = timed(record, f"moments: {name}", lambda: LazyMoments(denoiser, calls, [name])[name])
-    weight = denoiser.get_parameter(f"{name}.weight").detach()
-    split = next(layer.split for layer in subject.layers if layer.name == name)
-    make_options = partial(quantize_options, weight, OPTIONS, split=split, name=name, moments=moments, sweeps=0)
-    timed(record, f"two options: {name}", make_options)
 
 
 def estimated(subject: Subject, record: dict[str, Any]) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def main() -> None:
     folder = parser.parse_args().folder
     place, record = make(folder), {}
     subject = timed(record, "open and look at", lambda: look_at(place, dtype="bfloat16"))
-    stages(subject, record)
+    stages(subject, record, folder)
     model = sum(parameter.nbytes for parameter in subject.denoiser.parameters()) / 1e9
     peak = max(stage["peak_gb"] for stage in record.values())
     found = {"model_gb": round(model, 3), "peak_gb": peak, "above_the_model_gb": round(peak - model, 3)}
@@ -139,7 +140,8 @@ def main() -> None:
     result = {"pieces": record, **found, "estimated": estimated(subject, record), "machine": machine}
     said = {"threads": torch.get_num_threads(), "other work on the machine": True, "versions": versions()}
     write_json(OUT, {**result, **said, "date": datetime.date.today().isoformat()})
-    shutil.rmtree(place)
+    for made in (place, folder / "moments", folder / "bank"):
+        shutil.rmtree(made)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,19 @@ def test_moments_of_another_model_or_protocol_are_not_taken_for_its_own(other, t
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_moments_in_files_are_the_same_after_their_memory_was_let_go(tmp_path):
+    model = nn.Linear(600, 2)
+    x = torch.randn(700, 600, generator=torch.Generator().manual_seed(0))
+    calls = [Call((x,), {}, model(x))]
+    held = gather_moments(nn.Sequential(model), [Call((x,), {}, model(x))], ["0"])["0"]
+    found = gather_moments(nn.Sequential(model), calls, ["0"], folder=tmp_path)["0"]
+    assert torch.equal(found.second, held.second)
+    assert found.let_go is not None
+    found.let_go()
+    assert torch.equal(found.second, held.second)
+    assert torch.equal(found.part(slice(3, 9)).second, held.second[:, 3:9, 3:9])
+
+
 def test_what_cannot_be_calibrated_is_an_error(dit, calls):
     denoiser = get_denoiser(dit)
     with pytest.raises(QuantDMError, match="calls: got none"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantdm.denoisers.calls import Call, layer_input, replay
 from quantdm.errors import QuantDMError, nearest
-from quantdm.files import digest, load_tensors, save_tensors
+from quantdm.files import digest, map_tensor, save_tensors
 from quantdm.pipelines.sketch import sketch_of
 from quantdm.quantizers import Moments
 from quantdm.recipe.joint import joint_prefix, split_name
@@ -118,8 +118,8 @@ class StoredMoments(Mapping[str, Moments]):
     def __getitem__(self, name: str) -> Moments:
         if name not in self.layer_names:
             raise KeyError(name)
-        tensors, metadata = load_tensors(self.path(name))
-        return Moments(tensors["second"], metadata["count"])
+        second, metadata, let_go = map_tensor(self.path(name), "second")
+        return Moments(second, metadata["count"], let_go)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layer_names)

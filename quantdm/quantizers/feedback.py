@@ -15,6 +15,7 @@ from quantdm.errors import QuantDMError
 from quantdm.quantizers.columns import BLOCK, ColumnTables
 from quantdm.quantizers.moments import Moments
 
+ROWS = 1024  # of a matrix that is copied, at a time
 DAMPING = 0.01  # of the mean diagonal, raised tenfold until the factorization succeeds
 
 
@@ -34,23 +35,46 @@ def factorize(moments: Moments, name: str) -> InputFactor:
     Raises:
         QuantDMError: not a matrix of second moments, however much it is damped.
     """
-    second = moments.second.float().clone()
-    diagonal = second.diagonal(dim1=1, dim2=2)
+    diagonal = moments.second.diagonal(dim1=1, dim2=2).float()
     mean = diagonal.mean(dim=1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
-    diagonal.copy_(torch.where(diagonal > 0, diagonal, mean))
+    diagonal = torch.where(diagonal > 0, diagonal, mean)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
-    n = order.shape[1]
-    second = second.gather(1, order[:, :, None].expand(-1, n, n)).gather(2, order[:, None].expand(-1, n, n)).flip(1, 2)
-    diagonal, damping, info = second.diagonal(dim1=1, dim2=2), DAMPING, None
+    backwards = order.flip(1)
+    second = _permuted(moments.second, backwards)
+    places = second.diagonal(dim1=1, dim2=2)
+    places.copy_(diagonal.gather(1, backwards))
+    damping, lower = DAMPING, None
     while damping <= 10:
-        diagonal += damping * mean
+        places += damping * mean
         lower, info = torch.linalg.cholesky_ex(second)
         if not bool(info.any()):
-            upper = lower.flip(1, 2)
-            return InputFactor(order, upper.div_(upper.diagonal(dim1=1, dim2=2)[:, None].clone()))
+            return InputFactor(order, _unit_upper(lower, second))
         damping *= 10
     raise QuantDMError(f"{name}: got moments that are not positive, expected E[x x^T]; calibrate in float32 or bf16")
+
+
+def _permuted(second: Tensor, order: Tensor) -> Tensor:
+    """Return moments [G, n, n] in float32 with rows and columns in an order [G, n], some rows at a time."""
+    found = torch.empty(second.shape, dtype=torch.float32, device=second.device)
+    for g in range(len(second)):
+        for first in range(0, second.shape[1], ROWS):
+            rows = order[g, first : first + ROWS]
+            found[g, first : first + ROWS] = second[g, rows][:, order[g]]
+    return found
+
+
+def _unit_upper(lower: Tensor, place: Tensor) -> Tensor:
+    """Return a Cholesky factor [G, n, n], of columns from the last to the first, as the unit upper one in their order.
+
+    It is written to `place`, some rows at a time: of the widest layers a third matrix would be half a gigabyte.
+    """
+    n = lower.shape[1]
+    scale = lower.diagonal(dim1=1, dim2=2).flip(1)[:, None].clone()
+    for first in range(0, n, ROWS):
+        last = min(first + ROWS, n)
+        place[:, first:last] = lower[:, n - last : n - first].flip(1, 2).div_(scale)
+    return place
 
 
 def feedback_codes(matrix: Tensor, table: Tensor, length: int, factor: InputFactor) -> Tensor:

@@ -18,6 +18,8 @@ from quantdm.quantizers.tables import nearest_codes, round_codebook
 from quantdm.quantizers.weight import QuantizedWeight, factor_of, halves, parameters_of, tables_of
 from quantdm.schemes import Scheme
 
+LARGE = 2**26  # entries of moments, a quarter of a gigabyte
+
 
 @dataclass(frozen=True, eq=False)
 class MatrixFit:
@@ -52,7 +54,17 @@ class MatrixFit:
             for i, parameters in self._fit_half(half, schemes, moments, suffix):
                 parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=matrix.device)
                 stored[i] |= {key + suffix: parameters[key] for key in parameters_of(schemes[i])}
+            if moments is not None and moments.let_go is not None:
+                moments.let_go()
         return [QuantizedWeight(s, self.shape, self.split, dtype, t) for s, t in zip(schemes, stored, strict=True)]
+
+    def _factor(self, suffix: str, moments: Moments) -> InputFactor:
+        """Return the factorized moments of one half; of two large ones only that of the last is kept."""
+        if suffix not in self.inputs:
+            if moments.second.numel() > LARGE:
+                self.inputs.clear()
+            self.inputs[suffix] = factorize(moments, self.name)
+        return self.inputs[suffix]
 
     def _fit_half(
         self, half: Tensor, schemes: Sequence[Scheme], moments: Moments | None, suffix: str
@@ -78,9 +90,7 @@ class MatrixFit:
                 else:
                     parameters = _fit(schemes[i], blocks, weights, ordered, half.shape, exact=self.exact)
                 if schemes[i].calibration == "feedback" and moments is not None:
-                    if suffix not in self.inputs:
-                        self.inputs[suffix] = factorize(moments, self.name)
-                    inputs = self.inputs[suffix]
+                    inputs = self._factor(suffix, moments)
                     start = _round(schemes[i], blocks, parameters, half.shape[1]).view(half.shape)
                     parameters, codes = _fed_back(half, schemes[i], parameters, start, inputs, moments, self.sweeps)
                 else:

@@ -4,7 +4,8 @@ For a layer y = W x the expected squared error of the output is sum over rows of
 Its diagonal E[x^2] is the importance of a column of the weight: the error when inputs are uncorrelated.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ class Moments:
 
     second: Tensor
     count: int
+    let_go: Callable[[], object] | None = None  # of memory that is a file's; it is read again when it is needed
 
     @property
     def importance(self) -> Tensor:
@@ -32,11 +34,11 @@ class Moments:
 
     def part(self, columns: slice) -> "Moments":
         """Return the moments of some of the columns, as one half of a split weight needs them."""
-        return Moments(self.second[:, columns, columns], self.count)
+        return replace(self, second=self.second[:, columns, columns])
 
     def to(self, device: torch.device) -> "Moments":
         """Return the moments on a device."""
-        return Moments(self.second.to(device), self.count)
+        return replace(self, second=self.second.to(device))
 
     def importance_of(self, lines: int) -> Tensor:
         """Return the importance of every weight of a matrix [lines, n], of mean 1 in each row and nowhere zero."""
