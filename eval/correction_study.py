@@ -34,8 +34,9 @@ from quantdm.activations import set_activation_bits_
 from quantdm.activations.moments import gather_moments
 from quantdm.correction import RIVALS, VARIANTS, Correction, fit_correction, load_correction
 from quantdm.correction.fit import sampling
+from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError
-from quantdm.files import read_json, write_json
+from quantdm.files import digest, read_json, write_json
 from quantdm.machine import cores, versions
 from quantdm.metrics import frechet_distance, load_extractor
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
@@ -92,8 +93,10 @@ class Study:
         denoiser = get_denoiser(self.pipe)
         layers = list_layers(denoiser)
         self.labels = {layer.name: self.scheme for layer in layers}
-        folder = Path(gettempdir()) / "quantdm-correction-study" / f"{name}-{bits}-{FIT_IMAGES}"
-        self.kept, self.exact = folder / f"{IMAGES} images", folder.parent / f"{name}-exact-{IMAGES}"
+        state = digest(CORRECTION_VERSION, STEPS, self.protocol.model_dump(mode="json"), *denoiser.parameters())
+        top = Path(gettempdir()) / "quantdm-correction-study" / f"{name}-{state}"  # of these weights and rules only
+        folder = top / f"{bits}-{FIT_IMAGES}"
+        self.kept, self.exact = folder / f"{IMAGES} images", top / f"exact-{IMAGES}"
         moments = gather_moments(
             denoiser, calibration_calls(self.pipe, self.protocol, range(64)), [layer.name for layer in layers]
         )

@@ -10,10 +10,10 @@ from typing import Any
 
 from quantdm.files import atomic_path, read_json
 from quantdm.metrics.statistics import spread
+from quantdm.pipelines.loading import known_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "activations.md"
-MODELS = ("digits-dit", "digits-sd")
 BEGIN, END = "<!-- activations:begin -->", "<!-- activations:end -->"
 BITS = (8, 6, 5, 4)
 NAIVE, CHOSEN = "per tensor", "chosen per layer"
@@ -85,7 +85,7 @@ def _noise(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 def page(text: str) -> str:
     """Return the page with the tables of what is recorded now."""
-    paths = [ROOT / "eval" / "results" / f"activations_{model}.json" for model in MODELS]
+    paths = [ROOT / "eval" / "results" / f"activations_{model}.json" for model in known_pipelines()]
     found = "\n\n".join(tables(read_json(path)) for path in paths if path.is_file())
     return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{found}\n{END}", text, flags=re.S)
 
