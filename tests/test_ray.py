@@ -28,10 +28,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::Warning")  # of Ray's own start
 SETTINGS = {"workers": None, "batch_size": "auto"}
 
 
+EAGER = ("RAY_worker_niceness", "0")  # Ray's workers would let every other test go first
+
+
 @pytest.fixture
 def temporary(monkeypatch):
     """The temporary folder of all nodes; short, since Ray keeps sockets beside it."""
     monkeypatch.setenv("RAY_TMPDIR", tempfile.gettempdir())
+    monkeypatch.setenv(*EAGER)
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", None)  # what is in the environment counts
@@ -62,7 +66,9 @@ def single():
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*EAGER)
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield ray
     ray.shutdown()
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
