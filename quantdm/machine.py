@@ -114,6 +114,11 @@ def probe_seconds(dtype: torch.dtype) -> float:
     return time.perf_counter() - start
 
 
+def load() -> float:
+    """Return how many processes wanted a core in the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
 def best_device() -> str:
     """Return where pipelines that are opened by name are put: "cuda" if there is any, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -105,6 +105,7 @@ def test_help_fits_eighty_columns_with_room_to_read(command, monkeypatch):
         (["evaluate", "digits-dit", "--seeds", "a,b"], "whole numbers"),
         ([*GONE, "--engine", "rya"], "engine: got 'rya'; known: local, ray"),
         ([*GONE, "--ray-address", "auto"], "expected engine ray"),
+        ([*GONE, "--engine", "ray", "--ray-address", "127.0.0.1:1"], "no cluster at 127.0.0.1:1"),
         ([*GONE, "--fidelity", "high"], "fidelity: got 'high'; known: full, auto"),
         ([*GONE, "--gpu-hours", "1", "--device", "cpu"], "no accelerator works here; give minutes"),
         ([*GONE, "--gpu-hours", "1", "--minutes", "5"], "give one of them"),

@@ -120,6 +120,16 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(tmp_path, dit)
     assert all(len(line) <= 79 for line in said[-1].splitlines())
 
 
+def test_a_plan_says_days_as_days_and_that_the_machine_is_busy():
+    stages = [planning.Stage("trials", seconds, 10**6, 10**6) for seconds in (100.0, 3000.0, 30_000.0, 300_000.0)]
+    text = planning.Plan(tuple(stages), 30, 2, load=99.0).text()
+    assert [line.split()[1:3] for line in text.splitlines()[1:5]] == [
+        ["100", "s"], ["50", "min"], ["8", "h"], ["3", "days"],
+    ]  # fmt: skip
+    assert "is busy (load 99)" in text
+    assert "is busy" not in planning.Plan(tuple(stages), 30, 2, load=1.0).text()
+
+
 def test_a_plan_goes_by_the_workers_of_the_engine_and_by_fidelity_and_budget(dit, tmp_path):
     asked = {"target_bits": 3.2, "run_dir": tmp_path / "run", "options": OPTIONS, "dry_run": True, "workers": 1}
     asked |= {"protocol": load_protocol("digits-dit"), "trials": 40}

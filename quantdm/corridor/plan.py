@@ -1,5 +1,6 @@
 """What a run will take, before anything starts: time, memory and disk of every stage, from a few images."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +12,7 @@ from torch import nn
 from quantdm.corridor.levels import Level
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError
-from quantdm.machine import cores
+from quantdm.machine import cores, load
 from quantdm.pipelines.generate import most_at_once
 from quantdm.pipelines.sizes import bytes_per_image
 from quantdm.pipelines.subject import Subject
@@ -53,10 +54,11 @@ class Plan:
     workers: int
     accelerators: float = 0.0
     note: str = ""
+    load: float = 0.0  # processes that wanted a core before
 
     def record(self) -> dict[str, Any]:
         """Return plain numbers."""
-        means = {"workers": self.workers, "accelerators": self.accelerators}
+        means = {"workers": self.workers, "accelerators": self.accelerators, "load": self.load}
         return {"estimate": True, **means, "stages": [asdict(stage) for stage in self.stages]}
 
     def said(self, say: Callable[[str], object], most: Callable[[int], int] | None = None) -> dict[str, Any]:
@@ -74,6 +76,8 @@ class Plan:
             memory, disk = (f"{size / 1e6:,.0f} MB" for size in (stage.memory, stage.disk))
             lines.append(f"{stage.name:<16}{_clock(stage.seconds):>12}{memory:>12}{disk:>12}")
         lines.append(f"An estimate, from a few images generated just now; {self.workers} workers.")
+        if self.load > cores() + 1:
+            lines.append(f"This machine is busy (load {self.load:.0f}); without its other work that takes less time.")
         return "\n".join([*lines, self.note] if self.note else lines)
 
     def _sums(self) -> tuple[float, int, int]:
@@ -139,6 +143,7 @@ def plan_run(
     Raises:
         QuantDMError: the pipeline refuses the protocol's call.
     """
+    busy = load()
     pipe = subject.in_dtype(settings.torch_dtype)
     seconds = _seconds(subject, settings, level if tuned else replace(level, tune_images=0), means)
     weights = sum(map(_bytes, subject.denoisers.values()))
@@ -154,6 +159,7 @@ def plan_run(
         means.workers,
         means.accelerators,
         CHEAP if settings.fidelity == "auto" else "",
+        busy,
     )
 
 
@@ -213,4 +219,6 @@ def _bank_seconds(subject: Subject, settings: RunSettings) -> float:
 
 
 def _clock(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    """Return a duration in the unit that suits it."""
+    units = ((120, 1, "s"), (120 * 60, 60, "min"), (48 * 3600, 3600, "h"), (math.inf, 86400, "days"))
+    return next(f"{seconds / unit:.0f} {name}" for below, unit, name in units if seconds < below)

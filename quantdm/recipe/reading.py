@@ -63,7 +63,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> RecipeFile:
 def _read(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
     """Return a file's plain data and the line on which every key stands."""
     if not os.path.isfile(path):
-        raise QuantDMError(f"recipe: no file {path}")
+        raise QuantDMError(f"recipe: no file {path}; give one of recipes/, or what `quantdm run` or `select` wrote")
     if path.stat().st_size > MAX_BYTES:
         raise QuantDMError(f"{what}: has {path.stat().st_size:,} bytes, expected {MAX_BYTES:,} or less; use patterns")
     lines: Lines = {}

@@ -4,6 +4,7 @@ from typing import Literal
 
 from quantdm.errors import QuantDMError, nearest
 from quantdm.pipelines.subject import Subject
+from quantdm.runs.engines.cluster import check_reachable
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.run import Run
 
@@ -14,12 +15,15 @@ def check_engine(engine: str, ray_address: str | None) -> None:
     """Check, before anything is opened, that there is such an engine.
 
     Raises:
-        QuantDMError: there is none of that name, or an address is given to one that takes none.
+        QuantDMError: there is none of that name, its package is not installed, nobody listens at the address, or one
+            is given to an engine that takes none.
     """
     if engine not in ENGINES:
         raise QuantDMError(f"engine: got {engine!r}; {nearest(engine, ENGINES)}")
     if ray_address is not None and engine != "ray":
         raise QuantDMError(f"ray address: got {ray_address!r} for the engine {engine}; expected engine ray")
+    if engine == "ray":
+        check_reachable(ray_address)
 
 
 def open_engine(

@@ -1,6 +1,7 @@
 """A Ray cluster: one that runs, or one of its own on this machine, and how many workers it has room for."""
 
 import socket
+from importlib.util import find_spec
 from typing import Any
 
 from quantdm.errors import QuantDMError
@@ -21,10 +22,9 @@ def connect(address: str | None, workers: int | None) -> tuple[Any, bool]:
     Raises:
         QuantDMError: Ray is not installed, no such cluster, or this process is connected to another.
     """
-    try:
-        import ray
-    except ImportError:
-        raise QuantDMError("engine ray: the package ray is not installed; pip install 'quantdm[ray]'") from None
+    check_reachable(address)
+    import ray
+
     if ray.is_initialized():
         _check_same(address, ray.get_runtime_context().gcs_address)
         return ray, False
@@ -32,11 +32,30 @@ def connect(address: str | None, workers: int | None) -> tuple[Any, bool]:
     if address is None:
         settings |= {"num_cpus": workers, "include_dashboard": False}
     try:
-        _probe(address)
         ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise QuantDMError(f"ray: no cluster at {address}: {str(error).splitlines()[0]:.200}; {EXPECTED}") from None
+        raise _nowhere(address, error) from None
     return ray, True
+
+
+def check_reachable(address: str | None) -> None:
+    """Check, before anything is opened, that Ray is installed and that somebody listens at an address.
+
+    Raises:
+        QuantDMError: it is not, or nobody does; Ray itself would try for a minute.
+    """
+    if find_spec("ray") is None:
+        raise QuantDMError("engine ray: the package ray is not installed; pip install 'quantdm[ray]'")
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    try:
+        if host and port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=REACHED).close()
+    except (OSError, OverflowError) as error:
+        raise _nowhere(address, error) from None
+
+
+def _nowhere(address: str | None, error: Exception) -> QuantDMError:
+    return QuantDMError(f"ray: no cluster at {address}: {str(error).splitlines()[0]:.200}; {EXPECTED}")
 
 
 def room(ray: Any, workers: int | None, gpus: float | None) -> tuple[int, float]:
@@ -69,10 +88,3 @@ def _resolved(address: str | None) -> tuple[str, str]:
         return socket.gethostbyname(host), port
     except OSError:  # ray://HOST has no such address
         return host, port
-
-
-def _probe(address: str | None) -> None:
-    """Raise OSError at once where nobody listens: Ray itself would try for a minute."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host, int(port)), timeout=REACHED).close()
