@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from correction_study import AS_FLOW
 
 from quantdm import get_denoiser, load_pipeline, load_protocol
 from quantdm.activations import set_activation_bits_
@@ -56,10 +57,9 @@ def measure(name: str) -> list[dict[str, Any]]:
     network = network_seconds(pipe, protocol)
     own, flow = pipe.scheduler, "FlowMatch" in type(pipe.scheduler).__name__
     correction = fitted(pipe, protocol, name)
-    as_flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 1.0}
     rows = []
     for sampler in (type(own).__name__, *MULTISTEP):
-        settings = as_flow if flow and sampler in MULTISTEP else {}
+        settings = AS_FLOW if flow and sampler in MULTISTEP else {}
         pipe.scheduler = getattr(diffusers, sampler).from_config(own.config, **settings)
         seconds = {}
         for label, given in (("plain", None), ("corrected", correction)):

@@ -6,12 +6,10 @@ torch is imported by what reads and writes tensors, not by what reads a record: 
 import errno
 import hashlib
 import json
-import math
-import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,27 +249,6 @@ def load_tensors(path: str | Path) -> "tuple[dict[str, torch.Tensor], dict[str, 
     with open_tensors(path) as file:
         header = file.metadata() or {}
         return {k: file.get_tensor(k) for k in file.keys()}, json.loads(header.get("quantdm", "{}"))  # noqa: SIM118
-
-
-def map_tensor(path: str | Path, name: str) -> "tuple[torch.Tensor, dict[str, Any], Callable[[], object]]":
-    """Return a float32 tensor of a file of `save_tensors`, memory-mapped, with the file's metadata.
-
-    The third that is returned lets go of the memory that reading the tensor took; it is read again when it is needed.
-
-    Raises:
-        QuantDMError: the file is missing or damaged, or has no such tensor.
-    """
-    import torch
-
-    with open_tensors(path) as file:
-        metadata, shape = json.loads((file.metadata() or {}).get("quantdm", "{}")), file.get_slice(name).get_shape()
-    with open(path, "rb") as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    length = int.from_bytes(mapped[:8], "little")
-    first = json.loads(mapped[8 : 8 + length])[name]["data_offsets"][0]
-    tensor = torch.frombuffer(mapped, dtype=torch.float32, count=math.prod(shape), offset=8 + length + first)
-    unused = getattr(mmap, "MADV_DONTNEED", None)  # not every system can be told
-    return tensor.view(shape), metadata, lambda: None if unused is None else mapped.madvise(unused)
 
 
 def tensors_digest(path: str | Path) -> str:

@@ -149,9 +149,10 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    names = ("quantdm", "torch", "diffusers", "transformers", "xgboost-cpu", "scipy")
+def versions(
+    names: Iterable[str] = ("quantdm", "torch", "diffusers", "transformers", "xgboost-cpu", "scipy"),
+) -> dict[str, str]:
+    """Return the versions that a result depends on, of packages that are installed."""
     found = {}
     for name in names:
         with contextlib.suppress(Exception):

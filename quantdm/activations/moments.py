@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from quantdm.denoisers.calls import Call, layer_input, replay
 from quantdm.errors import QuantDMError, nearest
-from quantdm.files import digest, map_tensor, save_tensors
+from quantdm.files import digest, save_tensors
 from quantdm.pipelines.sketch import sketch_of
+from quantdm.pipelines.tensor_files import map_tensor
 from quantdm.quantizers import Moments
 from quantdm.recipe.joint import joint_prefix, split_name
 

@@ -1,8 +1,10 @@
 """Tensors where they lie in safetensors files: names, shapes and dtypes from the headers, values when asked for."""
 
 import json
+import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,16 +66,48 @@ def floats_are(files: Iterable[Path], dtype: torch.dtype) -> bool:
     return found == {dtype}
 
 
-def _tensors_of(path: Path) -> dict[str, LazyTensor]:
-    try:
+def map_tensor(path: Path, name: str) -> tuple[torch.Tensor, dict[str, Any], Callable[[], object]]:
+    """Return a tensor of a file of `save_tensors`, memory-mapped, with the file's metadata.
+
+    The third that is returned lets go of the memory that reading the tensor took; it is read again when it is needed.
+
+    Raises:
+        QuantDMError: the file is missing or damaged, or has no such tensor.
+    """
+    with _reading(path):
+        header, start, size = _header_of(path)
+        metadata = json.loads(header.get("__metadata__", {}).get("quantdm", "{}"))
+        meta = _tensor(path, start, header[name], size).meta
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(LENGTH), "little")
-            if length > size - LENGTH:
-                raise ValueError("its header is cut off")
-            header = json.loads(file.read(length))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        first = start + header[name]["data_offsets"][0]
+        tensor = torch.frombuffer(mapped, dtype=meta.dtype, count=meta.numel(), offset=first).view(meta.shape)
+    unused = getattr(mmap, "MADV_DONTNEED", None)  # not every system can be told
+    return tensor, metadata, lambda: None if unused is None else mapped.madvise(unused)
+
+
+def _tensors_of(path: Path) -> dict[str, LazyTensor]:
+    with _reading(path):
+        header, start, size = _header_of(path)
         header.pop("__metadata__", None)
-        return {name: _tensor(path, LENGTH + length, entry, size) for name, entry in header.items()}
+        return {name: _tensor(path, start, entry, size) for name, entry in header.items()}
+
+
+def _header_of(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the header of a file, where its data start, and its size."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(LENGTH), "little")
+        if length > size - LENGTH:
+            raise ValueError("its header is cut off")
+        return json.loads(file.read(length)), LENGTH + length, size
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Tell of what is wrong with a file."""
+    try:
+        yield
     except FileNotFoundError:
         raise QuantDMError(f"{path}: no such file; copy or download it again") from None
     except OSError as error:

@@ -54,7 +54,7 @@ class MatrixFit:
             for i, parameters in self._fit_half(half, schemes, moments, suffix):
                 parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=matrix.device)
                 stored[i] |= {key + suffix: parameters[key] for key in parameters_of(schemes[i])}
-            if moments is not None and moments.let_go is not None:
+            if moments is not None:
                 moments.let_go()
         return [QuantizedWeight(s, self.shape, self.split, dtype, t) for s, t in zip(schemes, stored, strict=True)]
 

@@ -15,6 +15,10 @@ from quantdm.errors import QuantDMError
 LEAST_IMPORTANCE = 1e-6  # of the mean: a column that calibration never saw used still keeps its sign and size
 
 
+def _keep() -> None:
+    """Let go of nothing: the memory is no file's."""
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Second moments `second` [G, n, n] float32 of the inputs of one layer, averaged over `count` input vectors.
@@ -25,7 +29,7 @@ class Moments:
 
     second: Tensor
     count: int
-    let_go: Callable[[], object] | None = None  # of memory that is a file's; it is read again when it is needed
+    let_go: Callable[[], object] = _keep  # of memory that is a file's; it is read again when it is needed
 
     @property
     def importance(self) -> Tensor:

@@ -255,10 +255,6 @@ class ActivationSpec(BaseModel):
         """Whether a scale varies where no integer product can factor it out."""
         return any(scheme.granularity == "map" for scheme in self.schemes)
 
-    @property
-    def _observed(self) -> tuple[str, ...]:
-        return (*self.ranges, *self.equalisers)
-
     def observed_of(self, names: Collection[str]) -> "ActivationSpec":
         """Return the spec without what was observed of layers of other names."""
         kept = {key: {n: v for n, v in getattr(self, key).items() if n in names} for key in ("ranges", "equalisers")}
@@ -276,7 +272,7 @@ class ActivationSpec(BaseModel):
             self.layers, self.patterns, self.types, self.default, layers, "activations", object(), also_types=True
         )
         schemes = {name: None if label is None else ActivationScheme.parse(label) for name, label in labels.items()}
-        strange = [name for name in self._observed if name not in labels]
+        strange = [name for name in (*self.ranges, *self.equalisers) if name not in labels]
         if strange:
             raise QuantDMError(
                 f"activations: what was observed of {strange[0]} is another model's, this one has no such layer "

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from quantdm.allocation import pareto
 from quantdm.allocation.pruning import dominated
 from quantdm.report.records import Records
+from quantdm.runs.labelled import label_of
 from quantdm.runs.resize import SENSITIVITY
 from quantdm.surrogates import SearchSpace
 
@@ -111,12 +112,10 @@ def read_values(records: Records) -> Reading | None:
     if records.space is None:
         return None
     space = records.space
-    trials = [t for t in records.trials if set(t["config"]) == set(space.layer_names)]
-    known = [t for t in trials if set(t["config"].values()) <= space.places.keys()]
+    known = [trial for trial in records.trials if space.holds(trial["config"])]
     if len(known) < LEAST:
         return None
-    choices = np.array([[space.places[t["config"][name]] for name in space.layer_names] for t in known])
-    y = -np.log(np.maximum([t["fid_fp"] for t in known], 1e-9))
+    choices, y = space.choices_of([trial["config"] for trial in known]), np.array([label_of(trial) for trial in known])
     found: list[tuple[float, Reading]] = []
     for name, (values, total) in _rulers(records, space).items():
         totals = total(choices)

@@ -155,7 +155,7 @@ class WeightBank:
             return before
         if errors:
             path = self._path(layer, weight, moments, [*map(Scheme.parse, errors), *missing])
-        if moments is not None and moments.let_go is not None:
+        if moments is not None:
             moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
         quantized = quantize_options(
             weight, missing, split=layer.split, name=layer.name, moments=moments, sweeps=self.sweeps

@@ -71,8 +71,9 @@ class TrialPlan:
 
     def _allow(self) -> np.ndarray:
         """Ask how many trials time allows; return which of them need no labels and were not begun yet."""
-        there = sum(key in self._there for key in trial_keys(self.run, self.space, self._rest))
-        self.total = self._progress.total = allowed(self._most, self._wanted, self._free + there, self._measured)
+        if self._most is not None:
+            free = self._free + sum(key in self._there for key in trial_keys(self.run, self.space, self._rest))
+            self.total = self._progress.total = allowed(self._most, self._wanted, free, self._measured)
         judged = self._cheap is not None and self._cheap.verdict is not None
         room = 0 if judged else max(self.total - len(self.rounds.keys), 0)
         now, self._rest = self._rest[:room], self._rest[room:]

@@ -17,7 +17,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.learned import check_donors, learn_from
-from quantdm.runs.run import MANIFEST, Run
+from quantdm.runs.run import MANIFEST, Run, RunSettings
 from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_dtype, check_given, check_one_target, make_settings
 from quantdm.runs.snapshot import keep_snapshot
 from quantdm.runs.stages import LEARNED_FILE, build_bank, describe, measure_space
@@ -125,18 +125,22 @@ def look_for_run(
     check_output(run_dir, folder=True)  # before anything is opened
     check_dtype(dtype)
     place = None if device is None else checked_device(device)
-    if not _has_learned(run_dir):
+    known = _known(run_dir)
+    if not _has_learned(run_dir, known):
         check_donors(learned_from)
-    if os.path.isfile(Path(run_dir) / MANIFEST):
-        seen = Run.open(run_dir).settings.seen
-        dtype = seen.parts[seen.denoisers[0]].dtype
+    if known is not None:
+        dtype = known.seen.parts[known.seen.denoisers[0]].dtype
     return look_at(pipe, example_inputs=example_inputs, device=place, dtype=dtype)
 
 
-def _has_learned(run_dir: str | Path) -> bool:
-    """Tell whether a run is there that keeps what others taught it: these may be gone."""
-    is_run = os.path.isfile(Path(run_dir) / MANIFEST) and os.path.isfile(Path(run_dir) / LEARNED_FILE)
-    return is_run and Run.open(run_dir).settings.learned is not None
+def _known(run_dir: str | Path) -> RunSettings | None:
+    """Return the settings of the run that is there, if there is one."""
+    return Run.open(run_dir).settings if os.path.isfile(Path(run_dir) / MANIFEST) else None
+
+
+def _has_learned(run_dir: str | Path, known: RunSettings | None) -> bool:
+    """Tell whether the run that is there keeps what others taught it: these may be gone."""
+    return known is not None and known.learned is not None and os.path.isfile(Path(run_dir) / LEARNED_FILE)
 
 
 def start_run(
@@ -159,10 +163,10 @@ def start_run(
 
     See `search` for the arguments and errors.
     """
-    known = Run.open(run_dir).settings if os.path.isfile(Path(run_dir) / MANIFEST) else None
+    known = _known(run_dir)
     if embeddings == TABLE_SCHEME and known is not None:  # the default: a run keeps its own
         embeddings = None if known.embeddings is None else Scheme.parse(known.embeddings)
-    told = learn_from(learned_from, options) if learned_from and not _has_learned(run_dir) else None
+    told = learn_from(learned_from, options) if learned_from and not _has_learned(run_dir, known) else None
     learned = told["digest"] if told is not None else None if known is None else known.learned
     settings = make_settings(
         subject,

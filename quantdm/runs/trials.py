@@ -65,12 +65,11 @@ def run_trials(
         values = learned_values(run, space)
         planned = first_trials(space, run.settings.trials, targets=targets, seed=seed, values=values)
         first = _distinct(np.concatenate([choices, planned]))[len(choices) :]
-    stand_ins = len(_cheap_labels(run, space, choices)[1]) > 0
-    asked = run.settings.trials if not stand_ins else max(run.settings.trials // EVERY, MIN_TRIALS)
+    earlier = cheap_verdict(run) if len(_cheap_labels(run, space, choices)[1]) else None
+    asked = run.settings.trials if earlier is None else max(run.settings.trials // EVERY, MIN_TRIALS)
     wanted = len(choices) + max(_wanted(space, choices, asked, targets), len(first))
     with bar(wanted, f"trials: {label_draw(run).images} images each") as progress:
         progress.update(len(choices))
-        earlier = cheap_verdict(run) if stand_ins else None
         plan = TrialPlan(run, space, targets, tuple(proposers), progress, wanted, most, earlier)
         plan.keep(choices, y)
         items = plan.first(first)
@@ -163,15 +162,13 @@ def load_labels(run: Run, space: SearchSpace) -> tuple[np.ndarray, np.ndarray, i
 
 def _cheap_labels(run: Run, space: SearchSpace, choices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return choices and labels, by the line that was found, of configurations that have cheap ones only."""
-    cheap, full, draw = cheap_verdict(run), {row.tobytes() for row in choices}, label_draw(run)
-    rows, values = [], []
-    for record in TrialStore(run.path(FOLDER)) if cheap is not None and cheap["kept"] else ():
-        row = _row(space, record)
-        current = record["key"] == cheap_key(run, job_of(run, draw, record["config"]).key)
-        if cheap is not None and row is not None and current and row.tobytes() not in full:
-            rows.append(row)
-            values.append(cheap["line"][0] * cheap_of(record) + cheap["line"][1])
-    return np.array(rows, dtype=np.int64).reshape(-1, len(space.layers)), np.array(values, dtype=np.float64)
+    cheap, full = cheap_verdict(run), {row.tobytes() for row in choices}
+    if cheap is None or not cheap["kept"]:
+        return choices[:0], np.zeros(0)
+    found = _own(run, space, FOLDER, lambda key: cheap_key(run, key))
+    rows, (slope, offset) = space.choices_of([record["config"] for record in found]), cheap["line"]
+    new = np.array([row.tobytes() not in full for row in rows], dtype=bool)
+    return rows[new], np.array([slope * cheap_of(record) + offset for record in found])[new]
 
 
 def cheap_verdict(run: Run) -> dict[str, Any] | None:
@@ -180,32 +177,26 @@ def cheap_verdict(run: Run) -> dict[str, Any] | None:
     return read_json(path, version=RECORD_VERSION).get("cheap") if path.is_file() else None
 
 
-def _row(space: SearchSpace, record: dict[str, Any]) -> np.ndarray | None:
-    """Return the choice [L] of a record's configuration; None where it is none of the space."""
-    config, place = record["config"], space.places
-    if config.keys() != set(space.layer_names) or not place.keys() >= set(config.values()):
-        return None
-    return np.array([place[config[name]] for name in space.layer_names], dtype=np.int64)
-
-
 def own_trials(run: Run, space: SearchSpace) -> list[dict[str, Any]]:
     """Return the finished trials that count: of the run's noises, with schemes that are options.
 
     A run that had other options, or labels of other images, may hold more.
     """
-    draw, names, labels = label_draw(run), set(space.layer_names), space.places.keys()
+    return _own(run, space, "trials", lambda key: key)
+
+
+def _own(run: Run, space: SearchSpace, folder: str, key_of: Callable[[str], str]) -> list[dict[str, Any]]:
+    """Return the records of a store that count: `key_of` a trial's key is what its record there has."""
+    draw = label_draw(run)
     return [
-        trial
-        for trial in TrialStore(run.path("trials"))
-        if trial["config"].keys() == names
-        and labels >= set(trial["config"].values())
-        and trial["key"] == job_of(run, draw, trial["config"]).key
+        record
+        for record in TrialStore(run.path(folder))
+        if space.holds(record["config"]) and record["key"] == key_of(job_of(run, draw, record["config"]).key)
     ]
 
 
 def _arrays(space: SearchSpace, trials: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    rows = [[space.places[trial["config"][name]] for name in space.layer_names] for trial in trials]
-    choices = np.array(rows, dtype=np.int64).reshape(-1, len(space.layers))
+    choices = space.choices_of([trial["config"] for trial in trials])
     return choices, np.array([label_of(trial) for trial in trials], dtype=np.float64)
 
 

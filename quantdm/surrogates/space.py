@@ -1,5 +1,6 @@
 """The search space of one denoiser: layers x options with the exact bits and the cheap errors of every cell."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,11 +149,20 @@ class SearchSpace:
                 f"config: {len(unknown)} unknown and {len(missing)} missing layers, first {name!r}; "
                 f"{nearest(name, self.layer_names)}"
             )
-        labels = {name: None if scheme is None else scheme.label for name, scheme in config.items()}
+        labels = config.to_labels()
         for name in self.layer_names:
             if labels[name] not in self.places:
                 raise QuantDMError(f"config: {name!r} is {config[name]}, which is no option; {', '.join(self.labels)}")
-        return np.array([self.places[labels[name]] for name in self.layer_names], dtype=np.int64)
+        return self.choices_of([labels])[0]
+
+    def holds(self, labels: Mapping[str, str | None]) -> bool:
+        """Tell whether a configuration, as labels, has these layers and no other options."""
+        return labels.keys() == self.layer_index.keys() and self.places.keys() >= set(labels.values())
+
+    def choices_of(self, configs: Sequence[Mapping[str, str | None]]) -> NDArray[np.int64]:
+        """Turn configurations that the space holds, as labels, into choices [T, L]."""
+        rows = [[self.places[labels[name]] for name in self.layer_names] for labels in configs]
+        return np.array(rows, dtype=np.int64).reshape(-1, len(self.layers))
 
     def save(self, path: str | Path) -> None:
         """Write the space as one JSON record."""

@@ -48,3 +48,15 @@ def result_of(answer: dict[str, Any]) -> Any:
     if "traceback" in answer:
         return QuantDMError(f"a worker process failed:\n{answer['traceback']}")
     return QuantDMError(answer["error"]) if "error" in answer else answer["result"]
+
+
+def value_of(answer: dict[str, Any]) -> Any:
+    """Return the result of an answer.
+
+    Raises:
+        QuantDMError: what it tells of.
+    """
+    found = result_of(answer)
+    if isinstance(found, QuantDMError):
+        raise found
+    return found

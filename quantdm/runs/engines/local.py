@@ -61,8 +61,7 @@ class Engine:
         self.subject = subject
         self.batch_size: int | Literal["auto"] = batch_size
         self.devices = tuple(devices or same_devices(subject.device))
-        on_cpu = subject.device.type == "cpu"
-        self.workers = 1 if subject.location is None else (workers or cores()) if on_cpu else len(self.devices)
+        self.workers = 1 if subject.location is None else workers_on(subject, self.devices, workers)
         self._slowest: dict[str, float] = {}  # kind of job -> seconds per unit of its size
         self._closing = False
         self._opened: set[subprocess.Popen[str]] = set()  # workers that have their pipeline
@@ -243,6 +242,11 @@ class Engine:
             env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is this process's to handle
         )
+
+
+def workers_on(subject: Subject, devices: Sequence[str], workers: int | None) -> int:
+    """Return how many processes share the work on some devices: one per accelerator; on a processor as is said."""
+    return (workers or cores()) if subject.device.type == "cpu" else len(devices)
 
 
 class _Source:

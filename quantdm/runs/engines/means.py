@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch
 
 from quantdm.errors import QuantDMError
-from quantdm.machine import cores, same_devices
+from quantdm.machine import same_devices
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject
-from quantdm.runs.engines.answer import answered, result_of
+from quantdm.runs.engines.answer import answered, value_of
 from quantdm.runs.engines.cluster import STARTING, connect, no_place, room
+from quantdm.runs.engines.local import workers_on
 from quantdm.runs.run import Run, RunSettings
 
 PROBE_SECONDS, PROBE_IMAGES = 1.0, 64
@@ -101,9 +102,8 @@ def look_at_means(
     """
     here = speed_of(subject, settings, batch_size)
     if engine == "local" or ray_address is None:  # a cluster of its own is this machine
-        on_cpu = subject.device.type == "cpu"
-        many = (workers or cores()) if on_cpu else len(same_devices(subject.device))
-        return Means(many, 0.0 if on_cpu else float(many), here, here)
+        many = workers_on(subject, same_devices(subject.device), workers)
+        return Means(many, 0.0 if subject.device.type == "cpu" else float(many), here, here)
     ray, connected = connect(ray_address, None)
     try:
         many, gpus = room(ray, workers, None)
@@ -123,11 +123,8 @@ def _speed_there(ray: Any, settings: RunSettings, gpus: float, batch_size: int |
     try:
         if not ray.wait([gauge.ready.remote()], timeout=STARTING)[0]:
             raise no_place(gpus)
-        found = result_of(ray.get(gauge.speed.remote(settings.model_dump(mode="json"), batch_size)))
+        return Speed(*value_of(ray.get(gauge.speed.remote(settings.model_dump(mode="json"), batch_size))))
     except ray.exceptions.RayError as error:
         raise QuantDMError(f"ray: a worker was lost when its speed was measured: {error!s:.300}") from None
     finally:
         ray.kill(gauge)
-    if isinstance(found, QuantDMError):
-        raise found
-    return Speed(*found)

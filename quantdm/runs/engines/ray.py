@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
 from quantdm.pipelines.subject import Subject
-from quantdm.runs.engines.answer import result_of
+from quantdm.runs.engines.answer import value_of
 from quantdm.runs.engines.call import Call, called
 from quantdm.runs.engines.cluster import STARTING, connect, no_place, room
 from quantdm.runs.engines.local import OPENING, SOON, TRIES, Engine, Results
@@ -161,7 +161,7 @@ class RayEngine(Engine):
                 continue
             self._learn(found)
             self._outbox.receive(answer.files)
-            yield found, _result(answer)
+            yield found, value_of(answer.record)
         for reference, found in [item for item in asked.items() if self._hangs(item[1])]:
             del asked[reference]
             again += self._lose(found.place, found, "it hung")
@@ -183,7 +183,7 @@ class RayEngine(Engine):
             self._loading[self._actors[place].load.remote(self._outbox.parcel()[1])] = place
             return []
         place = self._loading.pop(reference)
-        _result(answer)
+        value_of(answer.record)
         del self._failed[place]
         return [place]
 
@@ -243,13 +243,6 @@ class RayEngine(Engine):
         ]
         self._folders.clear()
         self._ray.wait(asked, num_returns=len(asked), timeout=TIDYING)
-
-
-def _result(answer: Any) -> Any:
-    result = result_of(answer.record)
-    if isinstance(result, QuantDMError):
-        raise result
-    return result
 
 
 def _shortened(why: str) -> str:

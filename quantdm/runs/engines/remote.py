@@ -1,14 +1,13 @@
 """A worker on a node of a cluster: one evaluator over files that came by their content."""
 
-import contextlib
 import hashlib
 import platform
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
+from quantdm.machine import versions
 from quantdm.metrics.features import open_features
 from quantdm.metrics.samples import DIGITS, pictures_in
 from quantdm.pipelines.protocol import Protocol
@@ -37,11 +36,7 @@ def facts_of(protocol: Protocol) -> dict[str, str]:
     Raises:
         QuantDMError: the weights of the protocol's features are not here.
     """
-    facts = {}
-    for name in MUST_MATCH:
-        with contextlib.suppress(PackageNotFoundError):
-            facts[name] = version(name)
-    facts["features"] = open_features(protocol.features).ruler
+    facts = {**versions(MUST_MATCH), "features": open_features(protocol.features).ruler}
     if protocol.real not in (None, DIGITS):
         sha = hashlib.sha256()
         for path in pictures_in(Path(protocol.real)):
