@@ -9,7 +9,7 @@ from sklearn.metrics import ndcg_score
 from quantdm.allocation import select
 from quantdm.allocation.sampling import sample_configs
 from quantdm.errors import QuantDMError
-from quantdm.schemes import Scheme
+from quantdm.schemes import QuantConfig, Scheme
 from quantdm.surrogates import (
     AdditiveSurrogate,
     Attribution,
@@ -107,9 +107,9 @@ def test_space_refuses_what_does_not_fit(space):
     with pytest.raises(QuantDMError, match="expected integers"):
         space.check(np.zeros((1, len(space.layers))))
     with pytest.raises(QuantDMError, match="which is no option"):
-        space.choice_of(dict.fromkeys(space.layer_names, Scheme(method="log2", bits=4)))
+        space.choice_of(QuantConfig(dict.fromkeys(space.layer_names, Scheme(method="log2", bits=4))))
     with pytest.raises(QuantDMError, match="1 missing layers"):
-        space.choice_of(dict.fromkeys(space.layer_names[1:], space.options[0]))
+        space.choice_of(QuantConfig(dict.fromkeys(space.layer_names[1:], space.options[0])))
     with pytest.raises(QuantDMError, match="noise_error of layer"):
         SearchSpace(
             space.layers, space.graph, space.options, space.bits, space.weight_error, np.full(space.bits.shape, np.nan)
