@@ -25,7 +25,7 @@ from quantdm.hub.size import ExportSize
 from quantdm.machine import versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.pipelines.subject import Subject, look_at
 from quantdm.recipe import ActivationSpec, Provenance, Recipe, load_recipe
 from quantdm.runs import final

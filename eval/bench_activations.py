@@ -32,7 +32,7 @@ from quantdm.machine import versions
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, Samples, compare, draw_samples
 from quantdm.metrics.statistics import mean_and_sd
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.pipelines.parts import get_denoiser
 from quantdm.pipelines.protocol import default_protocol
 from quantdm.recipe import ActivationScheme, ActivationSpec, CalibrationSpec, Recipe, match_weights

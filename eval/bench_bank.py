@@ -25,7 +25,7 @@ import torch
 from quantdm import get_denoiser, list_layers, load_pipeline
 from quantdm.files import write_json
 from quantdm.machine import cores, versions
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
 from quantdm.runs.bank import WeightBank

@@ -27,7 +27,7 @@ from quantdm.denoisers.calls import record_calls, replay
 from quantdm.files import write_json
 from quantdm.machine import cores, versions
 from quantdm.pipelines.generate import generate
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.recipe import ActivationSpec
 
 OUT = Path(__file__).parent / "results" / "bench_correction.json"

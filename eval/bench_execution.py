@@ -37,7 +37,7 @@ from quantdm.machine import cpu_features, versions
 from quantdm.modules import quantize_module_
 from quantdm.modules.kernels import compile_kernels
 from quantdm.modules.packed import PackedLayer
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.quantizers import quantize_weight
 from quantdm.quantizers.equaliser import shifted
 from quantdm.recipe import ActivationScheme

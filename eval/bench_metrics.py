@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from quantdm import load_pipeline, load_protocol
 from quantdm.files import read_json, write_json
 from quantdm.machine import cores, fast_dtype, one_torch_thread, versions
 from quantdm.metrics.distance import frechet_distance, frechet_of_moments
@@ -32,7 +31,6 @@ from quantdm.metrics.images import ImageSet
 from quantdm.metrics.influence import frechet_influence
 from quantdm.metrics.intervals import Interval, bootstrap_interval, draws_interval
 from quantdm.metrics.kernels import kid
-from quantdm.metrics.samples import Draw, compare, draw_samples
 from quantdm.progress import bar
 
 OUT = Path(__file__).parent / "results" / "bench_metrics.json"
@@ -175,6 +173,9 @@ def _peak() -> int:
 
 def frechet_time(threads: int) -> dict[str, Any]:
     """Return the time of 2,000 images of digits-dit by the shipped protocol and their distance to 2,000 others."""
+    from quantdm import load_pipeline, load_protocol  # not before: `memory` is what measuring folders takes
+    from quantdm.metrics.samples import Draw, compare, draw_samples
+
     torch.set_num_threads(threads)
     protocol = load_protocol("digits-dit")
     pipe = load_pipeline("digits-dit", torch_dtype=getattr(torch, fast_dtype()))

@@ -29,7 +29,7 @@ from bench_rows import compare_rows
 
 from quantdm.files import read_json, write_json
 from quantdm.machine import cores, versions
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 
 OUT = Path(__file__).parent / "results" / "bench_quantizers.json"
 VERSION = 1

@@ -37,7 +37,7 @@ from quantdm.hub.size import ExportSize
 from quantdm.machine import cores, versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd, spread
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.quantizers import quantize_weight
 from quantdm.recipe import Recipe
 from quantdm.runs.choose import verification_draws

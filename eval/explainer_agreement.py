@@ -16,7 +16,7 @@ import torch
 from quantdm import load_recipe
 from quantdm.files import write_json
 from quantdm.machine import versions
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import SURROGATES
 from quantdm.runs.run import Run

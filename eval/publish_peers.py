@@ -10,7 +10,7 @@ from typing import Any
 
 from quantdm.files import atomic_path, read_json
 from quantdm.metrics.statistics import spread
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"

@@ -22,7 +22,7 @@ from quantdm.files import atomic_path, read_json
 from quantdm.metrics.samples import real_floor
 from quantdm.metrics.statistics import spread
 from quantdm.pipelines.generate import as_bytes
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, SEED = 20, 101 * 10**6

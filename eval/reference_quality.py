@@ -21,7 +21,7 @@ from quantdm.files import read_json, write_json
 from quantdm.machine import fast_dtype, versions
 from quantdm.metrics import load_extractor
 from quantdm.metrics.samples import Draw, compare_real, draw_samples, real_floor
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 
 OUT = Path(__file__).parent / "results" / "reference_quality.json"
 IMAGES = {"shipped protocol": 2000, "plain call": 500}

@@ -45,9 +45,10 @@ from quantdm.machine import best_device, fast_dtype, versions
 from quantdm.metrics.feature_sets import FeatureSet, feature_set, is_statistics
 from quantdm.metrics.features import open_features
 from quantdm.metrics.images import open_images
+from quantdm.metrics.manifest import MANIFEST
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.table import build_table
-from quantdm.metrics.to_folder import MANIFEST, generate_to_folder, shard_of_environment
+from quantdm.metrics.to_folder import generate_to_folder, shard_of_environment
 from quantdm.pipelines.inputs import Lines, resolve
 from quantdm.schemes import QuantConfig, Scheme
 

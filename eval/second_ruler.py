@@ -28,7 +28,7 @@ from quantdm.allocation import select
 from quantdm.files import read_json, write_json
 from quantdm.machine import cores, versions
 from quantdm.metrics.samples import Draw
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.runs.evaluator import Evaluator, Job
 from quantdm.runs.final import run_key, space_config
 from quantdm.runs.run import Run

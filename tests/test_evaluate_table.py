@@ -18,9 +18,10 @@ from quantdm.metrics.features import open_features
 from quantdm.metrics.images import open_images
 from quantdm.metrics.influence import frechet_influence
 from quantdm.metrics.kernels import kid
+from quantdm.metrics.manifest import MANIFEST
 from quantdm.metrics.measure import measure
 from quantdm.metrics.table import build_table
-from quantdm.metrics.to_folder import MANIFEST, generate_to_folder, share
+from quantdm.metrics.to_folder import generate_to_folder, share
 from quantdm.pipelines.protocol import load_protocol
 
 DIT = load_protocol("digits-dit")

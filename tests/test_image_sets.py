@@ -1,6 +1,8 @@
 """Images from folders, archives and arrays; figures of them carry their protocol; bad input names the file."""
 
 import io
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -364,3 +366,24 @@ def test_lpips_is_zero_on_itself_and_grows_with_the_change(tmp_path):
     found = [distance(x, (x + a * noise).clamp(0, 1)).mean().item() for a in (0, 0.05, 0.2)]
     assert found[0] == 0
     assert 0 < found[1] < found[2]
+
+
+def test_measuring_pictures_on_disk_waits_for_no_diffusers(tmp_path):
+    for name in ("mine", "theirs"):
+        (tmp_path / name).mkdir()
+        for i, image in enumerate(IMAGES[:12]):
+            (tmp_path / name / f"{i}.png").write_bytes(png(image))
+    code = f"""
+import sys
+from quantdm.cli.main import main
+sys.argv = ["quantdm", "evaluate", "fid", "calc", {str(tmp_path / "mine")!r}, "--ref", {str(tmp_path / "theirs")!r}]
+sys.argv += ["--features", "pyramid"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print({{"diffusers", "transformers", "accelerate"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "FD-pyramid: 0.0" in done.stdout
+    assert done.stdout.rstrip().endswith("set()")

@@ -27,7 +27,7 @@ from quantdm.denoisers.calls import record_calls, replay
 from quantdm.metrics import load_digit_classifier
 from quantdm.modules import packed_layers
 from quantdm.pipelines.embedded.digits import load_digit_images
-from quantdm.pipelines.loading import EMBEDDED
+from quantdm.pipelines.known import EMBEDDED
 from quantdm.pipelines.text_memory import memoized_text_encoders
 from tests.forge import edit_file, edit_json
 

@@ -8,10 +8,11 @@ from quantdm.files import read_json, write_json
 from quantdm.metrics.distance import frechet_distance, psnr_of_bytes
 from quantdm.metrics.features import load_extractor, open_features
 from quantdm.metrics.images import open_images
+from quantdm.metrics.manifest import MANIFEST
 from quantdm.metrics.measure import measure
 from quantdm.metrics.sampled import sampled_images
 from quantdm.metrics.samples import Draw, compare, draw_samples
-from quantdm.metrics.to_folder import MANIFEST, generate_to_folder
+from quantdm.metrics.to_folder import generate_to_folder
 from quantdm.metrics.videos import by_frame, clip_features, flicker, frechet_of_clips, video_distance
 from tests.pipeline_kinds import make
 

@@ -18,7 +18,7 @@ from quantdm.machine import (
     memory_gb,
     versions,
 )
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 from quantdm.quantizers import quantize_weight
 from quantdm.schemes import Scheme
 

@@ -18,10 +18,11 @@ from quantdm.metrics.feature_sets import FeatureSet, feature_set, is_statistics
 from quantdm.metrics.features import FeatureSpace, default_features, open_features
 from quantdm.metrics.images import open_images
 from quantdm.metrics.lpips import Lpips
+from quantdm.metrics.manifest import MANIFEST
 from quantdm.metrics.prompted import ClipScore
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.table import Table, build_table
-from quantdm.metrics.to_folder import MANIFEST, generate_to_folder
+from quantdm.metrics.to_folder import generate_to_folder
 from quantdm.pipelines.loading import load_pipeline
 from quantdm.pipelines.protocol import Protocol
 from quantdm.recipe import Recipe, load_recipe

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from quantdm.cli.images import protocol_of
 from quantdm.errors import QuantDMError
 from quantdm.machine import fast_dtype
 from quantdm.metrics import lpips
@@ -16,10 +15,8 @@ from quantdm.metrics.figures import Figure
 from quantdm.metrics.images import ImageSet, open_images
 from quantdm.metrics.measure import measure
 from quantdm.metrics.registry import METRICS
-from quantdm.metrics.sampled import sampled_images
-from quantdm.metrics.samples import Draw
 from quantdm.pipelines.inputs import Lines, resolve
-from quantdm.pipelines.loading import known_pipelines, load_pipeline
+from quantdm.pipelines.known import known_pipelines
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,11 @@ def image_set(source: str, how: How) -> ImageSet:
     """
     if not is_pipeline(source):
         return open_images(source, side=how.side, rgb=how.rgb)
+    from quantdm.cli.images import protocol_of  # imports diffusers, for which images on disk need not wait
+    from quantdm.metrics.sampled import sampled_images
+    from quantdm.metrics.samples import Draw
+    from quantdm.pipelines.loading import load_pipeline
+
     pipe = load_pipeline(source, torch_dtype=getattr(torch, fast_dtype()))
     protocol = protocol_of(source, pipe, how.protocol)
     draw = Draw(how.seed, how.images, how.steps or protocol.steps)

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, load_tensors, read_json
-from quantdm.metrics.to_folder import MANIFEST, lacks_frames
+from quantdm.metrics.manifest import MANIFEST, lacks_frames
 from quantdm.pipelines.inputs import PICTURES
 
 BATCH = 64

@@ -12,6 +12,7 @@ from quantdm.activations.hooks import activation_spec
 from quantdm.errors import QuantDMError
 from quantdm.files import atomic_path, check_output, digest, read_json, save_tensors, write_json
 from quantdm.machine import versions
+from quantdm.metrics.manifest import MANIFEST, VERSION, lacks_frames
 from quantdm.metrics.videos import are_videos
 from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.fingerprint import dtype_of, fingerprint_part
@@ -19,12 +20,8 @@ from quantdm.pipelines.generate import as_pictures, generate_batches
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol
-from quantdm.pipelines.signature import makes_videos
 from quantdm.pipelines.text_memory import memoized_text_encoders
 from quantdm.progress import bar
-
-MANIFEST = "manifest.json"
-VERSION = 1
 
 
 def shard_of_environment() -> tuple[int, int]:
@@ -141,12 +138,6 @@ def generate_to_folder(
                     at += 1
                 progress.update(len(found.images))
     return len(lacks)
-
-
-def lacks_frames(manifest: dict[str, Any]) -> bool:
-    """Tell whether a folder is of videos and does not say of how many frames, as none did before 0.4."""
-    told = "frames" in manifest or manifest.get("latents")
-    return not told and makes_videos(str(manifest.get("pipeline")))
 
 
 def _claim(folder: Path, manifest: dict[str, Any]) -> None:

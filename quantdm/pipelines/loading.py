@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,12 @@ from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
 from quantdm.errors import QuantDMError, nearest
+from quantdm.pipelines.known import EMBEDDED, known_pipelines
 from quantdm.pipelines.stored import check_opened, check_stored, read_object, stored_variant
 
 # diffusers renamed the argument in 0.42 and warns about the old name
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 _LONE = "a lone denoiser or a file of its weights can be inspected and applied a recipe to"
-EMBEDDED = Path(str(resources.files("quantdm.pipelines.embedded")))
-
-
-def known_pipelines() -> list[str]:
-    """Return the names of the embedded reference pipelines."""
-    return sorted(p.parent.name for p in EMBEDDED.glob("*/model_index.json"))
 
 
 def pipeline_path(name_or_path: str | Path) -> str:

@@ -22,7 +22,7 @@ from pydantic import (
 
 from quantdm.errors import QuantDMError, nearest
 from quantdm.pipelines.inputs import Column, Constant, JsonLines, Several, Value, pictures_in, placed, resolve
-from quantdm.pipelines.loading import known_pipelines
+from quantdm.pipelines.known import known_pipelines
 
 FIRST_ARGUMENTS = ("prompt", "class_labels")  # all that protocol 1 knows
 _VALUE: TypeAdapter = TypeAdapter(Value)

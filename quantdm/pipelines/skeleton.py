@@ -12,7 +12,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantdm.errors import QuantDMError
-from quantdm.pipelines.loading import known_pipelines, pipeline_path
+from quantdm.pipelines.known import known_pipelines
+from quantdm.pipelines.loading import pipeline_path
 from quantdm.pipelines.parts import DENOISER_NAMES
 from quantdm.pipelines.stored import read_object
 
