@@ -39,46 +39,52 @@ def time_residencies(
 ) -> list[Timing]:
     """Return one row per residency; the denoiser is packed afterwards.
 
+    Residencies take turns: what else the machine does meanwhile, and how warm it is, meets all of them.
+
     Args:
         denoiser: with packed layers, its activations set as they are wanted.
         calls: what it is called with, e.g. those of one trajectory.
         residencies: in which it runs.
-        rounds: timed runs over all calls, after one that warms up.
-        progress: called after every residency.
+        rounds: timed runs over all calls; the first of each comes after one that warms up, later ones after one call.
+        progress: called as often as there are residencies.
     """
     set_residency(denoiser, "dense")
     expected = replay(denoiser, calls)
-    rows = []
-    for residency in residencies:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # layers that take the next best form count as they are
-            set_residency(denoiser, residency)
-        rows.append(time_calls(denoiser, calls, residency, rounds=rounds, expected=expected))
-        progress()
+    best, nbytes, distances = dict.fromkeys(residencies, float("inf")), {}, {}
+    for number in range(rounds):
+        for residency in residencies:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # layers that take the next best form count as they are
+                set_residency(denoiser, residency)
+            found = replay(denoiser, calls if number == 0 else calls[:1])
+            if number == 0:
+                distances[residency] = _distance(found, expected)
+            best[residency] = min(best[residency], _seconds(denoiser, calls))
+            nbytes[residency] = weight_bytes(denoiser)
+            if number == rounds - 1:
+                progress()
     set_residency(denoiser, "packed")
-    return rows
+    return [Timing(each, best[each] * 1e3, nbytes[each], distances[each]) for each in residencies]
 
 
-def time_calls(
-    denoiser: nn.Module,
-    calls: Sequence[Call],
-    name: str,
-    *,
-    rounds: int = ROUNDS,
-    expected: Sequence[torch.Tensor] | None = None,
-) -> Timing:
+def time_calls(denoiser: nn.Module, calls: Sequence[Call], name: str, *, rounds: int = ROUNDS) -> Timing:
     """Return the row of a denoiser as it is."""
-    found, best = replay(denoiser, calls), float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        last = replay(denoiser, calls)[-1]
-        if last.device.type != "cpu":
-            torch.accelerator.synchronize(last.device)
-        best = min(best, (time.perf_counter() - start) / len(calls))
-    distance = None
-    if expected is not None:
-        distance = max(relative_error(y, e) for y, e in zip(found, expected, strict=True)) ** 0.5
-    return Timing(name, best * 1e3, weight_bytes(denoiser), distance)
+    replay(denoiser, calls)
+    best = min(_seconds(denoiser, calls) for _ in range(rounds))
+    return Timing(name, best * 1e3, weight_bytes(denoiser), None)
+
+
+def _seconds(denoiser: nn.Module, calls: Sequence[Call]) -> float:
+    """Return the seconds per call."""
+    start = time.perf_counter()
+    last = replay(denoiser, calls)[-1]
+    if last.device.type != "cpu":
+        torch.accelerator.synchronize(last.device)
+    return (time.perf_counter() - start) / len(calls)
+
+
+def _distance(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    return max(relative_error(y, e) for y, e in zip(found, expected, strict=True)) ** 0.5
 
 
 def weight_bytes(denoiser: nn.Module) -> int:
