@@ -17,6 +17,7 @@ import heapq
 import json
 import platform
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,13 +32,15 @@ from quantdm.files import read_json, write_json
 from quantdm.machine import versions
 from quantdm.runs.claims import CLAIMS, Claims
 from quantdm.runs.engines.call import Call
+from quantdm.runs.evaluator import job_of
 from quantdm.runs.jobs import LOOK, Item, Work
+from quantdm.runs.labelled import label_draw
 from quantdm.runs.proposals import Proposal, answer, to_text
 from quantdm.runs.rounds import BATCH, Round, Rounds, next_round
-from quantdm.runs.run import Run
+from quantdm.runs.run import MANIFEST, Run
 from quantdm.runs.stages import load_space
 from quantdm.runs.store import TrialStore
-from quantdm.runs.trials import FRONTIER_SHARE, PROPOSERS, RANDOM_SHARE
+from quantdm.runs.trials import FRONTIER_SHARE, PROPOSERS, RANDOM_SHARE, load_trials
 
 OUT = Path(__file__).resolve().parent / "results" / "scale.json"
 TRIALS, WORKERS = 10_000, (1, 2, 8, 32, 64, 128, 256, 512)
@@ -52,7 +55,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     given = parser.parse_args()
     records = [read_json(path) for path in sorted((given.run_dir / "trials").glob("*.json"))]
-    store = measure_store(records[0])
+    store = {**measure_store(records[0]), "load_all_seconds": measure_loading(given.run_dir, records[0])}
     fits = measure_proposals(given.run_dir)
     seconds = [record["seconds"] for record in records]
     cost = store["put_and_claim_ms"] / 1e3
@@ -114,6 +117,24 @@ def measure_store(record: dict) -> dict[str, float]:
         assert sum(1 for _ in store) == TRIALS
         read = time.perf_counter() - start
     return {"trials": TRIALS, "put_and_claim_ms": 1e3 * put, "count_seconds": names, "read_all_seconds": read}
+
+
+def measure_loading(run_dir: Path, record: dict) -> float:
+    """Return seconds in which a run with TRIALS trials has their choices and labels, each checked to be its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (MANIFEST, "space.json"):
+            shutil.copy(run_dir / name, folder)
+        run = Run.open(folder)
+        space, draw, store = load_space(run), label_draw(run), TrialStore(run.path("trials"))
+        store.folder.mkdir()
+        kept = {key: value for key, value in record.items() if key not in ("version", "key", "config")}
+        for choice in np.random.default_rng(0).integers(0, len(space.options), (TRIALS, len(space.layers))):
+            labels = space.config(choice).to_labels()
+            key = job_of(run, draw, labels).key
+            store.path(key).write_text(store_text({**kept, "config": labels}, key))
+        start = time.perf_counter()
+        assert len(load_trials(run, space)[1]) == TRIALS
+        return time.perf_counter() - start
 
 
 def store_text(record: dict, key: str) -> str:

@@ -186,13 +186,35 @@ def read_json(path: str | Path, *, version: int | None = None) -> Any:
     Raises:
         QuantDMError: the file is missing, is not JSON, or has another version.
     """
-    path = Path(path)
+    data = read_bytes(path)
+    if data is None:
+        raise QuantDMError(f"{path}: no such file")
+    return parse_json(data, path, version=version)
+
+
+def read_bytes(path: str | Path) -> bytes | None:
+    """Return what is in a file, by one look; None where there is none.
+
+    Raises:
+        QuantDMError: it cannot be read.
+    """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise QuantDMError(f"{path}: no such file") from None
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
         raise QuantDMError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
+
+
+def parse_json(data: bytes, path: str | Path, *, version: int | None = None) -> Any:
+    """Return the JSON record that was read from `path`, its `version` checked.
+
+    Raises:
+        QuantDMError: it is not JSON, or has another version.
+    """
+    try:
+        record = json.loads(data.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise QuantDMError(
             f"{path}: not a JSON file ({error}); put a whole one in its place, or move it away and run the stage again"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +52,9 @@ class Job:
     def key(self) -> str:
         """Everything that determines the figures, except the run's own settings."""
         late = ("tuned", "embeddings")  # which older records do not have
-        return digest({key: value for key, value in asdict(self).items() if key not in late or value is not None})
+        # Field by field: `asdict` copies every label, which takes three times as long as reading the whole record.
+        own = {field.name: getattr(self, field.name) for field in fields(self)} | {"draw": asdict(self.draw)}
+        return digest({key: value for key, value in own.items() if key not in late or value is not None})
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Job":

@@ -1,5 +1,6 @@
 """The trial store: one JSON file per trial, named by the hash of everything that determines its label."""
 
+import contextlib
 import math
 import os
 from collections.abc import Collection, Iterator
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quantdm.errors import QuantDMError
-from quantdm.files import check_output, read_json, write_json
+from quantdm.files import check_output, parse_json, read_bytes, write_json
 
 TRIAL_VERSION = 1
 
@@ -25,9 +26,10 @@ class TrialStore:
     def get(self, key: str) -> dict[str, Any] | None:
         """Return what was put, or None."""
         path = self.path(key)
-        if not _has_content(path):
+        data = read_bytes(path)
+        if not data:  # a power cut leaves files without content
             return None
-        record = read_json(path, version=TRIAL_VERSION)
+        record = parse_json(data, path, version=TRIAL_VERSION)
         if record.get("key") != key:
             raise QuantDMError(f"{path}: holds trial {record.get('key')}, expected {key}; delete the file")
         return {name: value for name, value in record.items() if name not in ("version", "key")}
@@ -45,8 +47,9 @@ class TrialStore:
                 "repeats itself leave the scheme out or compute in float32"
             )
         path = self.path(key)
-        if path.is_file() and not _has_content(path):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what a power cut left without content would stay
+            if path.stat().st_size == 0 and path.is_file():
+                path.unlink(missing_ok=True)
         # Waiting for the disk would take longer than all else; a torn record is seen when it is read.
         write_json(path, {"version": TRIAL_VERSION, "key": key, **record}, durable=False, replace=False)
 
@@ -90,11 +93,3 @@ class TrialStore:
         except (FileNotFoundError, NotADirectoryError):  # who puts something there is told
             return set()
         return {name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")}
-
-
-def _has_content(path: Path) -> bool:
-    """Tell whether a record is there: a power cut leaves files without content."""
-    try:
-        return path.stat().st_size > 0
-    except (FileNotFoundError, NotADirectoryError):
-        return False
