@@ -16,7 +16,7 @@ from quantdm.errors import QuantDMError
 from quantdm.files import check_replaceable
 from quantdm.hub.inspection import left_in
 from quantdm.hub.replace import check_export_path
-from quantdm.hub.size import ExportSize, denoiser_bytes
+from quantdm.hub.size import ExportSize, denoiser_bytes, weight_bytes
 from quantdm.machine import best_device
 from quantdm.metrics.door import check_measures
 from quantdm.pipelines.loading import DiffusionPipeline, model_name
@@ -287,7 +287,10 @@ def _hand_over(
     left = left_in(export)
     if left is not None:
         say(f"         {left}")
-    say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB on disk)")
+    whole, target = "", run.settings.target_pipeline_bytes
+    if target is not None:
+        whole = f", all parts {weight_bytes(export) / 1e6:.2f} of {target / 1e6:.2f} MB"
+    say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB{whole} on disk)")
     say(f"report:  {report}")
     say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     return summary
