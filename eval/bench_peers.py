@@ -60,17 +60,21 @@ def bitsandbytes_nf4(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
     return decoded, size
 
 
+def hqq_layer(module: nn.Linear, bits: int, group: int) -> Any:
+    """Return a layer of hqq in the place of a linear one."""
+    quantize = importlib.import_module("hqq.core.quantize")
+    settings = quantize.BaseQuantizeConfig(nbits=bits, group_size=group)
+    options: dict[str, Any] = {"compute_dtype": torch.bfloat16, "device": "cpu", "del_orig": False, "initialize": True}
+    return quantize.HQQLinear(module, settings, **options)
+
+
 def hqq(bits: int, group: int) -> Callable[[nn.Module], tuple[dict[str, torch.Tensor], int]]:
     def run(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
-        quantize = importlib.import_module("hqq.core.quantize")
         decoded, size = {}, state_bytes(model)
         for name, module in linears(model).items():
             if module.weight.numel() % group:
                 continue
-            settings = quantize.BaseQuantizeConfig(nbits=bits, group_size=group)
-            layer = quantize.HQQLinear(
-                module, settings, compute_dtype=torch.bfloat16, device="cpu", del_orig=False, initialize=True
-            )
+            layer = hqq_layer(module, bits, group)
             parts = [layer.W_q, layer.meta["scale"], layer.meta["zero"]]
             size += sum(bytes_of(t) for t in parts) - bytes_of(module.weight)
             decoded[name] = layer.dequantize()
@@ -113,15 +117,18 @@ def quanto(bits: int) -> Callable[[nn.Module], tuple[dict[str, torch.Tensor], in
     return run
 
 
+def sdnq_model(model: nn.Module, **settings: Any) -> nn.Module:
+    """Return a model in the layers of sdnq."""
+    os.environ["SDNQ_USE_TORCH_COMPILE"] = "0"  # minutes of compiling per shape, for the same numbers
+    options: dict[str, Any] = {"quant_conv": True, "add_skip_keys": False, "torch_dtype": torch.bfloat16, **settings}
+    return importlib.import_module("sdnq.quantizer").sdnq_post_load_quant(model, **options)
+
+
 def sdnq(**settings: Any) -> Callable[[nn.Module], tuple[dict[str, torch.Tensor], int]]:
     def run(model: nn.Module) -> tuple[dict[str, torch.Tensor], int]:
-        os.environ["SDNQ_USE_TORCH_COMPILE"] = "0"  # minutes of compiling per shape, for the same numbers
-        quantizer = importlib.import_module("sdnq.quantizer")
-        model = quantizer.sdnq_post_load_quant(
-            model, quant_conv=True, add_skip_keys=False, torch_dtype=torch.bfloat16, **settings
-        )
+        model = sdnq_model(model, **settings)
         size = state_bytes(model)
-        plain = quantizer.dequantize_sdnq_model(model)
+        plain = importlib.import_module("sdnq.quantizer").dequantize_sdnq_model(model)
         return {n: m.weight.data for n, m in plain.named_modules() if weight_dims(m) >= 2}, size
 
     return run
@@ -159,6 +166,13 @@ def dequantized(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+SDNQ: dict[str, dict[str, Any]] = {
+    "sdnq uint4": {"weights_dtype": "uint4"},
+    "sdnq uint4 codebook": {"weights_dtype": "uint4", "use_codebook": True},
+    "sdnq uint4 svd": {"weights_dtype": "uint4", "use_svd": True},
+    "sdnq uint3": {"weights_dtype": "uint3"},
+    "sdnq uint2": {"weights_dtype": "uint2"},
+}
 PEERS: dict[str, Callable[[nn.Module], tuple[dict[str, torch.Tensor], int]]] = {
     "bitsandbytes nf4 dq": bitsandbytes_nf4,
     "hqq 4b g64": hqq(4, 64),
@@ -168,11 +182,7 @@ PEERS: dict[str, Callable[[nn.Module], tuple[dict[str, torch.Tensor], int]]] = {
     "torchao intx4 g32": torchao_intx4,
     "quanto int4": quanto(4),
     "quanto int2": quanto(2),
-    "sdnq uint4": sdnq(weights_dtype="uint4"),
-    "sdnq uint4 codebook": sdnq(weights_dtype="uint4", use_codebook=True),
-    "sdnq uint4 svd": sdnq(weights_dtype="uint4", use_svd=True),
-    "sdnq uint3": sdnq(weights_dtype="uint3"),
-    "sdnq uint2": sdnq(weights_dtype="uint2"),
+    **{name: sdnq(**settings) for name, settings in SDNQ.items()},
     "gguf Q4_0": gguf("Q4_0"),
     "gguf Q5_0": gguf("Q5_0"),
     "gguf Q8_0": gguf("Q8_0"),

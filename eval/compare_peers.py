@@ -26,6 +26,7 @@ import torch
 from bench_models import OPTIONS, Case, Choices
 from bench_quantizers import peer_versions
 from judge import Judge
+from step_times import step_times
 from torch import nn
 
 from quantdm import get_denoiser, list_tables
@@ -81,10 +82,11 @@ def main() -> None:
     found += list(data_free(case, rows, sizes))
     found += list(searched(Run.open(given.run_dir), rows, sizes, given.workers))
     record = {"version": 1, "model": given.model, "rows": found, "peers": peer_versions(given.peers)}
+    record["ms_per_step"] = step_times(given.model, rows.layouts, given.peers, given.out)
     record |= {"images": given.images, "steps": STEPS, "draws": DRAWS, "rulers": given.rulers, "within": sizes}
     record |= {"versions": versions(), "machine": f"{platform.machine()}, {cores()} cores"}
     write_json(OUT / f"peers_{given.model}.json", record | {"date": datetime.date.today().isoformat()})
-    print(as_text(found))
+    print(as_text(found, record["ms_per_step"]))
 
 
 def quantized_by_peers(python: Path, folder: Path, model: str) -> dict[str, Any]:
@@ -115,6 +117,7 @@ class Rows:
 
     def __init__(self, judge: Judge, store: TrialStore, given: argparse.Namespace) -> None:
         self.judge, self.store = judge, store
+        self.layouts: dict[str, Mapping[str, str | None]] = {}
         self.settings = (given.model, given.images, tuple(given.rulers))
 
     def measure(self, name: str, weights: Mapping[str, torch.Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +163,9 @@ def data_free(case: Case, rows: Rows, sizes: Mapping[str, int]) -> Iterator[dict
             budget -= total - limit
         weights = {f"{la.name}.weight": choices.decoded[i][choice[i]] for i, la in enumerate(case.layers)}
         told = {"bytes": total, "limit": limit, "seconds": round(choices.cpu_s, 1)}
-        yield rows.measure(f"quantdm, data-free, {limit / 1e6:.2f} MB", weights | tables, told)
+        name = f"quantdm, data-free, {limit / 1e6:.2f} MB"
+        rows.layouts[name] = labels
+        yield rows.measure(name, weights | tables, told)
 
 
 def decoded_tables(denoiser: nn.Module) -> dict[str, torch.Tensor]:
@@ -179,7 +184,7 @@ def searched(run: Run, rows: Rows, sizes: Mapping[str, int], workers: int | None
         for limit in sorted(set(sizes.values())):
             start = time.monotonic()
             labels, chosen = best_choice(run, engine, size, limit)
-            folder = run.path(f"peers-{limit}")
+            folder = run.path(f"peers-{digest(labels)}")  # several sizes may choose the same
             folder.mkdir(exist_ok=True)
             recipe = Recipe(model=run.settings.model, layers=labels)
             path = tune_run(run, engine, recipe, TuneSettings(), images=128, folder=folder)
@@ -194,7 +199,9 @@ def searched(run: Run, rows: Rows, sizes: Mapping[str, int], workers: int | None
             schemes = {name: Scheme.parse(label) for name, label in labels.items() if label is not None}
             weights = {f"{name}.weight": bank.get(name, scheme).dequantize() for name, scheme in schemes.items()}
             weights |= {} if path is None else TunedWeights.load(path).others
-            yield rows.measure(f"quantdm, recipe, {limit / 1e6:.2f} MB", weights | tables, told)
+            name = f"quantdm, recipe, {limit / 1e6:.2f} MB"
+            rows.layouts[name] = labels
+            yield rows.measure(name, weights | tables, told)
 
 
 def best_choice(run: Run, engine: Engine, size: ExportSize, limit: int) -> tuple[dict[str, str | None], str]:
@@ -212,14 +219,16 @@ def best_choice(run: Run, engine: Engine, size: ExportSize, limit: int) -> tuple
     return configs[best], best
 
 
-def as_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the rows as a table, smallest first."""
-    lines = [f"{'':<30}{'MB':>6}{'fid_fp':>18}{'PSNR':>7}{'agreement':>11}"]
+def as_text(rows: Sequence[Mapping[str, Any]], times: Mapping[str, Any]) -> str:
+    """Return the rows as a table, smallest first; milliseconds per step in dense and in packed layers."""
+    lines = [f"{'':<30}{'MB':>6}{'fid_fp':>18}{'PSNR':>7}{'agreement':>11}{'ms':>8}{'packed':>8}"]
     for row in sorted(rows, key=lambda r: (r.get("bytes", 0), r["name"])):
         fid = spread(row["fid_fp"], row["fid_fp_sd"])
         psnr = "" if row.get("psnr_fp") is None else f"{row['psnr_fp']:.1f}"
         line = f"{row['name']:<30}{row.get('bytes', 0) / 1e6:>6.2f}{fid:>18}{psnr:>7}{row.get('agreement', 0):>11.3f}"
-        lines.append(line)
+        own, peer = times.get(row["name"], {}), times["peers"].get(row["name"], {})
+        cells = [own.get("dense"), own.get("packed", peer.get("ms"))]
+        lines.append(line + "".join(f"{'' if ms is None else format(ms, '.1f'):>8}" for ms in cells))
     return "\n".join(lines)
 
 

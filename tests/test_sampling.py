@@ -99,6 +99,17 @@ def test_a_frontier_at_the_end_of_what_is_reachable_holds_many_configurations(sp
     assert (np.abs(space.avg_bits(near) - target) < 0.5).all()
 
 
+def test_a_target_above_the_mean_of_the_largest_width_is_sampled_too():
+    """Codebooks of small layers weigh more than their codes: of one width, k-means reaches sizes that no mean does."""
+    wide = planted_space(tuple(Scheme(method=m, bits=b) for m in ("uniform", "kmeans") for b in (3, 8)))
+    most = float(wide.bits.max(axis=1).sum() / wide.num_weights.sum())
+    widest = float(wide.bits[:, [1, 3]].mean(axis=1).sum() / wide.num_weights.sum())
+    assert most - 0.75 > widest
+    sizes = wide.avg_bits(sample_configs(wide, 40, seed=0, target_bits=most))
+    assert sizes.max() <= most
+    assert np.median(sizes) > widest - 1
+
+
 def test_one_width_is_enough(space):
     options = tuple(Scheme(method=method, bits=4) for method in ("uniform", "kmeans"))
     assert sample_configs(planted_space(options), 10, seed=0).max() == 1

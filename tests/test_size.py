@@ -22,7 +22,7 @@ from quantdm.pipelines.tensor_files import DTYPE_NAMES
 from quantdm.quantizers import count_bits
 from quantdm.quantizers.branches import fits_rank
 from quantdm.runs.bank import WeightBank
-from quantdm.runs.settings import checked_target
+from quantdm.runs.target import checked_target
 from quantdm.schemes import ORIGINAL, PAPER_OPTIONS, Scheme
 from quantdm.surrogates import SearchSpace
 

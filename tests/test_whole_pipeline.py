@@ -15,11 +15,12 @@ from quantdm.hub.planned import other_parts
 from quantdm.modules import packed_layers
 from quantdm.pipelines.source import open_source
 from quantdm.quantizers import count_bits
+from quantdm.runs.room import PART_OPTIONS
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
 from quantdm.runs.settings import Effort
 from quantdm.runs.stages import build_bank
-from quantdm.runs.whole import PART_OPTIONS, select_pipeline
+from quantdm.runs.whole import select_pipeline
 from quantdm.surrogates import SearchSpace
 from quantdm.surrogates.attribution import summarise
 from tests.walk_kinds import sdxl

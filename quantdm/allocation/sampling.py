@@ -135,8 +135,10 @@ def _van_der_corput(index: int) -> float:
 
 def _two_level(average: NDArray[np.float64], goal: float, rng: np.random.Generator) -> NDArray[np.float64]:
     """Return the shares of the widths: two of them, mixed so that the expected size is the goal."""
+    last = len(average) - 1
     low = int(rng.choice(max(1, int((average <= goal).sum()))))
-    high = int(rng.integers(max(low + 1, int((average < goal).sum())), len(average))) if low + 1 < len(average) else low
+    least = min(max(low + 1, int((average < goal).sum())), last)  # a goal may be above all: schemes of a width differ
+    high = int(rng.integers(least, last + 1)) if low < last else low
     shares = np.zeros(len(average))
     p = 1.0 if high == low else float(np.clip((average[high] - goal) / (average[high] - average[low]), 0, 1))
     shares[low] += p

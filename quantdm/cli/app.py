@@ -88,6 +88,15 @@ TargetBytes = Annotated[
         help="Or the size of the denoiser on disk: bytes, or e.g. 1.2GB.",
     ),
 ]
+TargetPipelineBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--target-pipeline-size",
+        parser=size_in_bytes,
+        metavar="SIZE",
+        help="Or that of all parts on disk, e.g. 6GB: text encoders and VAE get what suits them, measured.",
+    ),
+]
 EffortName = Annotated[str, typer.Option("--effort", help="quick, normal or thorough.")]
 Trials = Annotated[int | None, typer.Option(min=1, help="Measured configurations (default: the effort's).")]
 Options = Annotated[

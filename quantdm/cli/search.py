@@ -23,6 +23,7 @@ from quantdm.cli.app import (
     Seed,
     TargetBits,
     TargetBytes,
+    TargetPipelineBytes,
     Trials,
     Workers,
     app,
@@ -38,8 +39,7 @@ from quantdm.schemes import TABLE_SCHEME
 def bank(
     model: Model,
     run_dir: RunDir,
-    target_bits: TargetBits = None,
-    target_bytes: TargetBytes = None,
+    target_bits: TargetBits = None, target_bytes: TargetBytes = None, target_pipeline_bytes: TargetPipelineBytes = None,
     effort: EffortName = "normal", trials: Trials = None, options: Options = None,
     seed: Seed = 0,
     protocol: ProtocolFile = None,
@@ -63,6 +63,7 @@ def bank(
         run_dir,
         target_bits=target_bits,
         target_bytes=target_bytes,
+        target_pipeline_bytes=target_pipeline_bytes,
         trials=level.trials,
         options=schemes_of(options) or level.options,
         effort=level.effort,
@@ -81,7 +82,7 @@ def bank(
 def search(
     model: Model,
     run_dir: RunDir,
-    target_bits: TargetBits = None, target_bytes: TargetBytes = None,
+    target_bits: TargetBits = None, target_bytes: TargetBytes = None, target_pipeline_bytes: TargetPipelineBytes = None,
     effort: EffortName = "normal", trials: Trials = None, options: Options = None,
     seed: Seed = 0, protocol: ProtocolFile = None, workers: Workers = None,
     example_inputs: ExampleInputs = None,
@@ -101,7 +102,8 @@ def search(
     level = level_of(effort, trials=trials)
     recipe = search(
         model,
-        target_bits=target_bits, target_bytes=target_bytes, run_dir=run_dir,
+        target_bits=target_bits, target_bytes=target_bytes, target_pipeline_bytes=target_pipeline_bytes,
+        run_dir=run_dir,
         trials=level.trials, options=schemes_of(options) or level.options, effort=level.effort,
         protocol=None if protocol is None else load_protocol(protocol),
         seed=seed, workers=workers,

@@ -20,8 +20,11 @@ from quantdm.quantizers import Moments, count_bits, quantize_options
 from quantdm.runs.cheap import EVERY
 from quantdm.runs.engines.means import Means
 from quantdm.runs.evaluator import NOISE_CALLS
+from quantdm.runs.room import Room, room_of
 from quantdm.runs.run import RunSettings
+from quantdm.runs.shares import SIZES
 from quantdm.runs.trials import FRONTIER_SHARE, RANDOM_SHARE
+from quantdm.schemes import Scheme
 
 PROBE_ROWS = 64
 CANDIDATES, SURVIVORS = 13, 5  # of the verification: those of a usual run, and how many run further draws
@@ -32,7 +35,7 @@ UNLEARNED = RANDOM_SHARE + FRONTIER_SHARE  # of the trials: those that get cheap
 NO_ACCELERATOR = "gpu_hours (--gpu-hours): no accelerator works here; give minutes (--minutes) instead"
 CHEAP = f"Trials: if cheap labels rank like full ones; else they take up to {EVERY} times as long."
 
-PARALLEL = ("sensitivities", "trials", "verification", "final rows")
+PARALLEL = ("sensitivities", "other parts", "trials", "verification", "final rows")
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class Plan:
     accelerators: float = 0.0
     note: str = ""
     load: float = 0.0  # processes that wanted a core before
+    room: Room | None = None  # of a target for the whole pipeline
 
     def record(self) -> dict[str, Any]:
         """Return plain numbers."""
         means = {"workers": self.workers, "accelerators": self.accelerators, "load": self.load}
-        return {"estimate": True, **means, "stages": [asdict(stage) for stage in self.stages]}
+        shared = {} if self.room is None else {"split": self.room.record()}
+        return {"estimate": True, **means, "stages": [asdict(stage) for stage in self.stages], **shared}
 
     def said(self, say: Callable[[str], object], most: Callable[[int], int] | None = None) -> dict[str, Any]:
         """Say the plan, and how many trials time allows, if that says `most`; return its record."""
@@ -78,7 +83,8 @@ class Plan:
         lines.append(f"An estimate, from a few images generated just now; {self.workers} workers.")
         if self.load > cores() + 1:
             lines.append(f"This machine is busy (load {self.load:.0f}); without its other work that takes less time.")
-        return "\n".join([*lines, self.note] if self.note else lines)
+        lines += [self.note] if self.note else []
+        return "\n".join(lines if self.room is None else [*lines, self.room.text()])
 
     def _sums(self) -> tuple[float, int, int]:
         return (
@@ -145,11 +151,12 @@ def plan_run(
     """
     busy = load()
     pipe = subject.in_dtype(settings.torch_dtype)
-    seconds = _seconds(subject, settings, level if tuned else replace(level, tune_images=0), means)
+    room = _room(subject, settings)
+    seconds = _seconds(subject, settings, level if tuned else replace(level, tune_images=0), means, room)
     weights = sum(map(_bytes, subject.denoisers.values()))
     held = weights + (0 if pipe is subject.pipe else weights * settings.torch_dtype.itemsize // 4)
     held += bytes_per_image(pipe, settings.protocol) * most_at_once(pipe, settings.protocol, batch_size)
-    disk = _disk(subject, settings)
+    disk = _disk(subject, settings) | ({} if room is None else {"export, report": room.target})
     return Plan(
         tuple(
             Stage(name, time_, held * (means.workers if name in PARALLEL else 1), disk.get(name, 10**6))
@@ -160,10 +167,19 @@ def plan_run(
         means.accelerators,
         CHEAP if settings.fidelity == "auto" else "",
         busy,
+        room,
     )
 
 
-def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means) -> dict[str, float]:
+def _room(subject: Subject, settings: RunSettings) -> Room | None:
+    """Return what the target of a whole pipeline leaves for its denoisers; None: it is the target of these alone."""
+    if settings.target_pipeline_bytes is None:
+        return None
+    tables = None if settings.embeddings is None else Scheme.parse(settings.embeddings)
+    return room_of(subject, settings.schemes, tables, settings.target_pipeline_bytes)
+
+
+def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room: Room | None) -> dict[str, float]:
     """Return the seconds of every stage: what workers share at their speed, all else at that of this process."""
     layers, steps, tune = len(subject.layers), s.protocol.steps, level.tune
     here, there, many = means.here, means.there, means.workers
@@ -172,11 +188,14 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means) -> di
     trained = level.tune_images * steps + tune.steps * tune.rows * 3 if level.tune_images else 0
     calibrated = s.calibration_images * (s.calibration_steps or s.label_steps) * 2
     probe = NOISE_CALLS * s.noise_images * there.exact
+    label = s.label_images * s.label_steps * there.fast
+    shared = 0 if room is None else SIZES + sum(len(row) - 1 for row in room.parts.values())
     full, cheap = (s.trials, 0.0) if s.fidelity == "full" else (s.trials / EVERY, s.trials * UNLEARNED)
     return {
         "bank": calibrated * here.exact + _bank_seconds(subject, s) / cores(),
         "sensitivities": layers * len(s.options) * probe / many,
-        "trials": (full * s.label_images * s.label_steps * there.fast + cheap * probe) / many,
+        **({} if room is None else {"other parts": shared * label / many}),
+        "trials": (full * label + cheap * probe) / many,
         "surrogates": 2 + s.trials * layers * 5e-4,
         "verification": (CANDIDATES + SURVIVORS * (s.verify_draws - 1)) * s.verify_images * steps * there.fast / many,
         "tuning": trained * here.exact,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -16,7 +16,7 @@ from quantdm.errors import QuantDMError
 from quantdm.files import check_replaceable
 from quantdm.hub.inspection import left_in
 from quantdm.hub.replace import check_export_path
-from quantdm.hub.size import ExportSize, denoiser_bytes
+from quantdm.hub.size import ExportSize, denoiser_bytes, weight_bytes
 from quantdm.machine import best_device
 from quantdm.metrics.door import check_measures
 from quantdm.pipelines.loading import DiffusionPipeline, model_name
@@ -38,8 +38,11 @@ from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.search import look_for_run, start_run
-from quantdm.runs.settings import check_given, check_one_target, make_settings
+from quantdm.runs.settings import check_given, make_settings
+from quantdm.runs.shares import settle
+from quantdm.runs.split import told_split
 from quantdm.runs.stages import build_bank, describe, measure_space
+from quantdm.runs.target import check_one_target
 from quantdm.runs.trials import cheap_verdict, load_labels, run_trials
 from quantdm.runs.tune import tune_run
 from quantdm.runs.why import explain_choice
@@ -53,13 +56,12 @@ Say = Callable[[str], object]
 def run(
     pipe: DiffusionPipeline | str | Path,
     *,
-    target_bits: float | None = None, target_bytes: int | None = None, run_dir: str | Path | None = None,
+    target_bits: float | None = None, target_bytes: int | None = None, target_pipeline_bytes: int | None = None,
+    run_dir: str | Path | None = None,
     effort: str = "normal", trials: int | None = None,
     options: Sequence[Scheme] | None = None,
     protocol: Protocol | None = None,
-    seed: int = 0,
-    workers: int | None = None,
-    tuned: bool = True,
+    seed: int = 0, workers: int | None = None, tuned: bool = True,
     example_inputs: Mapping[str, Any] | None = None,
     embeddings: Scheme | None = TABLE_SCHEME,
     batch_size: int | Literal["auto"] = "auto", device: str | None = None, dtype: str | None = None,
@@ -77,6 +79,7 @@ def run(
         pipe: the full-precision pipeline, or its name (embedded, directory, hub id), as in `search`.
         target_bits: average bits per quantizable weight, codebooks and scales included.
         target_bytes: or the size of the denoiser on disk.
+        target_pipeline_bytes: or that of all parts on disk, as in `search`.
         run_dir: where every stage leaves its record (None: runs/NAME-SIZE).
         effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
@@ -93,14 +96,15 @@ def run(
     Raises:
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
-    start, level = time.monotonic(), _level(effort, trials, options, dtype, target_bits, target_bytes, fidelity)
+    start, level = time.monotonic(), _level(effort, trials, options, dtype, fidelity)
+    check_one_target(target_bits, target_bytes, target_pipeline_bytes)
     _check_means(engine, ray_address, minutes, gpu_hours, device or device_of(pipe))
-    folder = run_dir or default_folder(pipe, target_bits, target_bytes, effort)
+    folder = run_dir or default_folder(pipe, target_bits, target_bytes or target_pipeline_bytes, effort)
     subject = _look(pipe, folder, example_inputs, device, dtype, learned_from, say)
     given: dict[str, Any] = {
-        "target_bits": target_bits, "target_bytes": target_bytes, "trials": level.trials, "seed": seed, "dtype": dtype,
-        "options": options or level.options, "protocol": protocol, "effort": level.effort, "embeddings": embeddings,
-        "fidelity": fidelity,
+        "target_bits": target_bits, "target_bytes": target_bytes, "target_pipeline_bytes": target_pipeline_bytes,
+        "trials": level.trials, "seed": seed, "dtype": dtype, "options": options or level.options,
+        "protocol": protocol, "effort": level.effort, "embeddings": embeddings, "fidelity": fidelity,
     }  # fmt: skip
     settings = make_settings(subject, **given)
     check_measures(subject.pipe, settings.protocol, images=level.final_images)
@@ -133,12 +137,10 @@ def _planned(
 
 
 def _level(
-    effort: str, trials: int | None, options: Sequence[Scheme] | None, dtype: str | None, bits: float | None,
-    size: int | None, fidelity: str | None,
-) -> Level:  # fmt: skip
+    effort: str, trials: int | None, options: Sequence[Scheme] | None, dtype: str | None, fidelity: str | None
+) -> Level:
     """Return the level of an effort; what can be refused before anything is opened is refused."""
     level = level_of(effort, trials=trials)
-    check_one_target(bits, size)
     check_given(level.trials, options or level.options, dtype, fidelity)
     return level
 
@@ -211,17 +213,29 @@ class _Way:
 
     def walk(self, *, tuned: bool) -> dict[str, Any]:
         """Search and measure; return the summary."""
-        space, recipe = self.search()
-        return self.measure(space, recipe, tuned=tuned)
+        space = self.prepare()
+        way = replace(self, run=self.shared(space))
+        return way.measure(space, way.search(space), tuned=tuned)
 
-    def search(self) -> tuple[SearchSpace, Recipe]:
-        """Find the recipe, stage by stage."""
+    def prepare(self) -> SearchSpace:
+        """Quantize and measure single layers."""
         run, engine, say, subject = self.run, self.engine, self.say, self.engine.subject
         say(f"[2/10] quantize every layer with {len(run.settings.options)} options")
         describe(run, subject)
         bank = build_bank(run, subject, batch_size=engine.batch_size)
         say("[3/10] how sensitive is each layer?")
-        space = measure_space(run, engine, subject, bank)
+        return measure_space(run, engine, subject, bank)
+
+    def shared(self, space: SearchSpace) -> Run:
+        """Return the run with what other parts leave for the denoisers, if its target is that of the whole pipeline."""
+        run = settle(self.run, self.engine, space)
+        for line in told_split(run):
+            self.say(f"       {line}")
+        return run
+
+    def search(self, space: SearchSpace) -> Recipe:
+        """Find the recipe, stage by stage."""
+        run, engine, say = self.run, self.engine, self.say
         say(f"[4/10] measure {run.settings.trials} sampled configurations (processes: {engine.workers})")
         measure_gradients(run, engine.local, space)
         run_trials(run, engine, space, most=self.most)
@@ -234,7 +248,7 @@ class _Way:
         recipe = choose(run, engine, space, attributions, fitted["graph"])
         explain_choice(run, space, fitted)
         say(f"       recipe: {recipe.avg_bits:.3f} bits per weight ({recipe.provenance.source})")
-        return space, recipe
+        return recipe
 
     def measure(self, space: SearchSpace, recipe: Recipe, *, tuned: bool) -> dict[str, Any]:
         """Tune, add activations and the correction, and measure everything on noises that the search never saw."""
@@ -273,7 +287,10 @@ def _hand_over(
     left = left_in(export)
     if left is not None:
         say(f"         {left}")
-    say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB on disk)")
+    whole, target = "", run.settings.target_pipeline_bytes
+    if target is not None:
+        whole = f", all parts {weight_bytes(export) / 1e6:.2f} of {target / 1e6:.2f} MB"
+    say(f"export:  {export}  (denoiser {denoiser_bytes(export, subject.pipe) / 1e6:.2f} MB{whole} on disk)")
     say(f"report:  {report}")
     say(f"done in {(time.monotonic() - start) / 60:.1f} minutes")
     return summary

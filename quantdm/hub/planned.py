@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import nn
 
+from quantdm.errors import QuantDMError
 from quantdm.hub.header import header_text
 from quantdm.hub.plan import plan_recipe
 from quantdm.hub.quantize import model_layers
@@ -36,22 +37,14 @@ class OtherPart:
     model: nn.Module  # on the meta device
     stored: StoredPart
 
-    def rules(self, scheme: Scheme | None) -> Recipe | None:
-        """Return what quantizes it under a scheme without calibration; None: it stays as it is.
+    @property
+    def has_layers(self) -> bool:
+        """Whether there is anything to quantize in it."""
+        return bool(model_layers(self.model))
 
-        A layer on which the scheme costs more than it saves stays; tables take TABLE_SCHEME, as those of denoisers.
-        """
-        if scheme is None:
-            return None
-        layers = [layer for layer in model_layers(self.model) if not is_table(layer)]
-        dear = [layer.name for layer in layers if is_wasteful(layer.shape, scheme, layer.split)]
-        tables = [layer for layer in model_layers(self.model) if is_table(layer)]
-        return Recipe(
-            model=self.name,
-            layers=dict.fromkeys(dear),
-            default=scheme.label,
-            embeddings=TABLE_SCHEME.label if tables else None,
-        )
+    def rules(self, scheme: Scheme | None) -> Recipe | None:
+        """Return what quantizes it under a scheme, see `part_rules`; None: it stays as it is."""
+        return None if scheme is None else part_rules(self.name, self.model, scheme)
 
     def bytes_under(self, rules: Recipe | None) -> int:
         """Return the size of its safetensors files in an export."""
@@ -61,14 +54,37 @@ class OtherPart:
         return planned_bytes(prepare(plan, self.stored))
 
 
+def part_rules(name: str, model: nn.Module, scheme: Scheme) -> Recipe:
+    """Return what quantizes a network under a scheme without calibration, all its layers alike.
+
+    A layer on which the scheme costs more than it saves stays; tables take TABLE_SCHEME, as those of denoisers.
+    """
+    layers = [layer for layer in model_layers(model) if not is_table(layer)]
+    dear = [layer.name for layer in layers if is_wasteful(layer.shape, scheme, layer.split)]
+    tables = [layer for layer in model_layers(model) if is_table(layer)]
+    return Recipe(
+        model=name,
+        layers=dict.fromkeys(dear),
+        default=scheme.label,
+        embeddings=TABLE_SCHEME.label if tables else None,
+    )
+
+
 def other_parts(source: Source) -> list[OtherPart]:
-    """Return the networks of a stored pipeline that are no denoisers and have layers to quantize."""
-    denoisers = find_denoisers(source.pipe)
-    return [
-        OtherPart(name, source.models[name], stored)
-        for name, stored in source.parts.items()
-        if name not in denoisers and model_layers(source.models[name])
-    ]
+    """Return the networks of a stored pipeline that are no denoisers.
+
+    Raises:
+        QuantDMError: one of them has no files of which it is known beforehand what an export makes of them.
+    """
+    names = [name for name in source.models if name not in find_denoisers(source.pipe)]
+    loaded = [name for name in names if name not in source.parts]
+    if loaded:
+        raise QuantDMError(
+            f"{source.name}: {', '.join(loaded)} has no safetensors files with the names of its class, so its size in "
+            "an export is not known beforehand; save the pipeline with save_pretrained and give that, or give "
+            "target_bits or target_bytes"
+        )
+    return [OtherPart(name, source.models[name], source.parts[name]) for name in names]
 
 
 def planned_bytes(work: Work) -> int:

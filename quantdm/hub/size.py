@@ -233,6 +233,11 @@ def denoiser_bytes(folder: str | Path, pipe: DiffusionPipeline) -> int:
     return sum(path.stat().st_size for part in folders for path in part.glob("*.safetensors"))
 
 
+def weight_bytes(folder: str | Path) -> int:
+    """Return the size of the weights of all parts of an export on disk."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*/*.safetensors"))
+
+
 def _files_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
     """Return the size of all files into which `save_pretrained` splits tensors, each with the metadata."""
     split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_SIZE, filename_pattern=PATTERN)

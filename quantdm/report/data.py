@@ -22,8 +22,8 @@ def report_data(records: Records) -> dict[str, Any]:
     (of the final figures), `fp_noise`, `fid_floor`, `layers` (name, type, block, weights, scheme, bits, error alone),
     `graph` (edges between names), `trials` (bits, fid_fp), `sizes` (predicted, not measured), `candidates`, `chosen`,
     `surrogate` (held-out figures), `why` (against its rival), `paths` (edges that carry the damage),
-    `sentences` (to act on), `correction` (per step, variants, and whether it is worth it), `tuning`, `recipe`,
-    `versions`.
+    `sentences` (to act on), `correction` (per step, variants, and whether it is worth it), `tuning`, `recipe`, `split`
+    (of a target for the whole pipeline), `versions`.
     """
     settings, summary, selection = records.settings, records.summary or {}, records.selection or {}
     return {
@@ -46,6 +46,7 @@ def report_data(records: Records) -> dict[str, Any]:
         "sentences": sentences_of(records),
         "correction": _correction(records),
         "tuning": records.tuning,
+        "split": records.split,
         "recipe": None if records.recipe is None else records.recipe.model_dump(mode="json", exclude={"model"}),
     }
 

@@ -21,6 +21,7 @@ from quantdm.report.paths import paths
 from quantdm.report.records import Records, read_records
 from quantdm.report.samples import samples
 from quantdm.report.sections import actions, masthead, protocol, results
+from quantdm.report.split import split
 from quantdm.report.theme import variables
 from quantdm.report.tuning import tuning
 from quantdm.report.why import unknowns, why
@@ -30,6 +31,7 @@ REPORT_FILE = "report.html"
 SECTIONS: tuple[tuple[str, str, Callable[[Records], str]], ...] = (
     ("samples", "Samples", samples),
     ("result", "Result", results),
+    ("split", "Part by part", split),
     ("insights", "What to do with it", actions),
     ("frontier", "Quality against size", frontier),
     ("map", "Map", atlas),

@@ -15,6 +15,7 @@ from quantdm.recipe import Recipe, load_recipe
 from quantdm.runs.labels import weights_of
 from quantdm.runs.paths import PATHS_FILE
 from quantdm.runs.run import Run, RunSettings
+from quantdm.runs.split import load_split
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import cheap_verdict, own_trials
 from quantdm.runs.tune import TUNING_FILE, TUNING_VERSION
@@ -29,6 +30,7 @@ MADE_BY = {
     "surrogate.json": "quantdm fit --run-dir RUN_DIR",
     "attribution.json": "quantdm explain --run-dir RUN_DIR",
     "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
+    "split.json": "quantdm run MODEL --target-pipeline-size SIZE --run-dir RUN_DIR",
     "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
     "why.json": "quantdm search MODEL --run-dir RUN_DIR",
     "paths.json": "quantdm explain --run-dir RUN_DIR --paths",
@@ -59,6 +61,7 @@ class Records:
     summary: dict[str, Any] | None
     samples: dict[str, torch.Tensor]
     cheap: dict[str, Any] | None = None  # what was found of cheap labels
+    split: dict[str, Any] | None = None  # of a target for the whole pipeline
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -129,6 +132,7 @@ def read_records(run_dir: str | Path) -> Records:
         summary=optional("summary.json", lambda path: read_json(path, version=1)),
         samples=samples,
         cheap=cheap_verdict(run),
+        split=load_split(run.folder, run.settings),
     )
 
 

@@ -18,6 +18,7 @@ from quantdm.runs.explain import is_current
 from quantdm.runs.gradients import load_gradients
 from quantdm.runs.labels import calibration_of, label_bits, labels_of, tables_of
 from quantdm.runs.run import Run
+from quantdm.runs.split import load_split, notes_of, rules_in
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.trials import load_trials
 from quantdm.runs.verify import race
@@ -40,7 +41,7 @@ def choose(
     explained = {name: a.to_dict() for name, a in attributions.items()}
     path, inputs = (
         run.path("selection.json"),
-        digest(fitted, explained, run.settings.model_dump(mode="json", exclude={"location"})),
+        digest(fitted, explained, run.settings.model_dump(mode="json", exclude={"location"}), *_shared(run)),
     )
     if not is_current(path, inputs):
         check_replaceable(run.path("recipe.yaml"))  # one that was changed by hand is nobody's to replace
@@ -51,6 +52,12 @@ def choose(
     if not run.path("recipe.yaml").is_file():
         write_text(run.path("recipe.yaml"), _recipe_of(run, selection).to_yaml(), YAML_COMMENT)
     return _as_it_is(run, load_recipe(run.path("recipe.yaml")), space, selection["configs"][selection["chosen"]])
+
+
+def _shared(run: Run) -> list[Any]:
+    """Return the split of a budget for the whole pipeline, on which a recipe depends too, if there is one."""
+    split = load_split(run.folder, run.settings)
+    return [] if split is None else [split]
 
 
 def verification_draws(run: Run) -> list[Draw]:
@@ -89,12 +96,16 @@ def _select(
 
 def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
     """Return the chosen candidate as a recipe with its figures."""
-    settings, best = run.settings, selection["chosen"]
+    settings, best, split = run.settings, selection["chosen"], load_split(run.folder, run.settings)
     figures = selection["candidates"][best]
     learned = [name for name in selection["configs"] if not name.startswith(BASELINE)]
+    rules = joint_rules(selection["configs"][best], settings.seen.denoisers, embeddings=settings.embeddings)
+    others = {} if split is None else split["parts"]
+    rules["components"] |= {name: own for name, part in others.items() if (own := rules_in(part)) is not None}
+    whole = "" if split is None else f"{split['target_bytes']} bytes, the weights of the whole pipeline, which leave "
     return Recipe(
         model=settings.model,
-        **joint_rules(selection["configs"][best], settings.seen.denoisers, embeddings=settings.embeddings),
+        **rules,
         calibration=calibration_of(settings, selection["configs"][best]),
         avg_bits=round(figures["avg_bits"], 6),
         provenance=Provenance(
@@ -102,9 +113,9 @@ def _recipe_of(run: Run, selection: dict[str, Any]) -> Recipe:
             quantdm=versions().get("quantdm"),
             seed=settings.seed,
             trials=read_json(run.path("surrogate.json"), version=RECORD_VERSION).get("trials", settings.trials),
-            target=f"{settings.target_bits:g} bits per weight",
+            target=f"{whole}{settings.target_bits:g} bits per weight",
             weights=settings.seen.weights,
-            notes=dense_note(settings.seen),
+            notes=dense_note(settings.seen) if split is None else notes_of(split),
             measured={
                 key: round(figures[key], 6)
                 for key in ("fid_fp_mean", "fid_fp_sd", "psnr_fp_mean")

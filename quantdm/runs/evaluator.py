@@ -1,6 +1,6 @@
 """What one worker does: measure a configuration on a draw, measure the sensitivity of one layer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -21,9 +21,9 @@ from quantdm.pipelines.generate import count_calls, generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
-from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers, split_name
 from quantdm.runs.bank import WeightBank, pointed
+from quantdm.runs.other_weights import OtherWeights, Tables
 from quantdm.runs.proposals import Proposal, answer
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TunedWeights
@@ -38,7 +38,7 @@ class Job:
     """One measurement: a configuration (None: full precision), activations and correction, on one draw.
 
     `embeddings` is the scheme of the embedding tables (None: they stay as they are), or table -> scheme, where not all
-    have the same.
+    have the same. `parts` are the schemes of parts of the pipeline that are no denoisers (None: they stay as they are).
     """
 
     draw: Draw
@@ -47,11 +47,12 @@ class Job:
     correction: str | None = None
     tuned: str | None = None
     embeddings: str | dict[str, str] | None = None
+    parts: dict[str, str] | None = None
 
     @property
     def key(self) -> str:
         """Everything that determines the figures, except the run's own settings."""
-        late = ("tuned", "embeddings")  # which older records do not have
+        late = ("tuned", "embeddings", "parts")  # which older records do not have
         # Field by field: `asdict` copies every label, which takes three times as long as reading the whole record.
         own = {field.name: getattr(self, field.name) for field in fields(self)} | {"draw": asdict(self.draw)}
         return digest({key: value for key, value in own.items() if key not in late or value is not None})
@@ -76,6 +77,7 @@ class Job:
         if self.embeddings is not None:
             tables = self.embeddings if isinstance(self.embeddings, str) else "each by a rule of its own"
             tuned += f", embedding tables {tables}"
+        tuned += "".join(f", {part} {label}" for part, label in (self.parts or {}).items())
         return weights + tuned + activations + ("" if self.correction is None else ", corrected sampler")
 
 
@@ -111,9 +113,14 @@ class Evaluator:
         return self.subject.in_dtype(self.run.settings.torch_dtype)
 
     @cached_property
-    def tables(self) -> "Tables":
+    def tables(self) -> Tables:
         """The embedding tables of the pipeline."""
         return Tables(self.subject)
+
+    @cached_property
+    def others(self) -> OtherWeights:
+        """The weights of the parts that are no denoisers."""
+        return OtherWeights(self.subject.pipe)
 
     # ------------------------------------------------------------------------------------------------------ images
 
@@ -155,10 +162,11 @@ class Evaluator:
 
     def samples(self, job: Job) -> Samples:
         """Generate the samples of one job."""
-        with configured(self.pipe, self.bank, job, self.tables):
+        whole = job.labels is None and job.parts is None
+        with configured(self.pipe, self.bank, job, self.tables), self.others.applied(self.pipe, job.parts):
             return draw_samples(
                 self.pipe, self.protocol, self.extractor, job.draw, batch_size=self.batch_size, what=job.description,
-                may_be_constant=job.labels is not None,  # it is compared with the reference, which may not
+                may_be_constant=not whole,  # it is compared with the reference, which may not
             )  # fmt: skip
 
     def propose(self, proposal: Proposal) -> dict[str, Any]:
@@ -243,26 +251,6 @@ def _influence(samples: Samples, reference: Samples) -> list[float]:
 def _middle(count: int) -> list[int]:
     """Return which of `count` calls are looked at: NOISE_CALLS evenly from the inside, each once."""
     return sorted({min(round((i + 1) * count / (NOISE_CALLS + 1)), count - 1) for i in range(NOISE_CALLS)} - {-1})
-
-
-class Tables:
-    """The embedding tables of a subject, quantized when they are asked for: that needs no calibration and no bank."""
-
-    def __init__(self, subject: Subject) -> None:
-        self._subject = subject
-        self._found: dict[tuple[str, str], QuantizedWeight] = {}
-
-    def of(self, labels: str | Mapping[str, str]) -> dict[str, QuantizedWeight]:
-        """Return joint name -> table under a scheme, or under its own."""
-        if isinstance(labels, str):
-            labels = {table.name: labels for table in self._subject.tables}
-        return {name: self._under(name, label) for name, label in labels.items()}
-
-    def _under(self, name: str, label: str) -> QuantizedWeight:
-        if (name, label) not in self._found:
-            weight = self._subject.weights.get_parameter(f"{name}.weight")
-            self._found[name, label] = quantize_weight(weight, Scheme.parse(label), name=name)
-        return self._found[name, label]
 
 
 @contextmanager

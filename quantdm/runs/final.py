@@ -1,6 +1,6 @@
 """The final measurement of a run: the result rows on noises that the search never saw, and the summary."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -25,7 +25,9 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.labels import label_bits, labels_of, tables_of
+from quantdm.runs.other_weights import OtherWeights
 from quantdm.runs.run import Run
+from quantdm.runs.split import parts_of
 from quantdm.runs.stages import RECORD_VERSION
 from quantdm.runs.store import TrialStore
 from quantdm.runs.tune import tuning_of
@@ -88,7 +90,9 @@ def final_jobs(
         **({} if correction is None else {"recipe+a6+correction": corrected}),
     }
     usual, own = with_tables(jobs, run.settings.embeddings), with_tables(jobs, tables)
-    return {name: (own if name.startswith("recipe") else usual)[name] for name in jobs}
+    found = {name: (own if name.startswith("recipe") else usual)[name] for name in jobs}
+    parts = parts_of(run, recipe)  # in every quantized row: what differs are the denoisers
+    return {n: (job if job.labels is None else replace(job, parts=parts), note) for n, (job, note) in found.items()}
 
 
 def _best_uniform(selection: dict[str, Any]) -> str:
@@ -142,7 +146,7 @@ def measure_rows(
             running = [n for n in running if n == against or not _apart(measured, n, against)]
         progress.total = progress.n  # measurements that were not needed are none that are missing
     return [
-        _row(space, name, job, note, [plain(record) for record in measured[name]], size)
+        _row(space, name, job, note, [plain(record) for record in measured[name]], size, engine.local.others)
         for name, (job, note) in jobs.items()
     ]
 
@@ -162,14 +166,15 @@ def _apart(measured: dict[str, list[dict[str, Any]]], name: str, against: str | 
 
 
 def _row(
-    space: SearchSpace, name: str, job: Job, note: str, measured: Sequence[dict[str, Any]], size: ExportSize
-) -> dict[str, Any]:
+    space: SearchSpace, name: str, job: Job, note: str, measured: Sequence[dict[str, Any]], size: ExportSize,
+    others: OtherWeights,
+) -> dict[str, Any]:  # fmt: skip
     """Return one result row from its figures on every draw."""
     figures, bits, labels = mean_and_sd(measured), row_bits(space, job), _with_own_tables(job, size)
     return {
         "name": name,
         "note": note,
-        "configuration": _configuration(job, size),
+        "configuration": _configuration(job, size, others.labels(job.parts)),
         "avg_bits": bits / int(space.num_weights.sum()),
         "denoiser_bytes": size.of(labels),
         "left": {} if labels is None else dict(size.left(labels)),
@@ -189,13 +194,13 @@ def _with_own_tables(job: Job, size: ExportSize) -> dict[str, str | None] | None
     return {**others, **job.embeddings, **job.labels}
 
 
-def _configuration(job: Job, size: ExportSize) -> str | None:
-    """Return what a row measured as one hash, so that an export finds its own figures; None: full precision."""
+def _configuration(job: Job, size: ExportSize, others: Mapping[str, str]) -> str | None:
+    """Return what a row measured as one hash, by which an export finds its figures; `others`: layers of other parts."""
     labels = _with_own_tables(job, size)
     if labels is None:
         return None
     tuning = None if job.tuned is None else tensors_digest(job.tuned)
-    return configuration_digest(size.with_tables(labels), job.activations, job.correction, tuning)
+    return configuration_digest({**size.with_tables(labels), **others}, job.activations, job.correction, tuning)
 
 
 def run_key(run: Run, job: Job) -> str:

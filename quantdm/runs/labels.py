@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Mapping
 
 from quantdm.denoisers.tables import TableRecord
-from quantdm.errors import QuantDMError
 from quantdm.files import read_json
 from quantdm.quantizers import count_bits
 from quantdm.recipe import CalibrationSpec, Layer, Recipe, joint_config
 from quantdm.runs.run import Run, RunSettings
+from quantdm.runs.split import parts_of
 from quantdm.schemes import ORIGINAL_BITS, Scheme
 from quantdm.surrogates import SearchSpace
 
@@ -16,14 +16,9 @@ def labels_of(run: Run, recipe: Recipe, layers: Iterable[Layer]) -> dict[str, st
     """Return what `weights_of` does, of a recipe that a run can measure.
 
     Raises:
-        QuantDMError: it also quantizes further parts of the pipeline; as `weights_of`.
+        QuantDMError: it also quantizes further parts of the pipeline, otherwise than its split does; as `weights_of`.
     """
-    further = [name for name in recipe.components if name not in run.settings.seen.denoisers]
-    if further:
-        raise QuantDMError(
-            f"recipe for {recipe.model}: also quantizes {', '.join(further)}, which a run does not measure; expected "
-            "rules for the denoiser alone: take its components out"
-        )
+    parts_of(run, recipe)
     return weights_of(run, recipe, layers)
 
 

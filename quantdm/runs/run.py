@@ -25,7 +25,8 @@ MIN_TRIALS = 30  # the fewest that a search is asked for: surrogates learn nothi
 SNAPSHOT = "subject"
 # Settings that may change while a run goes on: what was measured under others stays true, and counts where it applies.
 GROWS = (
-    "target_bits", "trials", "options", "label_images", "verify_images", "verify_draws", "fidelity",
+    "target_bits", "target_pipeline_bytes", "trials", "options", "label_images", "verify_images", "verify_draws",
+    "fidelity",
 )  # fmt: skip
 
 
@@ -59,11 +60,13 @@ class RunSettings(BaseModel):
     fidelity: Literal["full", "auto"] = "full"  # auto: most trials get a cheap label, if it ranks as the full one
     embeddings: str | None = None  # scheme of embedding tables in all that is measured; None: they stay as they are
     learned: str | None = None  # digest of what other runs taught (learned.json); None: nothing
+    target_pipeline_bytes: int | None = None  # the target, if it is of all parts: `target_bits` is what that leaves
 
     @model_serializer(mode="wrap")
     def _as_older_runs(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what runs before 0.4 did not have, so that what they have recorded stays theirs."""
         absent = {"embeddings": None, "verify_draws": 2, "learned": None, "fidelity": "full"}
+        absent |= {"target_pipeline_bytes": None}
         return {key: value for key, value in dump(self).items() if key not in absent or value != absent[key]}
 
     @property
@@ -171,6 +174,16 @@ class Run:
             )
         write_json(self.path(MANIFEST), grown.model_dump(mode="json"))
         return Run(self.folder, grown)
+
+    def settle(self, target_bits: float) -> "Run":
+        """Return the run with the size that its split leaves for the denoisers, and say so in its manifest.
+
+        It follows from measurements that all processes share, so each of them may say it while others work.
+        """
+        settled = self.settings.model_copy(update={"target_bits": target_bits})
+        if settled != self.settings:
+            write_json(self.path(MANIFEST), settled.model_dump(mode="json"))
+        return Run(self.folder, settled)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Run":

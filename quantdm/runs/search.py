@@ -18,9 +18,12 @@ from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.learned import check_donors, learn_from
 from quantdm.runs.run import MANIFEST, Run, RunSettings
-from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_dtype, check_given, check_one_target, make_settings
+from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_dtype, check_given, make_settings
+from quantdm.runs.shares import settle
 from quantdm.runs.snapshot import keep_snapshot
+from quantdm.runs.split import settled
 from quantdm.runs.stages import LEARNED_FILE, build_bank, describe, measure_space
+from quantdm.runs.target import check_one_target
 from quantdm.runs.trials import load_labels, run_trials
 from quantdm.runs.why import explain_choice
 from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
@@ -29,8 +32,8 @@ from quantdm.schemes import DEFAULT_OPTIONS, TABLE_SCHEME, Scheme
 def search(
     pipe: DiffusionPipeline | str | Path,
     *,
-    target_bits: float | None = None, target_bytes: int | None = None, trials: int = FULL_TRIALS,
-    run_dir: str | Path,
+    target_bits: float | None = None, target_bytes: int | None = None, target_pipeline_bytes: int | None = None,
+    trials: int = FULL_TRIALS, run_dir: str | Path,
     seed: int = 0,
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
     protocol: Protocol | None = None,
@@ -50,6 +53,8 @@ def search(
             that is fast here.
         target_bits: average bits per quantizable weight, codebooks and scales included.
         target_bytes: or the size of the denoiser on disk.
+        target_pipeline_bytes: or that of all parts on disk, text encoders and VAE in the budget; how they share it is
+            measured before the trials.
         trials: configurations whose images are measured.
         run_dir: where every stage leaves its record; the same call goes on where it was interrupted.
         seed: determines the sampled configurations, all noises and the surrogates.
@@ -80,26 +85,19 @@ def search(
             belongs to another run or to another pipeline (the difference is named).
     """
     check_engine(engine, ray_address)
-    check_one_target(target_bits, target_bytes)
+    check_one_target(target_bits, target_bytes, target_pipeline_bytes)
     check_given(trials, options, dtype, fidelity)
     subject = look_for_run(
         pipe, run_dir, example_inputs=example_inputs, device=device, dtype=dtype, learned_from=learned_from
     )
     run, subject = start_run(
-        subject,
-        run_dir,
-        target_bits=target_bits,
-        target_bytes=target_bytes,
-        trials=trials,
-        seed=seed,
-        options=options,
+        subject, run_dir,
+        target_bits=target_bits, target_bytes=target_bytes, target_pipeline_bytes=target_pipeline_bytes,
+        trials=trials, seed=seed, options=options,
         protocol=protocol,
-        effort=effort,
-        dtype=dtype,
-        embeddings=embeddings,
-        fidelity=fidelity,
+        effort=effort, dtype=dtype, embeddings=embeddings, fidelity=fidelity,
         learned_from=learned_from,
-    )
+    )  # fmt: skip
     opened = open_engine(run, subject, engine, workers=workers, batch_size=batch_size, ray_address=ray_address)
     with opened:
         return find_recipe(run, opened, subject)
@@ -147,10 +145,8 @@ def start_run(
     subject: Subject,
     run_dir: str | Path,
     *,
-    target_bits: float | None = None,
-    target_bytes: int | None = None,
-    trials: int = FULL_TRIALS,
-    seed: int = 0,
+    target_bits: float | None = None, target_bytes: int | None = None, target_pipeline_bytes: int | None = None,
+    trials: int = FULL_TRIALS, seed: int = 0,
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
     protocol: Protocol | None = None,
     effort: Effort = FULL,
@@ -158,7 +154,7 @@ def start_run(
     embeddings: Scheme | None = TABLE_SCHEME,
     fidelity: str | None = None,
     learned_from: Sequence[str | Path] = (),
-) -> tuple[Run, Subject]:
+) -> tuple[Run, Subject]:  # fmt: skip
     """Start (or go on with) a run of a subject; one that lies nowhere is kept in the run directory.
 
     See `search` for the arguments and errors.
@@ -172,6 +168,7 @@ def start_run(
         subject,
         target_bits=target_bits,
         target_bytes=target_bytes,
+        target_pipeline_bytes=target_pipeline_bytes,
         trials=trials,
         seed=seed,
         options=options,
@@ -182,7 +179,7 @@ def start_run(
         learned=learned,
         fidelity=fidelity or (None if known is None else known.fidelity),
     )
-    run = Run.create(run_dir, settings, keep_dtype=subject.dtype_is_free and dtype is None)
+    run = Run.create(run_dir, settled(run_dir, settings), keep_dtype=subject.dtype_is_free and dtype is None)
     if told is not None:
         write_json(run.path(LEARNED_FILE), told)
     return run, keep_snapshot(run, subject)
@@ -193,6 +190,7 @@ def find_recipe(run: Run, engine: Engine, subject: Subject) -> Recipe:
     describe(run, subject)
     bank = build_bank(run, subject, batch_size=engine.batch_size)
     space = measure_space(run, engine, subject, bank)
+    run = settle(run, engine, space)
     measure_gradients(run, engine.local, space)
     run_trials(run, engine, space)
     fitted = fit_surrogates(run, space, *load_labels(run, space))

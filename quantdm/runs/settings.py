@@ -4,10 +4,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
 from quantdm.hub.export import lossless_dtype
-from quantdm.hub.size import ExportSize
 from quantdm.machine import fast_dtype
 from quantdm.metrics.door import check_measures
 from quantdm.modules import packed_layers
@@ -15,10 +13,11 @@ from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
-from quantdm.quantizers import count_bits
 from quantdm.quantizers.branches import fits_rank
 from quantdm.quantizers.options import SWEEPS
+from quantdm.runs.room import room_of
 from quantdm.runs.run import MIN_TRIALS, RunSettings
+from quantdm.runs.target import checked_target
 from quantdm.schemes import DEFAULT_OPTIONS, ORIGINAL, TABLE_SCHEME, Scheme
 
 _log = logging.getLogger("quantdm")
@@ -59,10 +58,8 @@ FULL, QUICK = Effort(), Effort(48, 4, 64, 2, 8, 1, 2)
 def make_settings(
     subject: Subject,
     *,
-    target_bits: float | None,
-    target_bytes: int | None,
-    trials: int,
-    seed: int,
+    target_bits: float | None, target_bytes: int | None, target_pipeline_bytes: int | None = None,
+    trials: int, seed: int,
     options: Sequence[Scheme] = DEFAULT_OPTIONS,
     protocol: Protocol | None = None,
     effort: Effort = FULL,
@@ -70,7 +67,7 @@ def make_settings(
     embeddings: Scheme | None = TABLE_SCHEME,
     learned: str | None = None,
     fidelity: str | None = None,
-) -> RunSettings:
+) -> RunSettings:  # fmt: skip
     """Return the checked settings of a search; see `search` for the arguments and errors."""
     options = fitting_options(options, subject.pipe)
     check_given(trials, options, dtype, fidelity)
@@ -78,6 +75,8 @@ def make_settings(
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
     check_measures(subject.pipe, protocol or default_protocol(subject.name))
+    if target_pipeline_bytes is not None:  # what it leaves is settled once the parts are measured
+        target_bytes = room_of(subject, options, embeddings, target_pipeline_bytes).for_denoisers
     return RunSettings(
         model=subject.name,
         location=subject.location or "",
@@ -87,12 +86,12 @@ def make_settings(
             subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes,
             embeddings=embeddings,
         ),
-        trials=trials,
-        seed=seed,
+        trials=trials, seed=seed,
         protocol=protocol or default_protocol(subject.name),
         dtype=dtype or own,  # type: ignore[arg-type]
         embeddings=None if embeddings is None else embeddings.label,
         learned=learned,
+        target_pipeline_bytes=target_pipeline_bytes,
         fidelity=fidelity or "full",  # type: ignore[arg-type]
         calibration_steps=(protocol or default_protocol(subject.name)).steps,
         **asdict(effort),
@@ -121,19 +120,6 @@ def _check_can_be_quantized(subject: Subject, options: Sequence[Scheme]) -> None
                 f"{tuple(layer.shape)}: their branches have a higher rank; add a scheme without -lowrank, or of a "
                 "smaller rank"
             )
-
-
-def check_one_target(target_bits: float | None, target_bytes: int | None) -> None:
-    """Check that a size is asked for in one unit.
-
-    Raises:
-        QuantDMError: in none or in both.
-    """
-    if (target_bits is None) == (target_bytes is None):
-        raise QuantDMError(
-            "target: give exactly one of target_bits (--target-bits, per weight) and target_bytes (--target-size, the "
-            "denoiser on disk)"
-        )
 
 
 def check_given(trials: int, options: Sequence[Scheme], dtype: str | None, fidelity: str | None = None) -> None:
@@ -175,46 +161,3 @@ def fitting_options(options: Sequence[Scheme], pipe: DiffusionPipeline) -> tuple
         _log.info("%s: stored in more than 16 bits, every layer is quantized", ", ".join(wide))
         return tuple(scheme for scheme in options if scheme != ORIGINAL)
     return tuple(options)
-
-
-def reachable_bits(layers: Sequence[LayerRecord], options: Sequence[Scheme]) -> tuple[float, float]:
-    """Return the smallest and the largest average bits that the options allow."""
-    table = [
-        [count_bits(layer.shape, scheme, layer.split) for scheme in options if fits_rank(layer.shape, scheme)]
-        for layer in layers
-    ]
-    weights = sum(layer.num_weights for layer in layers)
-    return sum(map(min, table)) / weights, sum(map(max, table)) / weights
-
-
-def checked_target(
-    layers: Sequence[LayerRecord],
-    options: Sequence[Scheme],
-    pipe: DiffusionPipeline,
-    *,
-    target_bits: float | None,
-    target_bytes: int | None,
-    embeddings: Scheme | None = None,
-) -> float:
-    """Return the target as average bits per weight; `target_bytes` bounds the denoiser's files as an export has them.
-
-    Raises:
-        QuantDMError: none or both given, or out of reach; the reachable range is stated in the unit that was given.
-    """
-    check_one_target(target_bits, target_bytes)
-    low, high = reachable_bits(layers, options)
-    if target_bits is None:
-        assert target_bytes is not None
-        size = ExportSize(pipe, embeddings=embeddings)
-        least, most = size.extremes(options)
-        if not least <= target_bytes <= most:
-            raise QuantDMError(
-                f"target: got {target_bytes} bytes, but these options reach {least} to {most} bytes: the denoiser's "
-                "files, everything counted"
-            )
-        return min(max(size.bits_within(options, target_bytes), low), high)
-    if not low <= target_bits <= high:
-        raise QuantDMError(
-            f"target: got {target_bits} bits per weight, but these options reach {low:.4f} to {high:.4f}"
-        )
-    return float(target_bits)
