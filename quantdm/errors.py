@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class QuantDMError(ValueError):
@@ -23,3 +24,27 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.3) or known[:count]
     return "nearest: " + ", ".join(close) if len(known) > 8 else "known: " + ", ".join(known)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words: "1 layer", "1,024 layers"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def reason_of(error: Exception, *above: str) -> str:
+    """Return the first problem of a pydantic ValidationError as "place: message"; the message of any other error.
+
+    Args:
+        error: what reading data as a model raised.
+        above: where the data stands.
+    """
+    problem = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}  # pyright: ignore
+    return ": ".join(filter(None, (".".join(map(str, (*above, *problem["loc"]))), message_of(problem))))
+
+
+def message_of(problem: Any) -> str:
+    """Return the message of one of the problems that a pydantic ValidationError lists.
+
+    Our own checks raise inside of models; pydantic hands their messages on as "Value error, ...".
+    """
+    return str(problem.get("ctx", {}).get("error", problem["msg"]))

@@ -1,5 +1,6 @@
-"""Progress bars with an estimate, 79 columns wide, on standard error."""
+"""Progress bars with an estimate, 79 columns wide, on standard error; durations in words."""
 
+import math
 import sys
 import time
 from collections import deque
@@ -59,3 +60,9 @@ def bar(total: int, description: str, *, unit: str = "") -> Bar:
         dynamic_ncols=False,
         unit_scale=total >= 10**6,
     )
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in the unit that suits it."""
+    units = ((120, 1, "s"), (120 * 60, 60, "min"), (48 * 3600, 3600, "h"), (math.inf, 86400, "days"))
+    return next(f"{seconds / unit:.0f} {name}" for below, unit, name in units if seconds < below)

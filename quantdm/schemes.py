@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationInfo, field_validator, model_validator
 
-from quantdm.errors import QuantDMError, nearest
+from quantdm.errors import QuantDMError, nearest, reason_of
 
 Method = Literal["uniform", "kmeans", "log2", "original"]
 QUANTIZED = ("uniform", "kmeans", "log2")  # methods that a label can name
@@ -198,7 +198,7 @@ class Scheme(BaseModel, frozen=True, extra="forbid"):
             }
             return cls.model_validate(fields)
         except ValueError as error:
-            raise QuantDMError(f"scheme {label!r}: {error}") from None
+            raise QuantDMError(f"scheme {label!r}: {reason_of(error)}") from None
 
     def __str__(self) -> str:
         return self.label

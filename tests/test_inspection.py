@@ -165,7 +165,7 @@ def test_import_writes_a_recipe_or_trials(tmp_path):
     model = ("--model", "digits-dit")
     assert "bits per weight" in run("import", str(tmp_path / "config.pkl"), *model, "-o", str(tmp_path / "r.yaml"))
     assert set(load_recipe(tmp_path / "r.yaml").layers.values()) == {"kmeans-channel-3-fp16"}
-    assert "1 records" in run("import", str(tmp_path / "quant_cache.pkl"), *model, "-o", str(tmp_path / "trials"))
+    assert "(1 record)" in run("import", str(tmp_path / "quant_cache.pkl"), *model, "-o", str(tmp_path / "trials"))
     assert len(list((tmp_path / "trials").glob("*.json"))) == 1
 
 

@@ -7,16 +7,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from quantdm import get_denoiser, load_pipeline
 from quantdm.cli.main import app
 from quantdm.errors import QuantDMError
 from quantdm.runs.bundle import export_trials, import_trials
 from quantdm.runs.claims import Claims
+from quantdm.runs.failure import last_failure, told_why
 from quantdm.runs.jobs import CLAIMS
 from quantdm.runs.run import Run
 from quantdm.runs.status import status_of
 from quantdm.runs.store import TrialStore
+from tests.tiny_search import run_search
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def test_a_finished_run_has_its_stages_and_one_in_work_its_rate_and_who_works(co
         assert found.minutes_left == pytest.approx(0.5)
         assert [claim.key for claim in found.working["trials"]] == [files[25].stem]
         shown = CliRunner().invoke(app, ["status", str(copied.folder)])
-    assert "trials: 20 of 30 planned, 20.0 a minute, 0 minutes left" in shown.output
+    assert "trials: 20 of 30 planned, 20.0 a minute, 30 s left" in shown.output
     assert f"process {os.getpid()}" in shown.output
     assert max(map(len, shown.output.splitlines())) <= 80
     record = json.loads(CliRunner().invoke(app, ["status", str(copied.folder), "--json"]).output)
@@ -73,3 +77,45 @@ def test_trials_leave_as_one_file_and_join_those_of_an_equal_run_only(copied: Ru
     with pytest.raises(QuantDMError, match="no finished trials"):
         export_trials(copied, tmp_path / "none.json")
     assert not (tmp_path / "none.json").exists()
+
+
+def test_a_run_that_failed_before_its_bank_says_why_until_it_goes_on(tmp_path: Path) -> None:
+    pipe = load_pipeline("digits-dit")
+    with torch.no_grad():
+        next(iter(get_denoiser(pipe).parameters())).fill_(float("nan"))
+    with pytest.raises(QuantDMError) as error:
+        run_search(tmp_path / "run", pipe=pipe)
+    found = status_of(tmp_path / "run")
+    assert found.stopped is not None
+    assert found.stopped.reason == str(error.value)
+    assert not found.stages["bank"]  # its folder may be there
+    shown = CliRunner().invoke(app, ["status", str(tmp_path / "run")]).output
+    assert "stopped 0 s ago: " in shown
+    assert " ".join(str(error.value).split())[:60] in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
+    record = json.loads(CliRunner().invoke(app, ["status", str(tmp_path / "run"), "--json"]).output)
+    assert record["stopped"]["reason"] == str(error.value)
+    with told_why(tmp_path / "run"):
+        assert status_of(tmp_path / "run").stopped is None
+    assert status_of(tmp_path / "run").stopped is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (ZeroDivisionError("division\nby zero"), "ZeroDivisionError: division by zero"),
+        (QuantDMError("x" * 1000), "x" * 497 + "..."),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_stops_a_run_is_one_line(error: BaseException, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(type(error)), told_why(tmp_path):
+        raise error
+    stopped = last_failure(tmp_path)
+    assert stopped is not None
+    assert stopped.reason == reason
+    gone = tmp_path / "gone" / "deeper"
+    gone.parent.write_text("a file")
+    with pytest.raises(type(error)), told_why(gone):  # nothing can be written there: the error is what is told
+        raise error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quantdm.denoisers.calls import Call, layer_input, replay
-from quantdm.errors import QuantDMError, nearest
+from quantdm.errors import QuantDMError, counted, nearest
 from quantdm.files import digest, save_tensors
 from quantdm.pipelines.sketch import sketch_of
 from quantdm.pipelines.tensor_files import map_tensor
@@ -204,7 +204,9 @@ def _gather(
             _log.warning("%s: its module reads the weight without calling the layer; calibrated on nothing", name)
             yield name, _unseen(layers[name])
         else:
-            raise QuantDMError(f"{name}: no input in {len(calls)} calls; leave it out, or calibrate where it runs")
+            raise QuantDMError(
+                f"{name}: no input in {counted(len(calls), 'call')}; leave it out, or calibrate where it runs"
+            )
 
 
 def _warn_of_rank(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from quantdm.cli.group import Commands
 from quantdm.errors import QuantDMError
 from quantdm.schemes import Scheme, parse_option
 
@@ -16,6 +17,7 @@ OLDER_NAMES = {"target-bytes": "target-size"}  # of options, which help does not
 
 app = typer.Typer(
     name="quantdm",
+    cls=Commands,
     help="Make a diffusion pipeline small: where precision is worth its bits, in a size you name.",
     no_args_is_help=True,
     add_completion=False,
@@ -58,19 +60,21 @@ def _all(
 
 
 UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+SEARCH, MACHINE = "What is searched", "Where it is computed"  # panels of options
 
 
 def size_in_bytes(text: str) -> int:
     """Read a size: a number of bytes, or one with a unit of UNITS, e.g. 1.2GB.
 
     Raises:
-        QuantDMError: neither.
+        QuantDMError: neither, or nothing at all.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     unit = next((u for u in UNITS if match and u.lower() in (match[2].lower(), f"{match[2].lower()}b")), None)
-    if match is None or unit is None:
-        raise QuantDMError(f"size: got {text!r}, expected bytes or a number with {', '.join(UNITS)}")
-    return int(float(match[1]) * UNITS[unit])
+    size = int(float(match[1]) * UNITS[unit]) if match and unit else 0
+    if size < 1:
+        raise QuantDMError(f"size: got {text!r}, expected bytes or a number with {', '.join(UNITS)}, such as 1.2GB")
+    return size
 
 
 Model = Annotated[
@@ -98,37 +102,79 @@ TargetPipelineBytes = Annotated[
     ),
 ]
 EffortName = Annotated[str, typer.Option("--effort", help="quick, normal or thorough.")]
-Trials = Annotated[int | None, typer.Option(min=1, help="Measured configurations (default: the effort's).")]
-Options = Annotated[
-    str | None, typer.Option(help="Schemes that every layer may take, with commas between (default: the effort's).")
+Trials = Annotated[
+    int | None,
+    typer.Option(min=1, help="Measured configurations (default: the effort's).", rich_help_panel=SEARCH),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).")]
+Options = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...", help="Schemes that every layer may take (default: the effort's).", rich_help_panel=SEARCH
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).", rich_help_panel=MACHINE)]
 BatchSize = Annotated[
     str,
-    typer.Option(help="Images at once at most: auto (found from memory), or a number; halved where memory runs out."),
+    typer.Option(
+        metavar="N",
+        help="Images at once at most; auto: found from memory. Halved where memory runs out.",
+        rich_help_panel=MACHINE,
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="Where the pipeline is put: cpu, cuda, mps (default: cuda if any).")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where the pipeline is put: cpu, cuda, mps (default: cuda if any).",
+        rich_help_panel=MACHINE,
+    ),
+]
 Dtype = Annotated[
-    str | None, typer.Option(help="Images are generated in bfloat16, float16 or float32 (default: what is fast here).")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Images are made in bfloat16, float16 or float32 (default: what is fast here).",
+        rich_help_panel=MACHINE,
+    ),
 ]
-EngineName = Annotated[str, typer.Option("--engine", help="What measures: local, or ray (docs/cluster.md).")]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine", metavar="NAME", help="What measures: local, or ray (docs/cluster.md).", rich_help_panel=MACHINE
+    ),
+]
 Fidelity = Annotated[
     str | None,
-    typer.Option(help="full: every trial by its images (default); auto: most by a cheap label, if it ranks alike."),
+    typer.Option(
+        metavar="NAME",
+        help="full: every trial by its images (default); auto: most by a cheap label, if it ranks alike.",
+        rich_help_panel=SEARCH,
+    ),
 ]
 RayAddress = Annotated[
-    str | None, typer.Option(help="Of a Ray cluster: auto, HOST:6379, ray://HOST:10001 (default: one here).")
+    str | None,
+    typer.Option(
+        help="Of a Ray cluster: auto, HOST:6379, ray://HOST:10001 (default: one here).", rich_help_panel=MACHINE
+    ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Determines every sampled configuration and noise.")]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Determines every sampled configuration and noise.", rich_help_panel=SEARCH)
+]
 ProtocolFile = Annotated[
     str | None,
     typer.Option(
-        "--protocol", help="What images to measure on: YAML file, or e.g. text-to-image-64 (docs/protocol.md)."
+        "--protocol",
+        metavar="FILE",
+        help="What images to measure on: YAML file, or e.g. text-to-image-64 (docs/protocol.md).",
     ),
 ]
 LearnedFrom = Annotated[
     list[Path] | None,
-    typer.Option(help="Run directory of another model, whose trials say where to look first; may be repeated."),
+    typer.Option(
+        metavar="RUN",
+        help="Run directory of another model, whose trials say where to look first; may be repeated.",
+        rich_help_panel=SEARCH,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="PATTERN=SCHEME on top of the recipe; may be repeated, last wins.")
@@ -142,12 +188,20 @@ Config = Annotated[
 ]
 ExampleInputs = Annotated[
     Path | None,
-    typer.Option(help="YAML file with the arguments of one call of the denoiser, where they cannot be inferred."),
+    typer.Option(
+        metavar="FILE",
+        help="YAML: the arguments of one call of the denoiser, where they cannot be inferred.",
+    ),
 ]
 
 
 Embeddings = Annotated[
-    str, typer.Option(help="Scheme of embedding tables, which are not searched; `original` leaves them as they are.")
+    str,
+    typer.Option(
+        metavar="SCHEME",
+        help="Of embedding tables, which are not searched; original: as they are.",
+        rich_help_panel=SEARCH,
+    ),
 ]
 
 

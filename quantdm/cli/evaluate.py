@@ -1,6 +1,8 @@
 """`quantdm evaluate`: a pipeline, images on disk, a table of pipelines; each also as a script in eval/."""
 
+import difflib
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from quantdm.cli.app import AsJson, Model, ProtocolFile, app
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, counted
 
 PIPELINE = "pipeline"  # what is meant if no sub-command is named
 
@@ -17,8 +19,17 @@ class _OrPipeline(TyperGroup):
     """A group whose first argument may also be the pipeline to measure, as it always was."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the sub-command in that measures a pipeline where none is named."""
+        """Put the sub-command in that measures a pipeline where none is named.
+
+        Raises:
+            QuantDMError: what is named is nothing here, and nearly a sub-command.
+        """
         if args and args[0] not in (*self.commands, "--help"):
+            near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.75)
+            if near and not os.path.lexists(args[0]):
+                raise QuantDMError(
+                    f"evaluate: {args[0]!r} is no command and no pipeline here; did you mean {near[0]!r}?"
+                )
             args = [PIPELINE, *args]
         return super().parse_args(ctx, args)
 
@@ -26,7 +37,7 @@ class _OrPipeline(TyperGroup):
 evaluate_app = typer.Typer(
     cls=_OrPipeline,
     no_args_is_help=True,
-    help="Measure a pipeline (quantdm evaluate MODEL --reference FULL), or images.",
+    help="Measure a pipeline, or images: `evaluate MODEL` is short for `evaluate pipeline MODEL`.",
     epilog="Example: quantdm evaluate runs/mine/export --reference digits-dit",
 )
 app.add_typer(evaluate_app, name="evaluate")
@@ -63,7 +74,10 @@ def pipeline(
     protocol: ProtocolFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a pipeline: FID to full precision with equal noise, paired error, FID to real images."""
+    """Measure a pipeline: FID to full precision with equal noise, paired error, FID to real images.
+
+    `quantdm evaluate MODEL` is short for `quantdm evaluate pipeline MODEL`.
+    """
     from quantdm.cli.images import evaluate_model
     from quantdm.metrics.statistics import spread
 
@@ -76,8 +90,8 @@ def pipeline(
     for key, value in result["mean"].items():
         typer.echo(f"  {key:<10} " + ("-" if value is None else spread(value, result["sd"][key])))
     typer.echo(
-        f"  of {images * len(draws):,} images the safety checker flagged {result['flagged']}, and {result['constant']} "
-        "others have one colour only"
+        f"  of {counted(images * len(draws), 'image')} the safety checker flagged {result['flagged']}, and "
+        f"{result['constant']} others have one colour only"
     )
 
 

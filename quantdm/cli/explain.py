@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quantdm.cli.app import AsJson, RunDir, app
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, counted
 
 WIDTH = 79
 
@@ -124,12 +124,12 @@ def _explain_recipe(run: Any, surrogate: Any, recipe: str, against: str, *, top:
     _show_layers(found, layers)
     differ = int((choice != reference).sum())
     typer.echo(
-        f"{len(layers)} of {differ} layers that differ: {100 * found.share(layers):.0f} % of all that changed "
-        "(sum of sizes)"
+        f"{len(layers)} of {counted(differ, 'layer')} that differ: {100 * found.share(layers):.0f} % of all that "
+        "changed (sum of sizes)"
     )
     carrying = carrying_layers(surrogate, choice, reference)
     names = ", ".join(space.layer_names[layer] for layer in carrying.members[:top])
-    text = f"Needed and enough for {100 * SHARE:.0f} % of the difference: {carrying.size} layers: {names}"
+    text = f"Needed and enough for {100 * SHARE:.0f} % of the difference: {counted(carrying.size, 'layer')}: {names}"
     typer.echo(textwrap.fill(text + (" ..." if carrying.size > top else ""), WIDTH, subsequent_indent="  "))
 
 

@@ -8,6 +8,7 @@ import typer
 
 from quantdm.cli.app import AsJson, ProtocolFile
 from quantdm.cli.evaluate import BatchSize, Clip, Steps, evaluate_app
+from quantdm.errors import counted
 
 fid_app = typer.Typer(
     no_args_is_help=True,
@@ -51,7 +52,7 @@ def ref(
     how = How(side, rgb, images, seed, steps, protocol, batch_size)
     found = merged(statistics_of(s, how, features, keep=keep_features, cached=not no_cache) for s in sources)
     found.save(out)
-    typer.echo(f"statistics: {out} ({found.moments.n:,} images, {found.moments.ruler})")
+    typer.echo(f"statistics: {out} ({counted(found.moments.n, 'image')}, {found.moments.ruler})")
 
 
 @fid_app.command(epilog="Example: quantdm evaluate fid calc digits-dit --images 2000 --ref digits.safetensors")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from quantdm.errors import counted
 from quantdm.recipe.tables import TABLE
 from quantdm.schemes import ORIGINAL_BITS
 
@@ -74,7 +75,7 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
     rows, weights = record["layers"], record["num_weights"]
     size = f"{record['weight_bytes'] / 1e6:,.3f} MB" + (" packed" if quantized else f" at {ORIGINAL_BITS} bits")
     layers = sum(row["kind"] != TABLE for row in rows)
-    text = f"{layers} layers, {weights:,} weights, {record['avg_bits']:.4f} bits per weight, {size}"
+    text = f"{counted(layers, 'layer')}, {counted(weights, 'weight')}, {record['avg_bits']:.4f} bits per weight, {size}"
     if record["file_bytes"]:
         text += f"; its files, with biases and norms, have {record['file_bytes'] / 1e6:,.3f} MB"
     cost = f"{record['macs'] / 1e9:,.3f} GMAC, {record['bops'] / 1e9:,.2f} GBOP (MACs x weight bits x activation bits)"
@@ -82,7 +83,8 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
     tables = [row for row in rows if row["kind"] == TABLE]
     if tables:
         size = sum(row["nbytes"] for row in tables) / 1e6
-        lines += textwrap.wrap(f"Of these bytes {size:,.3f} MB are {len(tables)} embedding tables, no weights.", WIDTH)
+        told = counted(len(tables), "embedding table")
+        lines += textwrap.wrap(f"Of these bytes {size:,.3f} MB are {told}, no weights.", WIDTH)
     if record["left"]:
         lines += textwrap.wrap(record["left"], WIDTH)
     rows = [row for row in rows if row["kind"] != TABLE]
@@ -93,7 +95,7 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
         numbers[row[kind] or "original"] += 1
     wide = max(map(len, shares))
     lines += [
-        f"  {k:<{wide}}  {100 * n / weights:6.2f} % of the weights, {numbers[k]} layers"
+        f"  {k:<{wide}}  {100 * n / weights:6.2f} % of the weights, {counted(numbers[k], 'layer')}"
         for k, n in shares.most_common()
     ]
     if any(row["quantizers"] == 2 for row in rows):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import AsJson, BatchSize, Device, Model, Out, ProtocolFile, RunDir, Seed, app, batch_size_of
+from quantdm.cli.app import AsJson, BatchSize, Device, Model, Out, ProtocolFile, RunDir, app, batch_size_of
 
 
 @app.command(epilog="Example: quantdm generate digits-sd -o digits.png --images 40")
@@ -14,7 +14,7 @@ def generate(
     model: Model,
     out: Out,
     images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 40,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Image i has seed SEED * 1,000,000 + i.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps (default: the protocol's).")] = None,
     protocol: ProtocolFile = None,
     columns: Annotated[int, typer.Option(min=1, help="Images per row of the grid.")] = 10,
@@ -64,10 +64,12 @@ def correct(
 ) -> None:
     """Fit the correction of the sampler for a run's recipe and print which variant helps."""
     from quantdm.runs.correct import correct_recipe
+    from quantdm.runs.failure import told_why
     from quantdm.runs.run import Run
 
     run = Run.open(run_dir)
-    correction = correct_recipe(run, bits=bits, images=images, batch_size=batch_size_of(batch_size), device=device)
+    with told_why(run.folder):
+        correction = correct_recipe(run, bits=bits, images=images, batch_size=batch_size_of(batch_size), device=device)
     for variant, distances in correction.measured.items():
         mark = "  <- kept" if variant == correction.variant else ""
         typer.echo(f"{variant:<14} fid_fp {sum(distances) / len(distances):.4f}{mark}")

@@ -18,6 +18,7 @@ from quantdm.cli.app import (
     app,
     given_inputs,
 )
+from quantdm.errors import counted
 
 if TYPE_CHECKING:
     from quantdm.recipe import CalibrationSpec
@@ -159,7 +160,7 @@ def import_(
     store.check_own({key for key, _ in trials})
     for key, trial in trials:
         store.put(key, trial)
-    typer.echo(f"trials: {out}  ({len(store)} records)")
+    typer.echo(f"trials: {out}  ({counted(len(store), 'record')})")
 
 
 @app.command(epilog="Example: quantdm schema > recipe.schema.json")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from quantdm.cli.app import (
+    SEARCH,
     BatchSize,
     Device,
     Dtype,
@@ -38,6 +39,8 @@ Minutes = Annotated[
     float | None,
     typer.Option(min=0.1, help="Trials end in time for the other stages; run it again for the rest."),
 ]
+GpuHours = Annotated[float | None, typer.Option(min=0.01, help="The same, summed over accelerators.")]
+Tune = Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.", rich_help_panel=SEARCH)]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what every stage would take of time, memory and disk; start nothing.")
 ]
@@ -83,10 +86,10 @@ def run(
     seed: Seed = 0,
     workers: Workers = None,
     embeddings: Embeddings = TABLE_SCHEME.label,
-    tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.")] = True,
+    tune: Tune = True,
     example_inputs: ExampleInputs = None,
     batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None, minutes: Minutes = None,
-    gpu_hours: Annotated[float | None, typer.Option(min=0.01, help="The same, summed over accelerators.")] = None,
+    gpu_hours: GpuHours = None,
     dry_run: DryRun = False,
     engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = None,
     learned_from: LearnedFrom = None,
@@ -127,13 +130,15 @@ def tune(
     """Train tables, scales, biases and norms of a run's recipe; kept if every draw says it helps."""
     from quantdm.files import read_json
     from quantdm.metrics.statistics import spread
+    from quantdm.runs.failure import told_why
     from quantdm.runs.run import Run
     from quantdm.runs.tune import TUNING_FILE, tune_recipe
     from quantdm.tuning import TuneSettings
 
     run = Run.open(run_dir)
     settings = TuneSettings(steps=steps, rows=rows)
-    path = tune_recipe(run, settings, images=images, batch_size=batch_size_of(batch_size), device=device)
+    with told_why(run.folder):
+        path = tune_recipe(run, settings, images=images, batch_size=batch_size_of(batch_size), device=device)
     record = read_json(run.path(TUNING_FILE))
     for part, curve in record["curve"].items():
         typer.echo(f"{part}: held-out error {curve[0][1]:.4g} -> {min(loss for _, loss in curve):.4g}")

@@ -1,11 +1,14 @@
 """Sub-commands on run directories: how far one is, trials in and out."""
 
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from quantdm.cli.app import AsJson, app
+from quantdm.errors import counted
+from quantdm.progress import duration
 
 RunFolder = Annotated[Path, typer.Argument(help="Run directory.")]
 trials_app = typer.Typer(help="Carry the trials of a run to another machine.", no_args_is_help=True)
@@ -28,15 +31,18 @@ def status(run_dir: RunFolder, as_json: AsJson = False) -> None:
         typer.echo(f"{'done' if done else '-':<5} {stage}")
     line = f"trials: {found.trials} of {found.planned} planned"
     if found.rate is not None and found.minutes_left is not None:
-        line += f", {found.rate:.1f} a minute, {found.minutes_left:.0f} minutes left"
+        line += f", {found.rate:.1f} a minute, {duration(60 * found.minutes_left)} left"
     if found.last is not None:
-        line += f", last {found.last:.0f} s ago"
+        line += f", last {duration(found.last)} ago"
     typer.echo(line)
     for store, claims in found.working.items():
         for claim in claims:
-            typer.echo(f"{store}: {claim.key} on {claim.host} (process {claim.pid}), seen {claim.age:.0f} s ago")
+            typer.echo(f"{store}: {claim.key} on {claim.host} (process {claim.pid}), seen {duration(claim.age)} ago")
     if not found.working:
         typer.echo("nobody is measuring")
+    if found.stopped is not None:
+        text = f"stopped {duration(found.stopped.age)} ago: {found.stopped.reason}"
+        typer.echo("\n".join(textwrap.wrap(text, 79, subsequent_indent="  ")))
 
 
 @trials_app.command("export", epilog="Example: quantdm trials export runs/mine trials.json")
@@ -45,7 +51,7 @@ def export_command(run_dir: RunFolder, path: Annotated[Path, typer.Argument(help
     from quantdm.runs.bundle import export_trials
     from quantdm.runs.run import Run
 
-    typer.echo(f"{export_trials(Run.open(run_dir), path)} trials: {path}")
+    typer.echo(f"{counted(export_trials(Run.open(run_dir), path), 'trial')}: {path}")
 
 
 @trials_app.command("import", epilog="Example: quantdm trials import runs/mine trials.json")

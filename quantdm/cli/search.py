@@ -53,6 +53,7 @@ def bank(
     """Start a run and quantize every layer with every option (the first stage of `search`, alone)."""
     from quantdm.corridor.levels import level_of
     from quantdm.pipelines.protocol import load_protocol
+    from quantdm.runs.failure import told_why
     from quantdm.runs.search import look_for_run, start_run
     from quantdm.runs.stages import build_bank, describe
 
@@ -73,8 +74,9 @@ def bank(
         dtype=dtype,
         learned_from=others,
     )
-    describe(run, subject)
-    build_bank(run, subject, batch_size=batch_size_of(batch_size))
+    with told_why(run.folder):
+        describe(run, subject)
+        build_bank(run, subject, batch_size=batch_size_of(batch_size))
     typer.echo(f"bank: {run.path('bank')}")
 
 

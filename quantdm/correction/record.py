@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from quantdm.correction.memory import age_at
 from quantdm.correction.variants import variant_of
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, reason_of
 from quantdm.files import load_tensors, save_tensors
 from quantdm.recipe import ActivationSpec, Recipe, weights_digest
 
@@ -289,7 +289,7 @@ def _activations(path: str | Path, record: Any) -> ActivationSpec | None:
     try:
         return None if record is None else ActivationSpec.model_validate(record)
     except ValidationError as error:
-        raise QuantDMError(f"{path}: activations: {error.errors()[0]['msg']}; fit it again") from None
+        raise QuantDMError(f"{path}: {reason_of(error, 'activations')}; fit it again") from None
 
 
 def _described(spec: ActivationSpec | None) -> str:

@@ -1,6 +1,5 @@
 """What a run will take, before anything starts: time, memory and disk of every stage, from a few images."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,11 +10,12 @@ from torch import nn
 
 from quantdm.corridor.levels import Level
 from quantdm.denoisers.inventory import LayerRecord
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, counted
 from quantdm.machine import cores, load
 from quantdm.pipelines.generate import most_at_once
 from quantdm.pipelines.sizes import bytes_per_image
 from quantdm.pipelines.subject import Subject
+from quantdm.progress import duration
 from quantdm.quantizers import Moments, count_bits, quantize_options
 from quantdm.runs.cheap import EVERY
 from quantdm.runs.engines.means import Means
@@ -79,8 +79,8 @@ class Plan:
         whole = Stage("all", *self._sums())
         for stage in (*self.stages, whole):
             memory, disk = (f"{size / 1e6:,.0f} MB" for size in (stage.memory, stage.disk))
-            lines.append(f"{stage.name:<16}{_clock(stage.seconds):>12}{memory:>12}{disk:>12}")
-        lines.append(f"An estimate, from a few images generated just now; {self.workers} workers.")
+            lines.append(f"{stage.name:<16}{duration(stage.seconds):>12}{memory:>12}{disk:>12}")
+        lines.append(f"An estimate, from a few images generated just now; {counted(self.workers, 'worker')}.")
         if self.load > cores() + 1:
             lines.append(f"This machine is busy (load {self.load:.0f}); without its other work that takes less time.")
         lines += [self.note] if self.note else []
@@ -118,7 +118,8 @@ class Plan:
             rate = (now - began[0]) / done if done else each
             fits = done + max(int((end - later - now) / max(rate, 1e-9)), 0)
             if fits < self.trials:
-                say(f"       time allows {fits} of {self.trials} trials; what is measured is kept, go on any time")
+                kept = "what is measured is kept, go on any time"
+                say(f"       time allows {fits} of {counted(self.trials, 'trial')}; {kept}")
             return fits
 
         return most
@@ -235,9 +236,3 @@ def _bank_seconds(subject: Subject, settings: RunSettings) -> float:
         weight, settings.bank_schemes, split=layer.split, name=layer.name, moments=moments, sweeps=settings.sweeps
     )
     return (time.monotonic() - start) * sum(each.num_weights for each in ordered) / weight.numel()
-
-
-def _clock(seconds: float) -> str:
-    """Return a duration in the unit that suits it."""
-    units = ((120, 1, "s"), (120 * 60, 60, "min"), (48 * 3600, 3600, "h"), (math.inf, 86400, "days"))
-    return next(f"{seconds / unit:.0f} {name}" for below, unit, name in units if seconds < below)

@@ -12,7 +12,7 @@ from quantdm.corridor.export import export_run
 from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.plan import NO_ACCELERATOR, Plan, plan_run
 from quantdm.corridor.table import show_table
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, counted
 from quantdm.files import check_replaceable
 from quantdm.hub.inspection import left_in
 from quantdm.hub.replace import check_export_path
@@ -35,6 +35,7 @@ from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.engines.means import look_at_means
 from quantdm.runs.explain import explain, fit_surrogates
+from quantdm.runs.failure import told_why
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.search import look_for_run, start_run
@@ -115,10 +116,11 @@ def run(
         if dry_run:
             return plan.said(say, most)
     started, subject = start_run(subject, folder, **given, learned_from=learned_from)
-    _begin(started, subject, say)
-    with open_engine(started, subject, engine, **how) as opened:
-        summary = _Way(started, opened, level, say, most).walk(tuned=tuned)
-    return _hand_over(started, subject, summary, say, tuned=tuned, start=start)
+    with told_why(started.folder):
+        _begin(started, subject, say)
+        with open_engine(started, subject, engine, **how) as opened:
+            summary = _Way(started, opened, level, say, most).walk(tuned=tuned)
+        return _hand_over(started, subject, summary, say, tuned=tuned, start=start)
 
 
 class _How(TypedDict):
@@ -168,7 +170,7 @@ def _begin(started: Run, subject: Subject, say: Say) -> None:
 
 def _counted(subject: Subject) -> str:
     weights = sum(layer.num_weights for layer in subject.layers)
-    return f"{len(subject.layers)} layers, {weights:,} quantizable weights"
+    return f"{counted(len(subject.layers), 'layer')}, {weights:,} quantizable weights"
 
 
 def _check_means(
@@ -220,7 +222,7 @@ class _Way:
     def prepare(self) -> SearchSpace:
         """Quantize and measure single layers."""
         run, engine, say, subject = self.run, self.engine, self.say, self.engine.subject
-        say(f"[2/10] quantize every layer with {len(run.settings.options)} options")
+        say(f"[2/10] quantize every layer with {counted(len(run.settings.options), 'option')}")
         describe(run, subject)
         bank = build_bank(run, subject, batch_size=engine.batch_size)
         say("[3/10] how sensitive is each layer?")

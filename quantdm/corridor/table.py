@@ -5,13 +5,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from quantdm.errors import counted
 from quantdm.metrics.statistics import spread
 
 
 def show_table(summary: dict[str, Any], console: Console | None = None) -> None:
     """Print the result rows, at most 79 columns wide."""
     table = Table(
-        title=f"{summary['model']}: mean ± sd over {len(summary['protocol']['draws'])} draws", title_style="bold"
+        title=f"{summary['model']}: mean ± sd over {counted(len(summary['protocol']['draws']), 'draw')}",
+        title_style="bold",
     )
     for name in ("", "bits", "MB", "fid_fp", "psnr", "fid_real"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
@@ -32,10 +34,10 @@ def show_table(summary: dict[str, Any], console: Console | None = None) -> None:
             console.print(f"{key} ({better} is better): {'; '.join(shown)}.")
     protocol, noise = summary["protocol"], summary["fp_noise"]["mean"]
     lines = [f"{row['name']}: {row['note']}." for row in summary["rows"] if row["name"] == "uniform-next-width"]
-    lines.append(f"{protocol['images']} images per draw, {protocol['steps']} steps.")
+    lines.append(f"{counted(protocol['images'], 'image')} per draw, {counted(protocol['steps'], 'step')}.")
     few = min(row.get("draws", len(protocol["draws"])) for row in summary["rows"])
     if few < len(protocol["draws"]):
-        lines.append(f"Rows that are clearly apart from the recipe stop after {few} draws.")
+        lines.append(f"Rows that are clearly apart from the recipe stop after {counted(few, 'draw')}.")
     if noise is not None:
         lines.append(f"Two full-precision draws of different noises are {noise:.4f} apart.")
     for row in summary["rows"]:

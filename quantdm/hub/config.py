@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from quantdm.denoisers.analysis import analyse
 from quantdm.denoisers.given_inputs import describe_inputs, parse_inputs
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, reason_of
 from quantdm.recipe import ActivationSpec, Layer, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
 
@@ -72,10 +72,7 @@ class QuantDMConfig(DiffusersConfigMixin, TransformersConfigMixin):
             try:
                 activations = ActivationSpec.model_validate(activations)
             except ValidationError as error:
-                problem = error.errors()[0]
-                where = ".".join(("activations", *map(str, problem["loc"])))
-                reason = problem["msg"].removeprefix("Value error, ")
-                raise QuantDMError(f"quantization_config: {where}: {reason}") from None
+                raise QuantDMError(f"quantization_config: {reason_of(error, 'activations')}") from None
         if isinstance(recipe, Recipe):
             activations = activations or recipe.activations
             model, avg_bits = model or recipe.model, avg_bits or recipe.avg_bits

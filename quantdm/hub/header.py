@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, reason_of
 from quantdm.hub.config import EXPORT_VERSION
 from quantdm.modules.packed import packed_layers
 from quantdm.pipelines.stored import HEADER_KEY, SUFFIX, read_header
@@ -172,7 +172,7 @@ def decode_header(text: str, where: str) -> Header:
     except QuantDMError:
         raise
     except (ValidationError, ValueError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        reason = reason_of(error) if isinstance(error, ValidationError) else str(error)
         raise QuantDMError(f"{where}: the layer table in its header is damaged ({reason}); export it again") from None
     if record.crc32 != _record_checksum(raw):
         raise QuantDMError(f"{where}: the layer table in its header is not the one that was saved; {AGAIN}")

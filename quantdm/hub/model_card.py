@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, counted
 from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, read_json, write_text
 from quantdm.hub.card_snippet import signature_of, snippet, task_of
 from quantdm.hub.card_source import head_of_source
@@ -164,7 +164,7 @@ def _results(summary: dict[str, Any]) -> str:
         size = f"{row['avg_bits']:.2f} | {row['denoiser_bytes'] / 1e6:,.2f} MB"
         lines.append(f"| {row['name']} | {size} | {spread(row['fid_fp'], row['fid_fp_sd'])} | {psnr} | {real} |")
     return "\n".join(lines) + (
-        f"\n\nMeans over {len(protocol['draws'])} draws of {protocol['images']} images (seeds "
+        f"\n\nMeans over {counted(len(protocol['draws']), 'draw')} of {protocol['images']} images (seeds "
         f"{', '.join(map(str, protocol['draws']))}), {protocol['steps']} steps, guidance "
         f"{guidance}. `fid_fp` is the Frechet distance to the full-precision images of the same "
         f"noises ({protocol['features']} features; {protocol['fid']}){apart}. "

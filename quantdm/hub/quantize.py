@@ -14,7 +14,7 @@ from quantdm.denoisers.inventory import LayerRecord, list_layers
 from quantdm.denoisers.names import op_type_of, weights_below
 from quantdm.denoisers.tables import TableRecord, list_tables
 from quantdm.denoisers.weights import weight_specs
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, counted
 from quantdm.hub.ties import untie_packed_
 from quantdm.modules.packed import PackedLayer, packed_layers
 from quantdm.modules.swap import check_replaceable, dequantize_module_, quantize_module_
@@ -129,7 +129,8 @@ def pack_layers(
     done = packed_layers(model)
     if done:
         raise QuantDMError(
-            f"{type(model).__name__} is already quantized ({len(done)} layers); dequantize() it or load the original"
+            f"{type(model).__name__} is already quantized ({counted(len(done), 'layer')}); dequantize() it or load the "
+            "original"
         )
     names = [name for name in splits if config.get(name) is not None]
     tables = {layer.name for layer in layers if is_table(layer)}  # which no bank has: they need no inputs

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from scipy import stats
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, counted
 from quantdm.metrics.distance import frechet_of_moments
 from quantdm.metrics.moments import Moments
 
@@ -84,7 +84,7 @@ def draws_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     x = torch.tensor(values, dtype=torch.float64)
     mean = x.mean().item()
     half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * x.std().item() / math.sqrt(len(x))
-    return Interval(mean, mean - half, mean + half, level, f"{len(x)} draws")
+    return Interval(mean, mean - half, mean + half, level, f"{counted(len(x), 'draw')}")
 
 
 def paired_interval(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from quantdm.errors import QuantDMError, told
+from quantdm.errors import QuantDMError, counted, told
 from quantdm.files import load_tensors, save_tensors
 from quantdm.metrics import batched, frechet_distance, load_extractor
 from quantdm.metrics.classifier import load_digit_classifier
@@ -103,7 +103,7 @@ def draw_samples(
     Raises:
         QuantDMError: NaN or infinite pixels or features, or no image that shows anything; says of what and which draw.
     """
-    with told(f"draw {draw.base_seed} ({draw.images} images, {draw.steps} steps) of {what}"):
+    with told(f"draw {draw.base_seed} ({counted(draw.images, 'image')}, {counted(draw.steps, 'step')}) of {what}"):
         kept, seconds, mark = [], 0.0, time.monotonic()
         with memoized_text_encoders(pipe):
             for found in generate_batches(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, counted
 from quantdm.pipelines.inputs import Clip, Drawn, Picture, open_picture
 from quantdm.pipelines.planning import PlannedCall, arguments_of, plan, stands_alone
 from quantdm.pipelines.protocol import FIRST_ARGUMENTS, Protocol, check_files
@@ -240,7 +240,7 @@ def results_of(pipe: DiffusionPipeline, out: Any, output: Output, count: int) ->
             raise QuantDMError(f"{kind}: made {_told(made)}, expected {shape} with one channel or three")
         result = torch.from_numpy(pixels).movedim(-1, -3).float()
     if len(result) != count:
-        raise QuantDMError(f"{kind}: made {len(result)} for {count} seeds, expected one for each")
+        raise QuantDMError(f"{kind}: made {len(result)} for {counted(count, 'seed')}, expected one for each")
     return result
 
 

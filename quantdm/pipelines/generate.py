@@ -121,6 +121,25 @@ def generate_batches(
             progress(len(batch))
 
 
+def call_once(pipe: DiffusionPipeline, protocol: Protocol, *, steps: int) -> None:
+    """Make the first image and look at nothing but its form.
+
+    Raises:
+        QuantDMError: as `generate`, but for what pixels there are.
+    """
+    check_generates(pipe, protocol, files=False)
+    signature = CallSignature.of(pipe)
+    alone = stands_alone(signature, protocol, output := output_of(signature, protocol))
+    call = next(plan(signature, protocol, 1, first=0, most=1))
+    settings = arguments_of(
+        pipe, signature, protocol, call, generators=image_generators([0]), steps=steps, output=output, alone=alone
+    )
+    out = _call(pipe, settings, [0])
+    if out is None:
+        halve_batch(pipe, 1)  # which says that memory does not hold one image
+    results_of(pipe, out, output, 1)
+
+
 def _same_shape(images: torch.Tensor, before: torch.Size | None, seed: int) -> torch.Size:
     """Return the shape of each of some images, checked to be that of those before."""
     if before not in (None, images.shape[1:]):

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from quantdm.errors import QuantDMError, nearest
+from quantdm.errors import QuantDMError, message_of, nearest
 from quantdm.pipelines.inputs import Column, Constant, JsonLines, Several, Value, pictures_in, placed, resolve
 from quantdm.pipelines.known import known_pipelines
 
@@ -180,7 +180,7 @@ def _problems(error: ValidationError, data: Mapping[str, Any]) -> str:
     found: dict[str, str] = {}
     for each in error.errors():
         loc = [str(part) for part in each["loc"]]
-        message = each["msg"].removeprefix("Value error, ")
+        message = message_of(each)
         if each["type"] == "extra_forbidden" and len(loc) == 1:
             message = f"unknown; {nearest(loc[0], Protocol.model_fields)}"
         elif loc and loc[0] in _EXPECTED and each["type"] != "value_error":

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, reason_of
 from quantdm.recipe.rules import Layer, check_pattern, resolve_rules
 
 ActivationGranularity = Literal["tensor", "sample", "token", "map"]
@@ -99,8 +99,7 @@ class ActivationScheme(BaseModel, frozen=True, extra="forbid"):
         try:
             return cls.model_validate(fields)
         except ValueError as error:
-            reason = error.errors()[0]["msg"] if hasattr(error, "errors") else str(error)  # type: ignore[attr-defined]
-            raise QuantDMError(f"activation scheme {label!r}: {reason.removeprefix('Value error, ')}") from None
+            raise QuantDMError(f"activation scheme {label!r}: {reason_of(error)}") from None
 
     def __str__(self) -> str:
         return self.label

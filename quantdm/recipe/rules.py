@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
-from quantdm.errors import QuantDMError, nearest
+from quantdm.errors import QuantDMError, counted, nearest
 
 REGEX = "re:"
 
@@ -93,7 +93,7 @@ def resolve_rules(
     if bare:
         rules = [*patterns, *types, *exact]
         raise QuantDMError(
-            f"{what}: no scheme for {len(bare)} layers of the model, first {', '.join(bare[:3])} "
+            f"{what}: no scheme for {counted(len(bare), 'layer')} of the model, first {', '.join(bare[:3])} "
             f"({nearest(bare[0], rules)}); add a pattern or a default"
         )
     return labels
@@ -112,9 +112,11 @@ def check_names(exact: Collection[str], layer_names: Sequence[str], *, what: str
         parts = []
         if unknown:
             near = f" ({nearest(unknown[0], layer_names)})" if layer_names else ""
-            parts.append(f"{len(unknown)} layers that the model has not, first {', '.join(unknown[:3])}{near}")
+            parts.append(
+                f"{counted(len(unknown), 'layer')} that the model has not, first {', '.join(unknown[:3])}{near}"
+            )
         if missing:
-            parts.append(f"no scheme for {len(missing)} layers of the model, first {', '.join(missing[:3])}")
+            parts.append(f"no scheme for {counted(len(missing), 'layer')} of the model, first {', '.join(missing[:3])}")
         raise QuantDMError(f"{what} is for another model: it has " + " and ".join(parts))
 
 

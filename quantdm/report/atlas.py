@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from quantdm.denoisers.graph import Graph, Node
+from quantdm.errors import counted
 from quantdm.report.drawing import ASPECT, RADIUS, SMALL, Layout, boxes, edges, layout
 from quantdm.report.figures import describe
 from quantdm.report.markup import esc, figure, missing
@@ -28,10 +29,10 @@ def atlas(records: Records) -> str:
     bits = space.gather(space.bits, choice)[0] / space.num_weights
     tips = [_tip(space, choice, position) for position in range(len(space.layers))]
     caption = (
-        f"{len(space.layers)} layers from input to output, in rows like text: circles are layers with their bits per "
-        "weight (codebooks and scales included), deeper colours for more; dots are operations without weights, boxes "
-        "are blocks. Point at a node, or go to the map with the Tab key and through it with the arrow keys. The "
-        "table of all layers says the same."
+        f"{counted(len(space.layers), 'layer')} from input to output, in rows like text: circles are layers with their "
+        "bits per weight (codebooks and scales included), deeper colours for more; dots are operations without "
+        "weights, boxes are blocks. Point at a node, or go to the map with the Tab key and through it with the arrow "
+        "keys. The table of all layers says the same."
     )
     slim = drawn(space, bits, tips, aspect=SLIM)
     return figure(drawn(space, bits, tips), "Where the bits are.", caption, narrow=slim)
@@ -56,7 +57,7 @@ def drawn(
     marks = "".join(_mark(graph, node, place.xy[node.id], space, bits, tips) for node in graph.nodes)
     ground = themed("\n".join([*boxes(graph, place), *edges(graph, place)]))
     width, height = round(place.width), round(place.height - TOP)
-    label = f"Data-flow graph of {len(space.layers)} layers in {len(graph.blocks)} blocks"
+    label = f"Data-flow graph of {counted(len(space.layers), 'layer')} in {counted(len(graph.blocks), 'block')}"
     return (
         f'<svg class="map" viewBox="0 {TOP:g} {width} {height}" role="img" aria-label="{esc(label)}" '
         f'style="min-width:{min(width, 1400) // 2}px">{ground}{over(place)}{marks}</svg>'

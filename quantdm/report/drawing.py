@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from quantdm.denoisers.graph import Graph, Node
-from quantdm.errors import QuantDMError, nearest
+from quantdm.errors import QuantDMError, counted, nearest
 from quantdm.files import MARKUP_COMMENT, check_output, check_replaceable, write_text
 from quantdm.report.figures import FAINT, INK, MUTED, RULE
 
@@ -63,7 +63,7 @@ def draw_graph(
     parts += [_mark(node, place.xy[node.id], given, low, high, log) for node in graph.nodes]
     width, height = round(place.width), round(place.height)
     layers = sum(node.layer is not None for node in graph.nodes)
-    what = f"Data-flow graph: {layers} layers in {len(graph.blocks)} blocks"
+    what = f"Data-flow graph: {counted(layers, 'layer')} in {counted(len(graph.blocks), 'block')}"
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(what)}" font-family="sans-serif">\n'
@@ -164,7 +164,7 @@ def boxes(graph: Graph, place: Layout) -> list[str]:
         members = np.array([node.id for node in graph.nodes if node.block == block.index])
         if len(block.layers) < 2:
             continue
-        title = escape(f"{block.name}: {len(block.layers)} layers, root seen over {block.hops} hops")
+        title = escape(f"{block.name}: {counted(len(block.layers), 'layer')}, root seen over {block.hops} hops")
         for index in np.unique(place.row[members]):
             points = place.xy[members[place.row[members] == index]]
             x, y = points.min(axis=0) - RADIUS - 4

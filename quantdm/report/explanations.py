@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from quantdm.errors import counted
 from quantdm.report import charts, insights, layer_charts
 from quantdm.report.figures import FLOOR, describe
 from quantdm.report.insights import Group
@@ -76,8 +77,9 @@ def allocation(records: Records) -> str:
     html = figure(
         layer_charts.bits_per_layer(space, choice),
         "Bits per layer.",
-        f"All {len(space.layers)} layers in data-flow order. Above: bits of the codes, coloured by method. Below: the "
-        "error of the output that this layer alone causes with the option it got. The table below has their names.",
+        f"All {counted(len(space.layers), 'layer')} in data-flow order. Above: bits of the codes, coloured by method. "
+        "Below: the error of the output that this layer alone causes with the option it got. The table below has "
+        "their names.",
         narrow=layer_charts.bits_per_layer(space, choice, narrow=True),
     )
     html += figure(
@@ -101,7 +103,7 @@ def allocation(records: Records) -> str:
         rows.append(("", cells))
     head = [("Layer", ""), ("Weights", ""), ("Scheme", ""), ("Bits", "per weight, all counted"), ("Error", "alone")]
     listing = table(head, rows, text_columns=(2,))
-    return html + f"<details><summary>All {len(rows)} layers of the recipe</summary>{listing}</details>"
+    return html + f"<details><summary>All {counted(len(rows), 'layer')} of the recipe</summary>{listing}</details>"
 
 
 def next_bits(records: Records) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from quantdm.errors import counted
 from quantdm.metrics.statistics import spread
 from quantdm.report.charts import MARKS
 from quantdm.report.figures import describe
@@ -33,7 +34,8 @@ def frontier(records: Records) -> str:
     searched = _figure(
         _search_plot(records, sizes),
         f"Search: {len(records.trials)} trials",
-        f"Every configuration that was measured ({settings.label_images:,} images, {settings.label_steps} steps each); "
+        f"Every configuration that was measured ({settings.label_images:,} images, "
+        f"{counted(settings.label_steps, 'step')} each); "
         "squares have one scheme everywhere (the number: bits). The line is the best that was measured at each size"
         + (", the open circles are predicted, not measured." if sizes else "."),
     )
@@ -143,7 +145,7 @@ def _final_plot(records: Records, candidates: dict[str, dict[str, Any]]) -> str:
         kind, x = ("chosen" if name == "recipe" else "rival"), row["avg_bits"]
         low, high = _reach(row)
         plot.upright(x, low, high, f"spread {kind}")
-        over = f", {row['draws']} draws" if "draws" in row else ""
+        over = f", {counted(row['draws'], 'draw')}" if "draws" in row else ""
         tip = f"{MARKS[name]}: {x:.3f} bits, fid_fp {spread(row['fid_fp'], row.get('fid_fp_sd'))}{over}"
         plot.dot(x, row["fid_fp"], kind, tip, radius=5.5 if name == "recipe" else 4)
     plot.labels(

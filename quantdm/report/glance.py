@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from quantdm.errors import counted
 from quantdm.report.figures import FLOOR, RECIPE, bits_strength, tint
 from quantdm.report.insights import group_layers, least_error, size_against, verdict, widths
 from quantdm.report.markup import esc
@@ -200,7 +201,8 @@ def _columns(values: np.ndarray, space: Any, unit: str) -> str:
         f'fill="{hue(h)}"><title>{esc(_named(space, part))}: {h:.3g} {esc(unit)}</title></rect>'
         for i, (part, h, d) in enumerate(zip(parts, heights, drawn, strict=True))
     )
-    label = f"{unit.capitalize()} of {len(order)} layers from input to output, {min(heights):.2g} to {top:.2g}{log}"
+    label = f"{unit.capitalize()} of {counted(len(order), 'layer')} from input to output, "
+    label += f"{min(heights):.2g} to {top:.2g}{log}"
     return (
         f'<div class="columns" aria-hidden="true"><span>{top:.2g}</span>'
         f'<svg viewBox="0 0 300 62" preserveAspectRatio="none">{themed(columns)}</svg></div>'

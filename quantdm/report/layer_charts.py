@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdm.errors import counted
 from quantdm.report.figures import (
     CHARACTER,
     FAINT,
@@ -80,7 +81,9 @@ def _measured_panel(canvas: Canvas, axes: Any, space: SearchSpace, groups: Seque
             y = row + (n - (len(sizes) - 1) / 2) * step
             box = _box(axes, error[group.members], y, 0.7 * step, hue)
             median = float(np.median(error[group.members]))
-            canvas.hover(box, f"{group.name}, {width} bits: median {percent(median)} of {len(group.members)} layers")
+            canvas.hover(
+                box, f"{group.name}, {width} bits: median {percent(median)} of {counted(len(group.members), 'layer')}"
+            )
         axes.plot([], [], "s", ms=6, color=hue, label=f"{width} bits")
     axes.set_xscale("log")
     lowest = max(float(least_error(space, sizes[-1]).min()), floor)

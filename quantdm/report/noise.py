@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from quantdm.correction import Correction
+from quantdm.errors import counted
 from quantdm.report.markup import esc, figure, missing, paragraph, spread_cell, table
 from quantdm.report.plot import Plot, around
 from quantdm.report.records import Records
@@ -66,7 +67,7 @@ def noise(records: Records) -> str:
         [("Timestep" if records.steps else "log SNR", ""), *((title, "") for title, _, _ in panels)],
         [("", [f"{t:.4g}", *(f"{found[key][i]:.4g}" for _, key, _ in panels)]) for i, t in enumerate(timesteps)],
     )
-    html += f"<details><summary>All {len(timesteps)} steps as numbers</summary>{listing}</details>"
+    html += f"<details><summary>All {counted(len(timesteps), 'step')} as numbers</summary>{listing}</details>"
     if not c.measured:
         return html + paragraph(f"In use: {variant_name(c.choice)}.")
     rows = []

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from quantdm.errors import counted
 from quantdm.report.atlas import drawn
 from quantdm.report.drawing import Layout, curve
 from quantdm.report.markup import dotted, figure, missing, paragraph, table
@@ -40,7 +41,7 @@ def paths(records: Records) -> str:
     return (
         text
         + figure(svg, "Where the damage runs.", caption)
-        + f"<details><summary>The {len(carrying)} edges</summary>{listing}</details>"
+        + f"<details><summary>The {counted(len(carrying), 'edge')}</summary>{listing}</details>"
     )
 
 
@@ -53,7 +54,7 @@ def say_paths(record: dict[str, Any]) -> str:
     enters = list(dict.fromkeys(edges[index]["source"] for index in carrying))
     inside = {edges[index]["target"] for index in carrying}
     first = [source for source in enters if source not in inside]
-    said = ", ".join(first[:4]) + (f" and {len(first) - 4} others" if len(first) > 4 else "")
+    said = ", ".join(first[:4]) + (f" and {counted(len(first) - 4, 'other')}" if len(first) > 4 else "")
     return (
         f"The damage of {name} runs along {len(carrying)} of {len(edges)} edges of the data flow. With the "
         f"full-precision tensors on them {percent(record['undone'])} of it is undone; with full precision on all "

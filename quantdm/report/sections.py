@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from quantdm.errors import counted
 from quantdm.hub.left import told_left
 from quantdm.report import insights
 from quantdm.report.figures import describe
@@ -184,7 +185,8 @@ def protocol(records: Records) -> str:
         ("Sensitivities", f"{s.noise_images} images, draw {base + 1}, float32"),
         (
             "Verification",
-            f"up to {s.verify_draws} draws (from {base + 2}) of {s.verify_images:,} images, {s.protocol.steps} steps; "
+            f"up to {counted(s.verify_draws, 'draw')} (from {base + 2}) of {s.verify_images:,} images, "
+            f"{counted(s.protocol.steps, 'step')}; "
             "a candidate that is clearly worse than the best (99 % interval over images of equal noises) stops",
         ),
     ]

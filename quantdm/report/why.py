@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quantdm.errors import counted
 from quantdm.report.advice import Names, advice, doubts, read_names, shared_schemes
 from quantdm.report.figures import describe
 from quantdm.report.markup import dotted, esc, missing, paragraph, table
@@ -31,7 +32,8 @@ def why(records: Records) -> str:
     shown = layers[:TOP]
     share = sum(abs(row["contribution"]) for row in shown) / whole
     text = _difference(records.why, name)
-    text += f" The {len(shown)} layers below carry {percent(share)} of all that changed in {len(layers)} layers."
+    text += f" The {counted(len(shown), 'layer')} below carry {percent(share)} of all that changed "
+    text += f"in {counted(len(layers), 'layer')}."
     head = [("Layer", ""), ("Rival", ""), ("Recipe", ""), ("Share of y", f"{name} surrogate, ± over folds")]
     rows = [
         [
@@ -69,7 +71,7 @@ def _measured(differences: list[float]) -> str:
     mean = f"{np.mean(differences):+.3f}"
     if len(differences) == 1:
         return f"{mean} (one draw)"
-    return f"{mean}\u00a0±\u00a0{np.std(differences, ddof=1):.3f} ({len(differences)} draws)"
+    return f"{mean}\u00a0±\u00a0{np.std(differences, ddof=1):.3f} ({counted(len(differences), 'draw')})"
 
 
 def unknowns(records: Records) -> str:
@@ -130,7 +132,7 @@ def _doubts(space: SearchSpace, explained: Attribution, choice: Ints) -> str:
         ("Spread", "over folds"),
     ]
     listing = table(head, rows, text_columns=(1, 2)) if rows else paragraph("No layer.")
-    return f"<details><summary>Where the folds disagree: {len(rows)} layers</summary>{listing}</details>"
+    return f"<details><summary>Where the folds disagree: {counted(len(rows), 'layer')}</summary>{listing}</details>"
 
 
 def _names_table(names: Names) -> str:

@@ -11,7 +11,7 @@ from quantdm.activations import set_activation_bits_
 from quantdm.correction import apply_correction, load_correction
 from quantdm.denoisers.calls import Call, replay
 from quantdm.denoisers.ensemble import join_weights
-from quantdm.errors import QuantDMError, told
+from quantdm.errors import QuantDMError, counted, told
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
 from quantdm.metrics.chosen import chosen_figures
@@ -70,7 +70,7 @@ class Job:
         else:
             labels = sorted({str(label or ORIGINAL) for label in self.labels.values()})
             mix = f"{labels[0]} everywhere" if len(labels) == 1 else f"a mix of {', '.join(labels)}"
-            weights = f"{mix} over {len(self.labels)} layers (configuration {digest(self.labels)})"
+            weights = f"{mix} over {counted(len(self.labels), 'layer')} (configuration {digest(self.labels)})"
         spec = None if self.activations is None else ActivationSpec.model_validate(self.activations)
         activations = "" if spec is None else f", {spec.description}"
         tuned = "" if self.tuned is None else ", tuned"
@@ -237,8 +237,8 @@ class Evaluator:
             silent = [part for part, calls in self._calls.items() if not calls]
             if silent:
                 raise QuantDMError(
-                    f"{', '.join(silent)}: was never called in {draw.steps} steps; raise the steps of the protocol so "
-                    "that every denoiser works"
+                    f"{', '.join(silent)}: was never called in {counted(draw.steps, 'step')}; raise the steps of the "
+                    "protocol so that every denoiser works"
                 )
         return self._calls
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
 from quantdm.correction import load_correction
+from quantdm.errors import counted
 from quantdm.files import digest, load_tensors, read_json, save_tensors, tensors_digest, write_json
 from quantdm.hub.export import configuration_digest
 from quantdm.hub.size import ExportSize
@@ -137,7 +138,8 @@ def measure_rows(
     store = TrialStore(run.path("final"))
     measured: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
     running = list(jobs)
-    with bar(len(_distinct(run, jobs, running, draws)), f"final: {len(jobs)} rows x {len(draws)} draws") as progress:
+    what = f"final: {counted(len(jobs), 'row')} x {counted(len(draws), 'draw')}"
+    with bar(len(_distinct(run, jobs, running, draws)), what) as progress:
         for heat in [draws] if against is None else [draws[:ALWAYS], draws[ALWAYS:]]:
             work = _distinct(run, jobs, running, heat)
             found = measure_jobs(engine, store, work, progress=progress, method="measure_final")

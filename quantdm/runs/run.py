@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from quantdm.denoisers.given_inputs import parse_inputs
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, reason_of
 from quantdm.files import check_output, write_json
 from quantdm.pipelines.inputs import PATH_KEYS
 from quantdm.pipelines.protocol import Protocol, known_protocols, load_protocol
@@ -196,10 +196,7 @@ class Run:
         try:
             return cls(folder, RunSettings.model_validate(record))
         except ValidationError as error:
-            first = error.errors()[0]
-            raise QuantDMError(
-                f"{Path(folder) / MANIFEST}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            ) from None
+            raise QuantDMError(f"{Path(folder) / MANIFEST}: {reason_of(error)}") from None
 
 
 def _differences(first: RunSettings, second: RunSettings) -> list[str]:

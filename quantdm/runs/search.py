@@ -15,6 +15,7 @@ from quantdm.runs.choose import choose
 from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
+from quantdm.runs.failure import told_why
 from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.learned import check_donors, learn_from
 from quantdm.runs.run import MANIFEST, Run, RunSettings
@@ -98,8 +99,8 @@ def search(
         effort=effort, dtype=dtype, embeddings=embeddings, fidelity=fidelity,
         learned_from=learned_from,
     )  # fmt: skip
-    opened = open_engine(run, subject, engine, workers=workers, batch_size=batch_size, ray_address=ray_address)
-    with opened:
+    how: dict[str, Any] = {"workers": workers, "batch_size": batch_size, "ray_address": ray_address}
+    with told_why(run.folder), open_engine(run, subject, engine, **how) as opened:
         return find_recipe(run, opened, subject)
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from quantdm.errors import QuantDMError, nearest
 from quantdm.hub.export import lossless_dtype
@@ -13,6 +13,7 @@ from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
+from quantdm.pipelines.tried import fewest_steps
 from quantdm.quantizers.branches import fits_rank
 from quantdm.quantizers.options import SWEEPS
 from quantdm.runs.room import room_of
@@ -68,13 +69,16 @@ def make_settings(
     learned: str | None = None,
     fidelity: str | None = None,
 ) -> RunSettings:  # fmt: skip
-    """Return the checked settings of a search; see `search` for the arguments and errors."""
+    """Return the checked settings of a search; see `search` for the arguments and errors.
+
+    The pipeline's call is tried: it costs one step of one image, and what it refuses is known before anything is left.
+    """
     options = fitting_options(options, subject.pipe)
     check_given(trials, options, dtype, fidelity)
     _check_can_be_quantized(subject, options)
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
-    check_measures(subject.pipe, protocol or default_protocol(subject.name))
+    asked, effort = _tried(subject, protocol or default_protocol(subject.name), effort)
     if target_pipeline_bytes is not None:  # what it leaves is settled once the parts are measured
         target_bytes = room_of(subject, options, embeddings, target_pipeline_bytes).for_denoisers
     return RunSettings(
@@ -87,15 +91,21 @@ def make_settings(
             embeddings=embeddings,
         ),
         trials=trials, seed=seed,
-        protocol=protocol or default_protocol(subject.name),
+        protocol=asked,
         dtype=dtype or own,  # type: ignore[arg-type]
         embeddings=None if embeddings is None else embeddings.label,
         learned=learned,
         target_pipeline_bytes=target_pipeline_bytes,
         fidelity=fidelity or "full",  # type: ignore[arg-type]
-        calibration_steps=(protocol or default_protocol(subject.name)).steps,
+        calibration_steps=asked.steps,
         **asdict(effort),
     )  # fmt: skip
+
+
+def _tried(subject: Subject, protocol: Protocol, effort: Effort) -> tuple[Protocol, Effort]:
+    """Return what is measured, checked and tried, and the effort with as many steps as a label takes at least."""
+    check_measures(subject.pipe, protocol)
+    return protocol, replace(effort, label_steps=fewest_steps(subject.pipe, protocol, effort.label_steps))
 
 
 def _free_dtype(subject: Subject) -> str:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from quantdm.files import read_json
 from quantdm.runs.claims import CLAIMS, Claim, Claims
+from quantdm.runs.failure import Failure, last_failure
 from quantdm.runs.manifest import read_manifest
 
 # What every stage leaves, in their order.
 STAGES = {
-    "bank": "bank",
+    "bank": "bank/index.json",
     "sensitivities": "space.json",
     "trials": "trials.json",
     "surrogates": "surrogate.json",
@@ -35,6 +36,7 @@ class Status:
     last: float | None  # seconds since the last trial was finished
     measurements: dict[str, int]  # store -> finished
     working: dict[str, list[Claim]]  # store -> who has claimed what, the stale left out
+    stopped: Failure | None = None  # why it stopped last, if it has not gone on since
 
     @property
     def minutes_left(self) -> float | None:
@@ -69,6 +71,7 @@ def status_of(folder: str | Path) -> Status:
         last=time.time() - recent[-1] if recent else None,
         measurements={name: len(times) for name, times in finished.items()},
         working=working,
+        stopped=last_failure(folder),
     )
 
 

@@ -13,6 +13,7 @@ from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import Subject
+from quantdm.pipelines.tried import fewest_steps
 from quantdm.runs.engines.answer import answered, value_of
 from quantdm.runs.engines.cluster import STARTING, connect, no_place, room
 from quantdm.runs.engines.local import workers_on
@@ -48,14 +49,17 @@ def speed_of(subject: Subject, settings: RunSettings, batch_size: int | Literal[
 
 
 def seconds_per_step(pipe: DiffusionPipeline, protocol: Protocol, batch_size: int | Literal["auto"] = "auto") -> float:
-    """Measure the seconds of one image's step: one image first, then twice as many while that stays short."""
-    images = 1
+    """Measure the seconds of one image's step: one image first, then twice as many while that stays short.
+
+    Two steps are made, or as many as it takes: of a picture that is changed a little, most are left out.
+    """
+    images, steps = 1, fewest_steps(pipe, protocol, min(2, protocol.steps))
     while True:
         start = time.monotonic()
-        generate(pipe, protocol, range(images), steps=2, batch_size=batch_size)
+        generate(pipe, protocol, range(images), steps=steps, batch_size=batch_size)
         took = time.monotonic() - start
         if took > PROBE_SECONDS / 2 or images >= PROBE_IMAGES:
-            return took / images / 2
+            return took / images / steps
         images *= 2
 
 
