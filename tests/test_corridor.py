@@ -52,6 +52,7 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import job_of
 from quantdm.runs.run import Run
 from quantdm.runs.store import TrialStore
+from quantdm.runs.summary import write_summary
 from quantdm.runs.trials import label_draw
 from quantdm.surrogates import SearchSpace
 
@@ -146,7 +147,7 @@ def measured(finished):
         size = ExportSize(pipe, embeddings=run.settings.embeddings)
         rows = final.measure_rows(run, engine, space, jobs, draws, size)
         final.save_grids(run, engine, jobs, draws[0])
-        summary = final.write_summary(run, rows, draws, final.sampling_noise(engine, draws))
+        summary = write_summary(run, rows, draws, final.sampling_noise(engine, draws))
         before = run.path("samples.safetensors").stat().st_mtime_ns
         final.save_grids(run, engine, jobs, draws[0])
         assert run.path("samples.safetensors").stat().st_mtime_ns == before  # grids of the same jobs are kept

@@ -45,9 +45,7 @@ def bank(
     protocol: ProtocolFile = None,
     example_inputs: ExampleInputs = None,
     embeddings: Embeddings = TABLE_SCHEME.label,
-    batch_size: BatchSize = "auto",
-    device: Device = None,
-    dtype: Dtype = None,
+    batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None,
     learned_from: LearnedFrom = None,
 ) -> None:  # fmt: skip
     """Start a run and quantize every layer with every option (the first stage of `search`, alone)."""

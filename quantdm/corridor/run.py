@@ -43,6 +43,7 @@ from quantdm.runs.settings import check_given, make_settings
 from quantdm.runs.shares import settle
 from quantdm.runs.split import told_split
 from quantdm.runs.stages import build_bank, describe, measure_space
+from quantdm.runs.summary import write_summary
 from quantdm.runs.target import check_one_target
 from quantdm.runs.trials import cheap_verdict, load_labels, run_trials
 from quantdm.runs.tune import tune_run
@@ -63,8 +64,7 @@ def run(
     options: Sequence[Scheme] | None = None,
     protocol: Protocol | None = None,
     seed: int = 0, workers: int | None = None, tuned: bool = True,
-    example_inputs: Mapping[str, Any] | None = None,
-    embeddings: Scheme | None = TABLE_SCHEME,
+    example_inputs: Mapping[str, Any] | None = None, embeddings: Scheme | None = TABLE_SCHEME,
     batch_size: int | Literal["auto"] = "auto", device: str | None = None, dtype: str | None = None,
     minutes: float | None = None, gpu_hours: float | None = None, dry_run: bool = False,
     engine: str = "local", ray_address: str | None = None, fidelity: str | None = None,
@@ -274,7 +274,7 @@ class _Way:
         rows = final.measure_rows(run, engine, space, jobs, draws, size, against="recipe")
         final.save_grids(run, engine, jobs, draws[0])
         example = example_call(subject.pipe, run.settings.protocol)
-        return final.write_summary(run, rows, draws, final.sampling_noise(engine, draws), example)
+        return write_summary(run, rows, draws, final.sampling_noise(engine, draws), example)
 
 
 def _hand_over(

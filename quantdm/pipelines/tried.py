@@ -71,14 +71,14 @@ def once_computed(modules: dict[str, nn.Module]) -> Iterator[dict[str, int]]:
     before = {name: module.__dict__.get("forward") for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.forward = _remembering(name, module.forward, called)
+            module.forward = _remembering(name, module.forward, called)  # pyright: ignore[reportAttributeAccessIssue]
         yield called
     finally:
         for name, module in modules.items():
             if before[name] is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = before[name]
+                module.forward = before[name]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _remembering(name: str, forward: Any, called: dict[str, int]) -> Any:

@@ -17,7 +17,7 @@ def split(records: Records) -> str:
     for name, part in record["parts"].items():
         how = "as it was" if part["label"] is None else describe(part["label"])
         parts.append((name, part["before"], part["after"], how, f"{part['fid_fp']:.4f}" if part["label"] else "0"))
-    before, now = (sum(row[place] for row in parts) for place in (1, 2))
+    before, now = sum(row[1] for row in parts), sum(row[2] for row in parts)
     rows = [("", _cells(*row)) for row in parts]
     rows.append(("chosen", _cells("whole pipeline", before, now, "", "")))
     head = [("Part", ""), ("Before", "on disk"), ("After", "on disk"), ("How", ""), ("FID to full", "this part alone")]

@@ -224,12 +224,12 @@ class Evaluator:
         if self._calls is None:
             settings, subject = self.run.settings, self.subject
             draw = Draw(settings.seed * 1000 + 1, settings.noise_images, settings.label_steps)
-            with subject.recording(subject.pipe, dict.fromkeys(subject.part_names, ())) as counted:
+            with subject.recording(subject.pipe, dict.fromkeys(subject.part_names, ())) as seen:
                 generate(subject.pipe, self.protocol, draw.seeds[:1], steps=draw.steps)
             calls = count_calls(subject.pipe, self.protocol, len(draw.seeds), batch_size=self.batch_size)
             wanted = {
                 part: [call * recording.seen + i for call in range(calls) for i in _middle(recording.seen)]
-                for part, recording in counted.items()
+                for part, recording in seen.items()
             }
             with subject.recording(subject.pipe, wanted) as recorded:
                 generate(subject.pipe, self.protocol, draw.seeds, steps=draw.steps, batch_size=self.batch_size)
