@@ -69,7 +69,8 @@ def write_report(run_dir: str | Path, *, out: str | Path | None = None) -> Path:
     path = Path(run_dir) / REPORT_FILE if out is None else Path(out)
     records = read_records(run_dir)
     check_replaceable(check_output(path))
-    sections = [(key, title, build(records)) for key, title, build in SECTIONS]
+    built = [(key, title, build(records)) for key, title, build in SECTIONS]
+    sections = [section for section in built if section[2]]  # what does not concern this run is not there at all
     there = [section for section in sections if not _is_missing(section[2])]
     there.append(("take", "Take it along", _take(records)))
     title = f"{model_label(records.settings.model)} at {records.settings.target_bits:g} bits: quantdm report"

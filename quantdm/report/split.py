@@ -1,16 +1,19 @@
 """Where the bytes of the whole pipeline go, part by part, before and after."""
 
 from quantdm.report.figures import describe
-from quantdm.report.markup import esc, missing, paragraph, table
+from quantdm.report.markup import esc, paragraph, table
 from quantdm.report.records import Records
 from quantdm.report.wording import megabytes
 
 
 def split(records: Records) -> str:
-    """Return a row per part: bytes before and after, under which scheme, and what that alone does to the images."""
+    """Return a row per part: bytes before and after, under which scheme, and what that alone does to the images.
+
+    Empty where the target is not that of the whole pipeline.
+    """
     record = records.split
     if record is None:
-        return missing("split.json", "The target is not that of the whole pipeline", kind="missing extra")
+        return ""
     names, recipe = ", ".join(records.settings.seen.denoisers), records.rows.get("recipe")
     after = record["denoisers"]["at_most"] if recipe is None else recipe["denoiser_bytes"]
     parts = [(names, record["denoisers"]["before"], after, "layer by layer", "–")]
