@@ -81,16 +81,16 @@ def make_settings(
     _check_can_be_quantized(subject, options)
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
+    target = checked_target(
+        subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes, embeddings=embeddings
+    )
     asked, effort = _tried(subject, protocol or default_protocol(subject.name), effort)
     return RunSettings(
         model=subject.name,
         location=subject.location or "",
         seen=subject.seen,
         options=tuple(scheme.label for scheme in options),
-        target_bits=checked_target(
-            subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes,
-            embeddings=embeddings,
-        ),
+        target_bits=target,
         trials=trials,
         seed=seed,
         protocol=asked,
@@ -219,8 +219,8 @@ def checked_target(
         least, most = size.extremes(options)
         if not least <= target_bytes <= most:
             raise QuantDMError(
-                f"target: got {target_bytes} bytes, but these options reach {least} to {most} bytes: the denoiser's "
-                "files, everything counted"
+                f"target: got {target_bytes:,} bytes, but these options reach {least:,} to {most:,} bytes "
+                f"({least / 1e6:,.2f} to {most / 1e6:,.2f} MB): the denoiser's files, everything counted"
             )
         return min(max(size.bits_within(options, target_bytes), low), high)
     if not low <= target_bits <= high:
