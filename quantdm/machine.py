@@ -20,8 +20,8 @@ SIZE = 768  # of the matrices that are timed
 PROBE_ROUNDS = 8
 MARGIN = 1.25  # a network gains less than its products do
 HOPELESS = 5.0
-# Weights that threads work on at a time, at 40 to 60 bytes each while they are sorted. A larger layer goes alone.
-IN_FLIGHT = 2**25
+# Weights that threads work on at a time, at up to 60 bytes each while they are sorted. A larger layer goes alone.
+IN_FLIGHT, BYTES_PER_WEIGHT = 2**25, 60
 
 
 def accelerator() -> str:

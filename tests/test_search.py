@@ -187,7 +187,7 @@ def test_a_run_directory_of_another_model_version_or_kind_is_refused(finished, s
 def test_a_budget_in_bytes_states_its_range_in_bytes(dit, tmp_path):
     from quantdm import search
 
-    with pytest.raises(QuantDMError, match=r"got 1000 bytes, but these options reach \d+ to \d+ bytes"):
+    with pytest.raises(QuantDMError, match=r"got 1,000 bytes, but these options reach [\d,]+ to [\d,]+ bytes"):
         search(dit, target_bytes=1000, run_dir=tmp_path / "r")
     with pytest.raises(QuantDMError, match="exactly one of"):
         search(dit, run_dir=tmp_path / "r")

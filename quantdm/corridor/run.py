@@ -157,9 +157,11 @@ def _look(
     say: Say,
 ) -> Subject:
     say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
-    return look_for_run(
+    subject = look_for_run(
         pipe, folder, example_inputs=example_inputs, device=device, dtype=dtype, learned_from=learned_from
     )
+    say("       try its call: the first image, one step of it")
+    return subject
 
 
 def _begin(started: Run, subject: Subject, say: Say) -> None:

@@ -7,15 +7,15 @@ nearest to w_j + sum_(i<j) e_i U_ij: the choice of OBQ and GPTQ (Frantar et al.,
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from quantdm.errors import QuantDMError
 from quantdm.quantizers.columns import BLOCK, ColumnTables
-from quantdm.quantizers.moments import Moments
+from quantdm.quantizers.moments import ROWS, Moments
 
-ROWS = 1024  # of a matrix that is copied, at a time
 DAMPING = 0.01  # of the mean diagonal, raised tenfold until the factorization succeeds
 
 
@@ -41,40 +41,56 @@ def factorize(moments: Moments, name: str) -> InputFactor:
     diagonal = torch.where(diagonal > 0, diagonal, mean)
     order = diagonal.argsort(dim=1, descending=True, stable=True)
     backwards = order.flip(1)
-    second = _permuted(moments.second, backwards)
-    places = second.diagonal(dim1=1, dim2=2)
-    places.copy_(diagonal.gather(1, backwards))
-    damping, lower = DAMPING, None
+    damped, damping = diagonal.gather(1, backwards), DAMPING
+    place = torch.empty(moments.second.shape, dtype=torch.float32, device=diagonal.device)
     while damping <= 10:
-        places += damping * mean
-        lower, info = torch.linalg.cholesky_ex(second)
+        damped += damping * mean
+        matrix = _permuted(moments.second, backwards, place.mT)
+        matrix.diagonal(dim1=1, dim2=2).copy_(damped)
+        lower, info = _cholesky_(matrix)
         if not bool(info.any()):
-            return InputFactor(order, _unit_upper(lower, second))
+            return InputFactor(order, _unit_upper_(lower.mT))
         damping *= 10
     raise QuantDMError(f"{name}: got moments that are not positive, expected E[x x^T]; calibrate in float32 or bf16")
 
 
-def _permuted(second: Tensor, order: Tensor) -> Tensor:
-    """Return moments [G, n, n] in float32 with rows and columns in an order [G, n], some rows at a time."""
-    found = torch.empty(second.shape, dtype=torch.float32, device=second.device)
+def _permuted(second: Tensor, order: Tensor, out: Tensor) -> Tensor:
+    """Write moments [G, n, n] with rows and columns in an order [G, n] to `out`, some rows at a time."""
     for g in range(len(second)):
         for first in range(0, second.shape[1], ROWS):
             rows = order[g, first : first + ROWS]
-            found[g, first : first + ROWS] = second[g, rows][:, order[g]]
-    return found
+            out[g, first : first + ROWS] = second[g, rows][:, order[g]]
+    return out
 
 
-def _unit_upper(lower: Tensor, place: Tensor) -> Tensor:
-    """Return a Cholesky factor [G, n, n], of columns from the last to the first, as the unit upper one in their order.
+def _cholesky_(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Factorize matrices [G, n, n] whose columns are contiguous, on the CPU in their own memory: LAPACK's order."""
+    if matrix.device.type != "cpu":
+        return torch.linalg.cholesky_ex(matrix)
+    info = torch.empty(len(matrix), dtype=torch.int32)
+    return torch.linalg.cholesky_ex(matrix, out=(matrix, info))
 
-    It is written to `place`, some rows at a time: of the widest layers a third matrix would be half a gigabyte.
+
+def _unit_upper_(upper: Tensor) -> Tensor:
+    """Turn L^T [G, n, n], L a Cholesky factor of columns from the last to the first, into the unit upper one in place.
+
+    U_ij = L_ab / L_bb with a = n - 1 - i, b = n - 1 - j: a reflection in the other diagonal, tile by tile. Of the
+    widest layers a second matrix would be half a gigabyte.
     """
-    n = lower.shape[1]
-    scale = lower.diagonal(dim1=1, dim2=2).flip(1)[:, None].clone()
+    upper = upper.contiguous()
+    n = upper.shape[1]
+    scale = upper.diagonal(dim1=1, dim2=2).flip(1)[:, None].clone()
+    edges = sorted({edge for first in range(0, n, ROWS) for edge in (first, n - first)})
+    tiles = [slice(*pair) for pair in pairwise(edges)]
+    for a in range(len(tiles)):
+        for b in range(a, len(tiles) - a):  # below the diagonal there are zeros
+            tile, mirrored = upper[:, tiles[a], tiles[b]], upper[:, tiles[-1 - b], tiles[-1 - a]]
+            turned = tile.flip(1, 2).mT
+            tile.copy_(mirrored.flip(1, 2).mT)
+            mirrored.copy_(turned)
     for first in range(0, n, ROWS):
-        last = min(first + ROWS, n)
-        place[:, first:last] = lower[:, n - last : n - first].flip(1, 2).div_(scale)
-    return place
+        upper[:, first : first + ROWS] /= scale
+    return upper
 
 
 def feedback_codes(matrix: Tensor, table: Tensor, length: int, factor: InputFactor) -> Tensor:

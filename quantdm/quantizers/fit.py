@@ -50,12 +50,10 @@ class MatrixFit:
             half = matrix[:, columns]
             factor = factor_of(half)
             half = half.mul(1 / factor).contiguous()  # exact: the factor is a power of two
-            moments = self.moments.part(columns).to(half.device) if calibrated and self.moments is not None else None
+            moments = self.moments.part(columns) if calibrated and self.moments is not None else None
             for i, parameters in self._fit_half(half, schemes, moments, suffix):
                 parameters["factor"] = torch.tensor([factor], dtype=torch.float32, device=matrix.device)
                 stored[i] |= {key + suffix: parameters[key] for key in parameters_of(schemes[i])}
-            if moments is not None:
-                moments.let_go()
         return [QuantizedWeight(s, self.shape, self.split, dtype, t) for s, t in zip(schemes, stored, strict=True)]
 
     def _factor(self, suffix: str, moments: Moments) -> InputFactor:
@@ -69,34 +67,52 @@ class MatrixFit:
     def _fit_half(
         self, half: Tensor, schemes: Sequence[Scheme], moments: Moments | None, suffix: str
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield (index of the scheme, its stored tensors) for one quantizer's matrix [C, n]."""
+        """Yield (index of the scheme, its stored tensors) for one quantizer's matrix [C, n].
+
+        Grids of all schemes come first, the codes with error feedback last: sorted rows and moments take the most
+        memory, and are never there together.
+        """
+        importance = None if moments is None else moments.importance_of(len(half), half.device)
+        if moments is not None:
+            moments.let_go()
+        grids = dict(self._grids(half, schemes, importance))
+        del importance
+        fed_back = [i for i in grids if schemes[i].calibration == "feedback"]
+        for i in grids.keys() - set(fed_back):
+            yield i, self._coded(half, schemes[i], grids[i])
+        if not fed_back or moments is None:
+            return
+        held = moments.held().to(half.device)
+        inputs = self._factor(suffix, held)
+        for i in fed_back:
+            rounded = _round(schemes[i], _blocks(half, schemes[i]), grids[i], half.shape[1]).view(half.shape)
+            found = _fed_back(half, schemes[i], grids[i], rounded, inputs, held, self.sweeps)
+            yield i, found[0] | {"codes": pack_codes(found[1].reshape(-1), schemes[i].bits)}
+
+    def _grids(
+        self, half: Tensor, schemes: Sequence[Scheme], importance: Tensor | None
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Yield (index of the scheme, what is stored beside its codes); schemes of one kind share the sorted rows."""
         kinds = [(s.granularity, s.group_size, s.calibration is not None) for s in schemes]
         for kind in dict.fromkeys(kinds):
             same = [i for i in range(len(schemes)) if kinds[i] == kind]
-            is_shared = kind[0] == "shared"
-            importance = moments.importance_of(len(half)) if kind[2] and moments is not None else None
-            weights: list[Tensor | None]
-            if is_shared:
-                rows, weight = _padded_rows(half, importance, schemes[same[0]])
-                blocks, weights = [rows], [weight]
-            else:
-                blocks = _rows(half, schemes[same[0]])
-                weights = [None] * len(blocks) if importance is None else [*_rows(importance, schemes[same[0]])]
-            is_kmeans = not is_shared and any(schemes[i].method == "kmeans" for i in same)
+            first, own = schemes[same[0]], importance if kind[2] else None
+            if kind[0] == "shared":
+                rows, weight = _padded_rows(half, own, first)
+                for i in same:
+                    yield i, _fit_shared(rows, weight, schemes[i], len(half))
+                continue
+            blocks = _rows(half, first)
+            weights = [None] * len(blocks) if own is None else [*_rows(own, first)]
+            is_kmeans = any(schemes[i].method == "kmeans" for i in same)
             ordered = [sort_rows(*pair) for pair in zip(blocks, weights, strict=True)] if is_kmeans else []
             for i in same:
-                if is_shared:
-                    parameters = _fit_shared(blocks[0], weights[0], schemes[i], len(half))
-                else:
-                    parameters = _fit(schemes[i], blocks, weights, ordered, half.shape, exact=self.exact)
-                if schemes[i].calibration == "feedback" and moments is not None:
-                    inputs = self._factor(suffix, moments)
-                    start = _round(schemes[i], blocks, parameters, half.shape[1]).view(half.shape)
-                    parameters, codes = _fed_back(half, schemes[i], parameters, start, inputs, moments, self.sweeps)
-                else:
-                    codes = _round(schemes[i], blocks, parameters, half.shape[1])
-                parameters["codes"] = pack_codes(codes.reshape(-1), schemes[i].bits)
-                yield i, parameters
+                yield i, _fit(schemes[i], blocks, weights, ordered, half.shape, exact=self.exact)
+
+    def _coded(self, half: Tensor, scheme: Scheme, grid: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a grid with the codes of the nearest entries."""
+        codes = _round(scheme, _blocks(half, scheme), grid, half.shape[1])
+        return grid | {"codes": pack_codes(codes.reshape(-1), scheme.bits)}
 
 
 def _fed_back(
@@ -120,6 +136,11 @@ def _fed_back(
 def _rows(matrix: Tensor, scheme: Scheme) -> list[Tensor]:
     """Return the rows [R, length] of a matrix [C, n]; two blocks when the last group of a channel is shorter."""
     return [block.reshape(-1, block.shape[2]).contiguous() for block in row_blocks(matrix, scheme)]
+
+
+def _blocks(matrix: Tensor, scheme: Scheme) -> list[Tensor]:
+    """Return the rows of a matrix [C, n] as a scheme has them."""
+    return [_padded_rows(matrix, None, scheme)[0]] if scheme.granularity == "shared" else _rows(matrix, scheme)
 
 
 def _padded_rows(matrix: Tensor, importance: Tensor | None, scheme: Scheme) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quantdm.errors import QuantDMError
 
+ROWS = 1024  # of a matrix that is copied, at a time
 LEAST_IMPORTANCE = 1e-6  # of the mean: a column that calibration never saw used still keeps its sign and size
 
 
@@ -40,13 +41,26 @@ class Moments:
         """Return the moments of some of the columns, as one half of a split weight needs them."""
         return replace(self, second=self.second[:, columns, columns])
 
+    def held(self) -> "Moments":
+        """Return the moments in memory, of no file: copied some rows at a time, and the file's memory let go of.
+
+        What is read of a file's middle brings all that lies around it into memory as well.
+        """
+        if self.let_go is _keep:
+            return self
+        second = torch.empty(self.second.shape, dtype=self.second.dtype)
+        for first in range(0, second.shape[1], ROWS):
+            second[:, first : first + ROWS] = self.second[:, first : first + ROWS]
+            self.let_go()
+        return Moments(second, self.count)
+
     def to(self, device: torch.device) -> "Moments":
         """Return the moments on a device."""
         return replace(self, second=self.second.to(device))
 
-    def importance_of(self, lines: int) -> Tensor:
+    def importance_of(self, lines: int, device: torch.device | None = None) -> Tensor:
         """Return the importance of every weight of a matrix [lines, n], of mean 1 in each row and nowhere zero."""
-        importance = self.importance.float().clamp_min(0)
+        importance = self.importance.to(device).float().clamp_min(0)
         mean = importance.mean(dim=1, keepdim=True)
         share = torch.where(mean > 0, importance / mean.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
         return share.clamp_min(LEAST_IMPORTANCE).repeat_interleave(lines // len(share), dim=0)

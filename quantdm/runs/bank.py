@@ -14,10 +14,11 @@ from torch import nn
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
-from quantdm.machine import IN_FLIGHT, Gate, cores, one_torch_thread
+from quantdm.machine import BYTES_PER_WEIGHT, IN_FLIGHT, Gate, cores, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, weight_error
 from quantdm.quantizers.branches import fits_rank
 from quantdm.quantizers.options import SWEEPS
+from quantdm.quantizers.weight import halves
 from quantdm.runs.weights import weight_reader
 from quantdm.schemes import Scheme
 
@@ -85,7 +86,7 @@ class WeightBank:
         gate, before = Gate(IN_FLIGHT), self._before()
 
         def work(layer: LayerRecord) -> tuple[LayerRecord, Path]:
-            with gate.room(layer.num_weights):
+            with gate.room(self._room_of(layer)):
                 weight = read(f"{layer.name}.weight")
                 if tuple(weight.shape) != layer.shape:
                     raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
@@ -129,6 +130,16 @@ class WeightBank:
     def calibrated(self) -> bool:
         """Whether an option is calibrated, so that `build` needs moments."""
         return any(scheme.calibration is not None for scheme in self.options)
+
+    def _room_of(self, layer: LayerRecord) -> int:
+        """Return as how many weights a layer counts when memory is shared: the moments of its columns count as well.
+
+        Error feedback holds them twice, those of one half of a split weight at a time, in float32.
+        """
+        if all(scheme.calibration != "feedback" for scheme in self.options):
+            return layer.num_weights
+        widest = max(columns.stop - columns.start for _, columns in halves(layer.shape, layer.split))
+        return layer.num_weights + 2 * 4 * widest**2 // BYTES_PER_WEIGHT
 
     def _before(self) -> dict[str, Path]:
         """Return the files of the bank that was built here last."""

@@ -78,18 +78,18 @@ def make_settings(
     _check_can_be_quantized(subject, options)
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
-    asked, effort = _tried(subject, protocol or default_protocol(subject.name), effort)
     if target_pipeline_bytes is not None:  # what it leaves is settled once the parts are measured
         target_bytes = room_of(subject, options, embeddings, target_pipeline_bytes).for_denoisers
+    target = checked_target(
+        subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes, embeddings=embeddings
+    )
+    asked, effort = _tried(subject, protocol or default_protocol(subject.name), effort)
     return RunSettings(
         model=subject.name,
         location=subject.location or "",
         seen=subject.seen,
         options=tuple(scheme.label for scheme in options),
-        target_bits=checked_target(
-            subject.layers, options, subject.pipe, target_bits=target_bits, target_bytes=target_bytes,
-            embeddings=embeddings,
-        ),
+        target_bits=target,
         trials=trials, seed=seed,
         protocol=asked,
         dtype=dtype or own,  # type: ignore[arg-type]

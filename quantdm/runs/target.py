@@ -58,8 +58,8 @@ def checked_target(
         least, most = size.extremes(options)
         if not least <= target_bytes <= most:
             raise QuantDMError(
-                f"target: got {target_bytes} bytes, but these options reach {least} to {most} bytes: the denoiser's "
-                "files, everything counted"
+                f"target: got {target_bytes:,} bytes, but these options reach {least:,} to {most:,} bytes "
+                f"({least / 1e6:,.2f} to {most / 1e6:,.2f} MB): the denoiser's files, everything counted"
             )
         return min(max(size.bits_within(options, target_bytes), low), high)
     if not low <= target_bits <= high:
