@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantdm.quantizers import kmeans, log2, shared, uniform
 from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
+from quantdm.quantizers.grid import MOST_ENTRIES, fit_to_grid
 from quantdm.quantizers.moments import Moments
 from quantdm.quantizers.objective import OutputError
 from quantdm.quantizers.packing import pack_codes
@@ -158,6 +159,9 @@ def _fit_kmeans(
     codebook, counts = kmeans.fit_codebook(ordered, scheme.bits, exact=exact)
     if scheme.table == "int8":
         table, scale = round_codebook(codebook, counts)
+        heavy = kmeans.has_outliers(ordered).nonzero()[:, 0] if codebook.shape[1] <= MOST_ENTRIES else []
+        if len(heavy) and not ordered.is_long:
+            table[heavy], scale[heavy] = fit_to_grid(ordered[heavy], codebook[heavy], table[heavy], scale[heavy])
         return {"codebook": table, "scale": scale}
     return {"codebook": codebook.half()}
 
