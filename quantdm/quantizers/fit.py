@@ -159,9 +159,10 @@ def _fit_kmeans(
     codebook, counts = kmeans.fit_codebook(ordered, scheme.bits, exact=exact)
     if scheme.table == "int8":
         table, scale = round_codebook(codebook, counts)
-        heavy = kmeans.has_outliers(ordered).nonzero()[:, 0] if codebook.shape[1] <= MOST_ENTRIES else []
-        if len(heavy) and not ordered.is_long:
-            table[heavy], scale[heavy] = fit_to_grid(ordered[heavy], codebook[heavy], table[heavy], scale[heavy])
+        if codebook.shape[1] <= MOST_ENTRIES and not ordered.is_long:
+            heavy = kmeans.has_outliers(ordered).nonzero()[:, 0]
+            if len(heavy):
+                table[heavy], scale[heavy] = fit_to_grid(ordered[heavy], codebook[heavy], table[heavy], scale[heavy])
         return {"codebook": table, "scale": scale}
     return {"codebook": codebook.half()}
 
