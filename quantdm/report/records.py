@@ -108,13 +108,6 @@ def read_records(run_dir: str | Path) -> Records:
                 f"{run.path('attribution.json')}: {name} explains other layers or options than space.json holds; "
                 "run `quantdm explain` again"
             )
-    samples = optional("samples.safetensors", lambda path: load_tensors(path)[0]) or {}
-    for name, images in samples.items():
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise QuantDMError(
-                f"{run.path('samples.safetensors')}: {name} is {images.dtype} {tuple(images.shape)}, "
-                "expected uint8 [N, 3, H, W]; delete the file and run the last stage again"
-            )
     return Records(
         settings=run.settings,
         space=space,
@@ -130,7 +123,7 @@ def read_records(run_dir: str | Path) -> Records:
         correction=optional("correction.safetensors", lambda path: load_correction(path) if is_current(path) else None),
         steps=tuple((optional("correction_steps.json", partial(read_json, version=2)) or {}).get("steps", ())),
         summary=optional("summary.json", lambda path: read_json(path, version=1)),
-        samples=samples,
+        samples=optional("samples.safetensors", _read_samples) or {},
         cheap=cheap_verdict(run),
         split=load_split(run.folder, run.settings),
     )
@@ -138,3 +131,14 @@ def read_records(run_dir: str | Path) -> Records:
 
 def _read_attributions(path: Path) -> dict[str, Attribution]:
     return {name: Attribution.from_dict(a) for name, a in read_json(path, version=1)["attributions"].items()}
+
+
+def _read_samples(path: Path) -> dict[str, torch.Tensor]:
+    samples = load_tensors(path)[0]
+    for name, images in samples.items():
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise QuantDMError(
+                f"{path}: {name} is {images.dtype} {tuple(images.shape)}, "
+                "expected uint8 [N, 3, H, W]; delete the file and run the last stage again"
+            )
+    return samples
