@@ -30,7 +30,7 @@ MADE_BY = {
     "surrogate.json": "quantdm fit --run-dir RUN_DIR",
     "attribution.json": "quantdm explain --run-dir RUN_DIR",
     "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
-    "split.json": "quantdm run MODEL --target-pipeline-size SIZE --run-dir RUN_DIR",
+    "split.json": "quantdm run MODEL --pipeline-size SIZE --run-dir RUN_DIR",
     "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
     "why.json": "quantdm search MODEL --run-dir RUN_DIR",
     "paths.json": "quantdm explain --run-dir RUN_DIR --paths",
