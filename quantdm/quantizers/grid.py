@@ -7,6 +7,8 @@ over neighbouring pairs, every weight taking the nearer one of its two, so the b
 as a shortest path.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from quantdm.quantizers.sorted_rows import SortedRows
 PLACES = (127.0, 123.0, 119.0, 115.0, 111.0)  # where the largest level may come to lie
 MOST_ENTRIES = 16  # of a codebook: with more the step is too coarse for such a row whatever is chosen
 LEAST_STEP = 2.0**-24
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 
 def fit_to_grid(rows: SortedRows, codebook: Tensor, table: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
