@@ -15,25 +15,39 @@ from quantdm.pipelines.known import known_pipelines
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 OURS = ("data-free", "recipe")
+QUIET = 1.5  # processes that want a core, up to which times are published
 
 
 def table(record: Mapping[str, Any]) -> str:
-    """Return a Markdown table: every peer, and what quantdm has at no more bytes."""
+    """Return a Markdown table: every peer, and what quantdm has at no more bytes.
+
+    With ImageNet features their distance stands beside that by the classifier's, for the peer and the recipe; with
+    times of a quiet machine, milliseconds per step of both, in layers that stay packed.
+    """
     rows = {row["name"]: row for row in record["rows"]}
-    lines = [
-        f"| `{record['model']}` | MB | fid_fp | quantdm, data-free | quantdm, recipe |",
-        "|---|---|---|---|---|",
-    ]
+    rulers = [f"fd:{name}" for name in record["rulers"]]
+    times = record.get("ms_per_step", {})
+    quiet = bool(times) and max(times["load"]) <= QUIET
+    head = [f"`{record['model']}`", "MB", "fid_fp", *(f"quantdm, {kind}" for kind in OURS)]
+    head += [f"{key.removeprefix('fd:')}: {who}" for key in rulers for who in ("peer", OURS[1])]
+    head += ["ms per step: peer", OURS[1]] if quiet else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for peer, limit in sorted(record["within"].items(), key=lambda item: rows[item[0]]["bytes"]):
-        ours = [rows[f"quantdm, {kind}, {limit / 1e6:.2f} MB"] for kind in OURS]
-        cells = [f"{figure(row)} ({megabytes(row)})" for row in ours]
-        lines.append(f"| {peer} | {megabytes(rows[peer])} | {figure(rows[peer])} | {' | '.join(cells)} |")
+        names = [f"quantdm, {kind}, {limit / 1e6:.2f} MB" for kind in OURS]
+        best = rows[names[1]]
+        cells = [peer, megabytes(rows[peer]), figure(rows[peer])]
+        cells += [f"{figure(rows[name])} ({megabytes(rows[name])})" for name in names]
+        cells += [figure(row, key) for key in rulers for row in (rows[peer], best)]
+        if quiet:
+            both = (times["peers"].get(peer, {}).get("ms"), times[names[1]]["packed"])
+            cells += ["-" if ms is None else f"{ms:.1f}" for ms in both]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def figure(row: Mapping[str, Any]) -> str:
-    """Return the distance to full precision, mean and standard deviation over draws."""
-    return spread(row["fid_fp"], row["fid_fp_sd"], 4)
+def figure(row: Mapping[str, Any], key: str = "fid_fp") -> str:
+    """Return a distance to full precision, mean and standard deviation over draws."""
+    return spread(row[key], row[f"{key}_sd"], 4)
 
 
 def megabytes(row: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from quantdm.quantizers import count_bits
 from quantdm.recipe import Provenance, Recipe
 from quantdm.runs.evaluator import job_of
 from quantdm.runs.run import Run, RunSettings
+from quantdm.runs.split import SPLIT_FILE, SPLIT_VERSION, split_inputs
 from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import label_draw
 from quantdm.schemes import PAPER_OPTIONS
@@ -94,9 +95,22 @@ def make_run(folder: Path, space: SearchSpace, *, model: str = "digits-dit") -> 
     settings = RunSettings(
         model=model, location=model, seen=SEEN, options=space.labels, target_bits=3.2, trials=24, seed=0,
         protocol=load_protocol("digits-dit"), label_images=100, label_steps=6, verify_images=200, noise_images=4,
-        dtype="float32",
+        dtype="float32", target_pipeline_bytes=4_000_000,
     )  # fmt: skip
     run = Run.create(folder, settings)
+    rules = {"layers": {}, "default": "uniform-channel-8", "embeddings": None}
+    vae = {"before": 700_000, "after": 360_000, "label": "uniform-channel-8", "rules": rules, "fid_fp": 0.0012}
+    write_json(
+        run.path(SPLIT_FILE),
+        {
+            "version": SPLIT_VERSION,
+            "inputs": split_inputs(settings),
+            "target_bytes": 4_000_000,
+            "parts": {"vae": vae},
+            "denoisers": {"before": 8_400_000, "at_most": 3_640_000},
+            "target_bits": 3.2,
+        },
+    )
     space.save(run.path("space.json"))
     anchors = np.tile(np.arange(len(space.options))[:, None], (1, len(space.layers)))
     choices = np.concatenate([anchors, sample_configs(space, 15, seed=0)])

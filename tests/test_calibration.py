@@ -183,10 +183,17 @@ def test_moments_of_images_that_are_all_alike_are_used_and_said_to_be_few(caplog
     model = nn.Linear(6, 4)
     x = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).expand(9, 6)
     enough = gather_moments(nn.Sequential(model), [Call((x,), {}, model(x))], ["0"])
-    assert "no full rank" not in caplog.text  # nine vectors: nobody knows that they are one
-    found = gather_moments(nn.Sequential(model), [Call((x[:3],), {}, model(x[:3]))], ["0"])
-    assert "1 layers, first 0, have fewer input vectors (3) than columns (6)" in caplog.text
-    for moments in (enough["0"], found["0"]):
+    assert "1 layers, first 0, have fewer different input vectors (1) than columns (6)" in caplog.text  # nine in all
+    caplog.clear()
+    mixed = torch.cat([x, torch.randn(3, 6, generator=torch.Generator().manual_seed(1))])
+    gather_moments(nn.Sequential(model), [Call((mixed,), {}, model(mixed)), Call((x,), {}, model(x))], ["0"])
+    assert "different input vectors (4) than columns (6)" in caplog.text
+    caplog.clear()
+    other = torch.randn(7, 6, generator=torch.Generator().manual_seed(2))
+    gather_moments(nn.Sequential(model), [Call((other,), {}, model(other))], ["0"])
+    assert "full rank" not in caplog.text
+    few = gather_moments(nn.Sequential(model), [Call((x[:3],), {}, model(x[:3]))], ["0"])
+    for moments in (enough["0"], few["0"]):
         weight = model.weight.detach()
         for label in ("kmeans-channel-2-feedback", "uniform-channel-2-lowrank-1-feedback"):
             stored = quantize_weight(weight, Scheme.parse(label), moments=moments)

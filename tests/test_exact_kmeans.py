@@ -1,12 +1,17 @@
 """Exact k-means, and how near the usual one comes to it at every bit-width."""
 
+from itertools import combinations
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from quantdm.quantizers import quantize_weight
+from quantdm.quantizers.grid import _Sums
 from quantdm.quantizers.kmeans import encode, fit_codebook
 from quantdm.quantizers.sorted_rows import SortedRows, sort_rows
+from quantdm.quantizers.tables import round_codebook
 from quantdm.schemes import Scheme
 from tests.random_weights import gaussian, student
 from tests.test_quantizers import optimal_error
@@ -73,3 +78,45 @@ def test_one_row_of_few_distinct_weights_gets_the_optimum_unasked() -> None:
     codebook, _ = fit_codebook(ordered, 4)
     optimum = optimal_error(weight.flatten(), 16)
     assert error_of(weight.view(1, -1), codebook)[0] == pytest.approx(optimum, rel=1e-6)
+
+
+def with_outliers(count: int) -> Tensor:
+    """Return rows of 600 weights of spread .02 and 40 of spread 1."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat(
+        [torch.randn(count, 600, generator=generator) * 0.02, torch.randn(count, 40, generator=generator)], 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("label", "worst"),
+    [("kmeans-channel-2", 1.03), ("kmeans-channel-3", 1.08)]
+    + [(f"kmeans-channel-{bits}-fp16", 1.03) for bits in (2, 3, 4)],
+)
+def test_rows_of_outliers_are_near_the_optimum_as_they_are_stored(label: str, worst: float) -> None:
+    """On average an int8 table holds them up to 3 bits; the worst row of it needs fp16 there."""
+    rows, scheme = with_outliers(96), Scheme.parse(label)
+    optimum = error_of(rows, fit_codebook(sort_rows(rows), scheme.bits, exact=True)[0])
+    share = (rows - quantize_weight(rows, scheme).dequantize()).double().square().sum(dim=1) / optimum
+    assert share.mean() <= 1.01
+    assert share.max() <= worst
+
+
+def test_the_multiples_of_an_int8_table_are_chosen_as_the_best_there_are() -> None:
+    """At 4 bits none is at the optimum; they are better than the rounded optimum, and the best by brute force."""
+    rows = with_outliers(24)
+    ordered, stored = sort_rows(rows), quantize_weight(rows, Scheme.parse("kmeans-channel-4")).dequantize()
+    codebook, counts = fit_codebook(ordered, 4, exact=True)
+    optimum = error_of(rows, codebook)
+    table, scale = round_codebook(codebook, counts)
+    rounded = error_of(rows, table.float() * scale.float()[:, None])
+    share = (rows - stored).double().square().sum(dim=1) / optimum
+    assert (share <= rounded / optimum + 1e-6).all()
+    assert share.mean() <= 1.04
+    assert share.max() <= 1.12
+    few = torch.tensor([[-1.0, -0.02, 0.0, 0.01, 0.02, 0.05, 1.1]])
+    sums = _Sums(few[0].double().numpy(), np.arange(8.0))
+    levels, error = sums.best(0.1, 3)
+    brute = min(sums.error(np.array(chosen) * 0.1) for chosen in combinations(range(-10, 12), 3))
+    assert error == pytest.approx(brute, rel=1e-9)
+    assert sums.error(levels * 0.1) == pytest.approx(error, rel=1e-9)

@@ -183,5 +183,5 @@ def test_what_nothing_meets_is_refused_before_anything_is_written(stored, tmp_pa
     both = ["run", str(folder), "--target-pipeline-size", "6GB", "--target-bits", "3", "--run-dir", str(place)]
     refused = CliRunner().invoke(app, both)
     assert isinstance(refused.exception, QuantDMError)
-    assert "--target-pipeline-size" in str(refused.exception)
+    assert "(--pipeline-size, all parts" in str(refused.exception)
     assert not place.exists()

@@ -106,6 +106,19 @@ def test_the_export_holds_what_was_tuned_in_the_same_bytes(tuned, tmp_path):
     assert load_recipe(plain / "recipe.yaml").provenance.tuning is None
 
 
+def test_a_tuning_that_diverges_keeps_the_untuned_recipe(finished, tmp_path):
+    run = Run.open(shutil.copytree(finished[0], tmp_path / "run"))
+    before = run.path("recipe.yaml").read_bytes()
+    with Engine(run, look_at(load_pipeline("digits-dit")), workers=1) as engine:
+        assert tune_run(run, engine, finished[1], TuneSettings(steps=4, rows=4, every=2, rate=0.99), images=2) is None
+    record = read_json(run.path(TUNING_FILE))
+    assert record["used"] is False
+    assert all(loss >= curve[0][1] for curve in record["curve"].values() for _, loss in curve)
+    assert used_tuning(run) is None
+    assert run.path("recipe.yaml").read_bytes() == before
+    assert load_recipe(export_run(run, tmp_path / "export", say=str) / "recipe.yaml").provenance.tuning is None
+
+
 def test_a_recipe_that_was_changed_by_hand_is_exported_untuned(tuned, tmp_path):
     run, _, _ = tuned
     copy = Run.open(shutil.copytree(run.folder, tmp_path / "run"))

@@ -131,6 +131,7 @@ def test_efforts_and_folders_have_names():
         quantdm.run("digits-dit", target_bits=3.0, effort="fast")
     assert str(default_folder("a/b", 3.5, None, "normal")) == "runs/b-3.5bit"
     assert str(default_folder("b", None, 900, "quick")) == "runs/b-900bytes-quick"
+    assert str(default_folder("b", None, None, "normal", 900)) == "runs/b-900bytes-in-all"
 
 
 def test_a_live_pipeline_says_itself_where_it_lies():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantdm.activations.distinct import DistinctVectors
 from quantdm.denoisers.calls import Call, layer_input, replay
 from quantdm.errors import QuantDMError, counted, nearest
 from quantdm.files import digest, save_tensors
@@ -174,12 +175,13 @@ def _gather(
 ) -> Iterator[tuple[str, Moments]]:
     """Yield the moments of some layers; their sums are freed one by one."""
     sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(layers, 0)
+    counts, distinct = dict.fromkeys(layers, 0), DistinctVectors()
 
     def hook(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         whole = layer_input(name, args, kwargs).detach()
         for x in whole.split(max(1, _batch(module, whole))):
             vectors = input_vectors(module, x.float())
+            distinct.add(name, vectors)
             for part in vectors.split(ROWS, dim=1):
                 _add(sums, name, part)
             counts[name] += vectors.shape[1]
@@ -196,7 +198,7 @@ def _gather(
     finally:
         for handle in handles:
             handle.remove()
-    _warn_of_rank(sums, counts)
+    _warn_of_rank(sums, {name: distinct.count(name) for name in counts})
     for name, count in counts.items():
         if count:
             yield name, Moments(sums.pop(name).div_(count).float(), count)
@@ -214,8 +216,8 @@ def _warn_of_rank(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None
     if few:
         name, count = next(iter(few.items()))
         _log.warning(
-            "%d layers, first %s, have fewer input vectors (%d) than columns (%d): their moments have no full rank, "
-            "and what was not seen counts little; calibrate on more images or steps",
+            "%d layers, first %s, have fewer different input vectors (%d) than columns (%d): their moments have no "
+            "full rank, and what was not seen counts little; calibrate on more images, steps or prompts",
             len(few), name, count, sums[name].shape[-1],
         )  # fmt: skip
 

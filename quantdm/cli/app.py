@@ -13,7 +13,9 @@ from quantdm.cli.group import Commands
 from quantdm.errors import QuantDMError
 from quantdm.schemes import Scheme, parse_option
 
-OLDER_NAMES = {"target-bytes": "target-size"}  # of options, which help does not show twice
+OLDER_NAMES = {  # of options, and longer ones, which help does not show twice
+    "target-bytes": "target-size", "target-pipeline-size": "pipeline-size",
+}  # fmt: skip
 
 app = typer.Typer(
     name="quantdm",
@@ -95,7 +97,7 @@ TargetBytes = Annotated[
 TargetPipelineBytes = Annotated[
     int | None,
     typer.Option(
-        "--target-pipeline-size",
+        "--pipeline-size",
         parser=size_in_bytes,
         metavar="SIZE",
         help="Or that of all parts on disk, e.g. 6GB: text encoders and VAE get what suits them, measured.",

@@ -100,7 +100,7 @@ def run(
     start, level = time.monotonic(), _level(effort, trials, options, dtype, fidelity)
     check_one_target(target_bits, target_bytes, target_pipeline_bytes)
     _check_means(engine, ray_address, minutes, gpu_hours, device or device_of(pipe))
-    folder = run_dir or default_folder(pipe, target_bits, target_bytes or target_pipeline_bytes, effort)
+    folder = run_dir or default_folder(pipe, target_bits, target_bytes, effort, target_pipeline_bytes)
     subject = _look(pipe, folder, example_inputs, device, dtype, learned_from, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "target_pipeline_bytes": target_pipeline_bytes,
@@ -191,11 +191,13 @@ def device_of(pipe: DiffusionPipeline | str | Path) -> str:
 
 
 def default_folder(
-    pipe: DiffusionPipeline | str | Path, target_bits: float | None, target_bytes: int | None, effort: str
-) -> Path:
+    pipe: DiffusionPipeline | str | Path, target_bits: float | None, target_bytes: int | None, effort: str,
+    target_pipeline_bytes: int | None = None,
+) -> Path:  # fmt: skip
     """Return where a run lies if nobody says: runs/NAME-SIZE, with the effort if it is not the normal one."""
     name = str(pipe) if isinstance(pipe, (str, Path)) else model_name(pipe)
-    size = f"{target_bits:g}bit" if target_bits is not None else f"{target_bytes}bytes"
+    whole = f"{target_pipeline_bytes}bytes-in-all" if target_bytes is None else f"{target_bytes}bytes"
+    size = whole if target_bits is None else f"{target_bits:g}bit"
     return Path("runs") / f"{Path(name or 'pipeline').name}-{size}{'' if effort == 'normal' else '-' + effort}"
 
 

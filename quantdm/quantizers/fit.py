@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quantdm.quantizers import kmeans, log2, shared, uniform
 from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
+from quantdm.quantizers.grid import MOST_ENTRIES, fit_to_grid
 from quantdm.quantizers.moments import Moments
 from quantdm.quantizers.objective import OutputError
 from quantdm.quantizers.packing import pack_codes
@@ -179,6 +180,10 @@ def _fit_kmeans(
     codebook, counts = kmeans.fit_codebook(ordered, scheme.bits, exact=exact)
     if scheme.table == "int8":
         table, scale = round_codebook(codebook, counts)
+        if codebook.shape[1] <= MOST_ENTRIES and not ordered.is_long:
+            heavy = kmeans.has_outliers(ordered).nonzero()[:, 0]
+            if len(heavy):
+                table[heavy], scale[heavy] = fit_to_grid(ordered[heavy], codebook[heavy], table[heavy], scale[heavy])
         return {"codebook": table, "scale": scale}
     return {"codebook": codebook.half()}
 

@@ -30,7 +30,7 @@ MADE_BY = {
     "surrogate.json": "quantdm fit --run-dir RUN_DIR",
     "attribution.json": "quantdm explain --run-dir RUN_DIR",
     "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
-    "split.json": "quantdm run MODEL --target-pipeline-size SIZE --run-dir RUN_DIR",
+    "split.json": "quantdm run MODEL --pipeline-size SIZE --run-dir RUN_DIR",
     "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
     "why.json": "quantdm search MODEL --run-dir RUN_DIR",
     "paths.json": "quantdm explain --run-dir RUN_DIR --paths",
@@ -142,3 +142,14 @@ def _read_samples(path: Path) -> dict[str, torch.Tensor]:
 
 def _read_attributions(path: Path) -> dict[str, Attribution]:
     return {name: Attribution.from_dict(a) for name, a in read_json(path, version=1)["attributions"].items()}
+
+
+def _read_samples(path: Path) -> dict[str, torch.Tensor]:
+    samples = load_tensors(path)[0]
+    for name, images in samples.items():
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise QuantDMError(
+                f"{path}: {name} is {images.dtype} {tuple(images.shape)}, "
+                "expected uint8 [N, 3, H, W]; delete the file and run the last stage again"
+            )
+    return samples

@@ -70,7 +70,7 @@ class Room:
             raise QuantDMError(
                 f"target: got {self.target} bytes for the pipeline, expected {least} or more: {alone}other parts take "
                 f"{self.smallest} at least ({', '.join(told)}), and the denoisers {self.denoisers[0]} with these "
-                "options; raise --target-pipeline-size (target_pipeline_bytes), or give options of fewer bits"
+                "options; raise --pipeline-size (target_pipeline_bytes), or give options of fewer bits"
             )
         if at_most and self.target > most:
             raise QuantDMError(

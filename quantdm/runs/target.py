@@ -22,7 +22,7 @@ def check_one_target(
     if sum(target is not None for target in (target_bits, target_bytes, target_pipeline_bytes)) != 1:
         raise QuantDMError(
             "target: give exactly one of target_bits (--target-bits, per weight), target_bytes (--target-size, the "
-            "denoiser on disk) and target_pipeline_bytes (--target-pipeline-size, all parts on disk)"
+            "denoiser on disk) and target_pipeline_bytes (--pipeline-size, all parts on disk)"
         )
 
 
