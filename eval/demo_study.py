@@ -1,6 +1,6 @@
 """How much measuring does the demo need? Fewer images per label, fewer trials, fewer images per one-layer error.
 
-    PYTHONPATH=. python eval/demo_study.py RUN_DIR PART ...      # parts: labels, replay, errors, sweeps
+    PYTHONPATH=. python eval/demo_study.py RUN_DIR PART ...      # parts: labels, replay, errors, sweeps, verify
 
 RUN_DIR is a finished run at normal effort (160 trials of 300 images, 8 steps); samples and labels are added to it.
 `labels`: the trials nearest to the target, labelled by the first k images of one draw at the run's steps and at half of
@@ -9,6 +9,7 @@ images around that of all. `replay`: which configuration do the surrogates choos
 random, frontier and learned ones equal shares), labelled as they were or anew at few steps, and how good is it really?
 Three seeds, of surrogates, parts and the noises of new labels. `errors`: one-layer errors of fewer images and steps
 against those of the run, over all options of some layers. `sweeps`: the same of weights refined in fewer rounds.
+`verify`: how much worse is the candidate that fewer images of the verification would choose?
 """
 
 import argparse
@@ -26,17 +27,19 @@ import numpy as np
 from quantdm.activations.calibration import calibrate
 from quantdm.activations.moments import JointMoments
 from quantdm.allocation import select
-from quantdm.allocation.candidates import mean_of_standardised
+from quantdm.allocation.candidates import BASELINE, mean_of_standardised
 from quantdm.allocation.pruning import dominated
 from quantdm.files import read_json, write_json
 from quantdm.machine import one_torch_thread, versions
 from quantdm.metrics import frechet_distance
 from quantdm.metrics.samples import Draw
 from quantdm.runs.bank import WeightBank
+from quantdm.runs.choose import verification_draws
 from quantdm.runs.evaluator import Evaluator, Probe, job_of
 from quantdm.runs.proposals import SURROGATES, bits_apart, weights_near
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
+from quantdm.runs.store import TrialStore
 from quantdm.runs.trials import FRONTIER_SHARE, RANDOM_SHARE, load_trials, own_trials
 from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace, attribute
@@ -50,12 +53,13 @@ PLANS = ((160, 0), (160, 100), (96, 100), (160, 50), (96, 0))  # trials and imag
 DRAWS, CHECKED = (7001, 7002), 300  # draws of `replay` and their images: of no stage of a run
 PROBED, FEWER = 8, ((8, 8), (8, 4))  # layers of `errors` and `sweeps`, images and steps of `errors`
 ROUNDS = (2,)  # of `sweeps`
+VERIFIED, RESAMPLED = (100, 150, 200, 300), 4000  # images of a draw of `verify`, and how often they are drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("parts", nargs="+", choices=("labels", "replay", "errors", "sweeps"))
+    parser.add_argument("parts", nargs="+", choices=("labels", "replay", "errors", "sweeps", "verify"))
     given = parser.parse_args()
     run = Run.open(given.run_dir)
     study = Study(run, Evaluator(run, run.open_subject()), load_space(run))
@@ -185,6 +189,29 @@ class Study:
             "sd_of_log_within_a_layer": round(float((gap - gap.mean(axis=1, keepdims=True)).std()), 4),
             "cpu_seconds_of_a_layer": round((time.process_time() - start) / PROBED, 2),
         }
+
+    def verify(self) -> Iterator[dict[str, Any]]:
+        """Tell what fewer images of the verification would cost, from the influence of every image that was measured.
+
+        Resampled images of all draws disturb the distances as new noises would; regret is how far the candidate that
+        is then the best is from the best of all that was measured.
+        """
+        store, found, chance = TrialStore(self.run.path("verified")), {}, np.random.default_rng(0)
+        selection, draws = read_json(self.run.path("selection.json")), verification_draws(self.run)
+        names = [n for n, row in selection["candidates"].items() if row["draws"] == len(draws) and BASELINE not in n]
+        configs = [selection["configs"][name] for name in names]
+        rows = [[store.get(job_of(self.run, draw, labels).key) or {} for draw in draws] for labels in configs]
+        distances = np.array([[row["fid_fp"] for row in own] for own in rows])
+        influences = np.array([[row["influence"] for row in own] for own in rows])  # candidates, draws, images
+        means, images = distances.mean(axis=1), influences.shape[2]
+        for count in VERIFIED:
+            regrets = []
+            for _ in range(RESAMPLED):
+                picked = [influences[:, place][:, chance.integers(0, images, count)] for place in range(len(draws))]
+                now = means + np.mean([values.mean(axis=1) for values in picked], axis=0)
+                regrets.append(means[np.argmin(now)] - means.min())
+            found[f"{len(draws)} x {count} images"] = {"mean_regret": round(float(np.mean(regrets)), 6)}
+            yield {"candidates": len(names), "best": round(float(means.min()), 6), **found}
 
     def _chosen(self, trials: int, labels: np.ndarray, seed: int) -> np.ndarray:
         """Return the choice that the mean of the surrogates makes of part of the trials."""
