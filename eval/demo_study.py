@@ -139,7 +139,7 @@ class Study:
         """Compare one-layer errors of fewer images and steps with those of the run."""
         found, own = {}, self.run.settings
         for images, steps in FEWER:
-            changed = {"noise_images": images, "label_steps": steps}
+            changed = {"noise_images": images, "noise_steps": steps}
             evaluator = Evaluator(self._changed(self.run.folder, changed), self.evaluator.subject)
             found[f"{images} images of {steps} steps for {own.noise_images} of {own.label_steps}"] = self._told(
                 evaluator

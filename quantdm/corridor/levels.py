@@ -33,7 +33,7 @@ FEW_OPTIONS = tuple(map(Scheme.parse, LABELS))  # what recipes of the default op
 
 # What was found to give no worse a recipe of the embedded pipelines (eval/results/demo_study.json): few steps rank as
 # well as many, half the images tell one-layer errors, two sweeps find what four find.
-SMALL = Effort(label_images=150, label_steps=4, noise_images=8, sweeps=2)
+SMALL = Effort(label_images=150, label_steps=4, noise_images=8, noise_steps=8, sweeps=2)
 
 LEVELS = {
     "demo": Level(FULL_TRIALS, SMALL, 300, 32, TuneSettings(), 128),
