@@ -33,8 +33,9 @@ class Effort:
     """How much is measured in a search.
 
     `label_images` at `label_steps` per trial, `verify_images` on up to `verify_draws` draws for each of the best
-    candidates, `noise_images` for the one-layer noise errors, along `noise_steps` (None: `label_steps`). Calibrated options see the inputs of `calibration_images`
-    trajectories of the protocol's steps and are refined in up to `sweeps` rounds.
+    candidates, `noise_images` along `noise_steps` (None: `label_steps`) for the one-layer noise errors. Calibrated
+    options see the inputs of `calibration_images` trajectories of the protocol's steps and are refined in up to
+    `sweeps` rounds.
     """
 
     label_images: int = 300
