@@ -31,8 +31,8 @@ LABELS = (
 USUAL = ("normal", "demo")  # efforts of which a run directory says nothing in its name
 FEW_OPTIONS = tuple(map(Scheme.parse, LABELS))  # what recipes of the default options are mostly made of
 
-# What was found to give no worse a recipe of the embedded pipelines (eval/results/demo_study.json): few steps rank as
-# well as many, half the images tell one-layer errors, two sweeps find what four find.
+# What the embedded pipelines need, stage by stage (eval/results/demo_study.json): few steps rank as well as many, half
+# the images tell one-layer errors, two sweeps find nearly what four find.
 SMALL = Effort(label_images=150, label_steps=4, noise_images=8, noise_steps=8, sweeps=2)
 
 LEVELS = {
