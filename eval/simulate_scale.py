@@ -3,12 +3,13 @@
     PYTHONPATH=. python eval/simulate_scale.py RUN_DIR      # writes eval/results/scale.json
 
 Measured here: what store and claims cost per trial when ten thousand are there, how long listing them takes, and
-how long the surrogates take that propose a round. Simulated: time. One driver hands out jobs by `runs.jobs.Work` and
-`runs.rounds.Rounds`, the code of a real search, on a clock of events; it keeps results one after the other, at the
-measured cost. Durations are drawn from the trials of a real run; one job in a hundred takes ten times as long
-(stragglers); once an hour a worker loses what it is doing and is away for two minutes (preemption). Efficiency is the
-work of all trials, each counted once as it was first drawn, over workers times makespan. `one_by_one` is the plan
-before rounds overlapped: batches of 70, each of which waits for the one before.
+how long the surrogates take that propose a round; all in processor time of this process, which other programs of the
+machine lengthen little (a local disk that is not waited for has hardly any other). Simulated: time. One driver hands
+out jobs by `runs.jobs.Work` and `runs.rounds.Rounds`, the code of a real search, on a clock of events; it keeps results
+one after the other, at the measured cost. Durations are drawn from the trials of a real run; one job in a hundred takes
+ten times as long (stragglers); once an hour a worker loses what it is doing and is away for two minutes (preemption).
+Efficiency is the work of all trials, each counted once as it was first drawn, over workers times makespan. `one_by_one`
+is the plan before rounds overlapped: batches of 70, each of which waits for the one before.
 """
 
 import argparse
@@ -102,20 +103,20 @@ def measure_store(record: dict) -> dict[str, float]:
         for index in range(TRIALS - 500):
             store.path(f"{index:016x}").write_text(store_text(kept, f"{index:016x}"))
         with Claims(Path(folder) / CLAIMS) as claims:
-            start = time.perf_counter()
+            start = time.process_time()
             for index in range(TRIALS - 500, TRIALS):
                 key = f"{index:016x}"
                 assert claims.take(key)
                 assert store.get(key) is None
                 store.put(key, kept)
                 claims.release(key)
-            put = (time.perf_counter() - start) / 500
-        start = time.perf_counter()
+            put = (time.process_time() - start) / 500
+        start = time.process_time()
         assert len(store) == TRIALS
-        names = time.perf_counter() - start
-        start = time.perf_counter()
+        names = time.process_time() - start
+        start = time.process_time()
         assert sum(1 for _ in store) == TRIALS
-        read = time.perf_counter() - start
+        read = time.process_time() - start
     return {"trials": TRIALS, "put_and_claim_ms": 1e3 * put, "count_seconds": names, "read_all_seconds": read}
 
 
@@ -132,9 +133,9 @@ def measure_loading(run_dir: Path, record: dict) -> float:
             labels = space.config(choice).to_labels()
             key = job_of(run, draw, labels).key
             store.path(key).write_text(store_text({**kept, "config": labels}, key))
-        start = time.perf_counter()
+        start = time.process_time()
         assert len(load_trials(run, space)[1]) == TRIALS
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def store_text(record: dict, key: str) -> str:
@@ -151,9 +152,9 @@ def measure_proposals(run_dir: Path) -> dict[int, float]:
         asked = Proposal(
             space.digest, tuple(to_text(tried)), tuple(y), max(BATCH, labels // 4), (3.0,), PROPOSERS, 0, 1
         )
-        start = time.perf_counter()
+        start = time.process_time()
         answer(asked, space)
-        found[labels] = round(time.perf_counter() - start, 2)
+        found[labels] = round(time.process_time() - start, 2)
     return found
 
 

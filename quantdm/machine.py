@@ -22,6 +22,9 @@ MARGIN = 1.25  # a network gains less than its products do
 HOPELESS = 5.0
 # Weights that threads work on at a time, at up to 60 bytes each while they are sorted. A larger layer goes alone.
 IN_FLIGHT, BYTES_PER_WEIGHT = 2**25, 60
+# For the environment of processes that generate images: glibc would give the memory of every activation back and have
+# every page of the next one cleared anew, a sixth of the processor time; other systems do not read these.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**29)}
 
 
 def accelerator() -> str:

@@ -1,5 +1,9 @@
 """The number format of a machine follows what is measured on it."""
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import count
 
@@ -8,6 +12,7 @@ import torch
 
 from quantdm import machine
 from quantdm.machine import MARGIN, PROBE_ROUNDS, fast_dtype, faster_dtype, probe_seconds
+from quantdm.runs.engines.local import ENVIRONMENT
 
 
 def probe_of(float32: float, bfloat16: float) -> Callable[[torch.dtype], float]:
@@ -59,3 +64,24 @@ def test_the_measurement_is_short_and_leaves_the_threads_alone() -> None:
     assert 0 < min(probe_seconds(torch.float32) for _ in range(20)) < 0.01
     assert fast_dtype() in ("bfloat16", "float32")
     assert torch.get_num_threads() == threads
+
+
+def test_a_worker_keeps_the_memory_that_activations_take_again_and_again():
+    code = (
+        "import resource\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for i in range(22):\n"
+        "    first = faults() if i == 2 else None if i < 2 else first\n"
+        "    made = bytes([i]) * 2**26\n"
+        "    del made\n"
+        "print(faults() - first)"
+    )
+
+    def counted(environment: dict[str, str]) -> int:
+        given = {"PATH": os.environ["PATH"], **environment}
+        return int(subprocess.run([sys.executable, "-c", code], env=given, capture_output=True, check=True).stdout)
+
+    kept, usual = counted(ENVIRONMENT), counted({})
+    assert kept <= usual
+    if platform.libc_ver()[0] == "glibc":
+        assert kept < usual / 10

@@ -54,6 +54,18 @@ def test_what_is_clearly_worse_stops_and_what_is_not_runs_every_draw(planted):
     assert len(engine.measured) == 14  # nothing is measured twice
 
 
+def test_a_group_that_only_its_winner_is_asked_of_stops_once_there_is_one(planted):
+    run, engine = planted
+    settled = ([*GROUPS[1]], ["alone"], ["best", "twin"])
+    found = race(run, engine, CONFIGS, DRAWS, "race", groups=[["worse"]], settled=settled)
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "best": 3, "twin": 3,  # nobody knows which of them
+        "worse": 3,  # the last of a group whose figures are wanted
+        "baseline: a": 1, "baseline: b": 1, "alone": 1,
+    }  # fmt: skip
+    assert len(engine.measured) == 12
+
+
 def test_without_groups_everything_is_measured_and_what_a_race_measured_counts(planted):
     run, engine = planted
     race(run, engine, CONFIGS, DRAWS, "race", groups=GROUPS)

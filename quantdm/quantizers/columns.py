@@ -16,6 +16,7 @@ class ColumnTables:
         table = torch.where(down[:, :, None], table.flip(2), table)
         self.middle = ((table[:, :, 1:] + table[:, :, :-1]) / 2).transpose(0, 1).contiguous()  # [groups, lines, k - 1]
         self.values = table.transpose(0, 1).contiguous()
+        self._first = self._of(0)
 
     def nearest(self, target: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the entries nearest to `target` [lines, count], and their codes.
@@ -24,12 +25,16 @@ class ColumnTables:
         where the order of the columns does.
         """
         if group is None or len(self.values) == 1:
-            at, entries, turned = self.middle[0], self.values[0], self.flip[0]
+            at, entries, turned = self._first
         elif len(group) == 1:
-            at, entries, turned = self.middle[group[0]], self.values[group[0]], self.flip[group[0]]
+            at, entries, turned = self._of(group[0])
         else:  # each convolution group has an order of its own
             line = torch.arange(self.lines, device=group.device)
             of_line = group.repeat_interleave(self.lines // len(group))
-            at, entries, turned = self.middle[of_line, line], self.values[of_line, line], self.flip[of_line, line]
+            at, entries, turned = self.middle[of_line, line], self.values[of_line, line], self.flip[of_line, line, None]
         codes = torch.searchsorted(at, target.contiguous())
-        return entries.gather(1, codes), codes ^ turned[:, None]
+        return entries.gather(1, codes), codes ^ turned
+
+    def _of(self, group: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `nearest` needs of one group of columns."""
+        return self.middle[group], self.values[group], self.flip[group][:, None]

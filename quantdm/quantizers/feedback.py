@@ -106,18 +106,18 @@ def feedback_codes(matrix: Tensor, table: Tensor, length: int, factor: InputFact
     group = factor.order // length if table.shape[1] > 1 else None
     error = torch.empty_like(columns)
     codes = torch.empty(G, n, C // G, dtype=torch.uint8, device=matrix.device)
+    whole, errors, coded = columns.unbind(1), error.unbind(1), codes.unbind(1)  # views that every step would make
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
         wanted = columns[:, first:last]
         if first:
             wanted = torch.baddbmm(wanted, factor.factor[:, :first, first:last].transpose(1, 2), error[:, :first])
-        for j in range(first, last):
-            target = wanted[:, j - first : j - first + 1]
+        for j, target in enumerate(wanted.split(1, 1), first):
             if j > first:
                 share = factor.factor[:, first:j, j].unsqueeze(1)
                 target = torch.baddbmm(target, share, error[:, first:j])
             kept, code = tables.nearest(target.reshape(tables.lines, -1), None if group is None else group[:, j])
-            codes[:, j] = code.view(G, -1)
-            error[:, j] = columns[:, j] - kept.view(G, -1)
+            coded[j].copy_(code.view(G, -1))
+            torch.sub(whole[j], kept.view(G, -1), out=errors[j])
     result = torch.empty_like(codes).scatter_(1, factor.order[:, :, None].expand(-1, -1, C // G), codes)
     return result.transpose(1, 2).reshape(C, n)

@@ -182,7 +182,7 @@ def protocol(records: Records) -> str:
             f"{len(records.trials)} of {s.trials} trials of {s.label_images} images, {s.label_steps} steps, seed "
             f"{s.seed}, draw {base}, computed in {s.dtype}",
         ),
-        ("Sensitivities", f"{s.noise_images} images, draw {base + 1}, float32"),
+        ("Sensitivities", f"{s.noise_images} images, {s.noise_steps or s.label_steps} steps, draw {base + 1}, float32"),
         (
             "Verification",
             f"up to {counted(s.verify_draws, 'draw')} (from {base + 2}) of {s.verify_images:,} images, "

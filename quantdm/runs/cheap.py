@@ -101,7 +101,8 @@ class CheapLabels:
 
 def cheap_key(run: Run, key: str) -> str:
     """Return the key of the cheap label of a trial."""
-    return digest("noise error", key, run.settings.noise_images)
+    steps = run.settings.noise_steps
+    return digest("noise error", key, run.settings.noise_images, *([] if steps is None else [steps]))
 
 
 def cheap_of(record: Mapping[str, Any]) -> float:

@@ -72,7 +72,8 @@ def _select(
 ) -> dict[str, Any]:
     """Measure every candidate and return which was best, their figures and their configurations.
 
-    Candidates race: what is clearly worse than the best of its kind after some draws is not measured on the others.
+    Candidates race: what is clearly worse than the best of its kind after some draws is not measured on the others. Of
+    what needs no search the recipe is no candidate: once the best of one scheme everywhere is known, it is enough.
     """
     candidates = candidate_choices(run, space, attributions, score_blocks(graph))
     configs = {name: space.config(choice).to_labels() for name, choice in candidates.items()}
@@ -80,7 +81,7 @@ def _select(
     uniform = [name for name in candidates if name.startswith(BASELINE) and name != LEAST_WEIGHT_ERROR]
     draws = verification_draws(run)
     what = f"verify: {len(configs)} candidates"
-    figures = race(run, engine, configs, draws, what, groups=(learned, uniform))
+    figures = race(run, engine, configs, draws, what, groups=[learned], settled=[uniform, [LEAST_WEIGHT_ERROR]])
     summary = {
         name: {
             "avg_bits": float(space.avg_bits(candidates[name])[0]),

@@ -223,7 +223,8 @@ class Evaluator:
         """Return NOISE_CALLS calls of every denoiser, from the middle of its own."""
         if self._calls is None:
             settings, subject = self.run.settings, self.subject
-            draw = Draw(settings.seed * 1000 + 1, settings.noise_images, settings.label_steps)
+            steps = settings.noise_steps or settings.label_steps
+            draw = Draw(settings.seed * 1000 + 1, settings.noise_images, steps)
             with subject.recording(subject.pipe, dict.fromkeys(subject.part_names, ())) as seen:
                 generate(subject.pipe, self.protocol, draw.seeds[:1], steps=draw.steps)
             calls = count_calls(subject.pipe, self.protocol, len(draw.seeds), batch_size=self.batch_size)

@@ -53,6 +53,7 @@ class RunSettings(BaseModel):
     verify_images: int
     verify_draws: int = 2  # what runs before 0.3 had
     noise_images: int
+    noise_steps: int | None = None  # of the trajectories of one-layer errors; None: those of the trials
     calibration_images: int = 16  # what runs before 0.3 had, whose manifests do not say
     sweeps: int = 0
     calibration_steps: int | None = None  # None: those of the trials, as runs before 0.3 had
@@ -65,8 +66,10 @@ class RunSettings(BaseModel):
     @model_serializer(mode="wrap")
     def _as_older_runs(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave out what runs before 0.4 did not have, so that what they have recorded stays theirs."""
-        absent = {"embeddings": None, "verify_draws": 2, "learned": None, "fidelity": "full"}
-        absent |= {"target_pipeline_bytes": None}
+        absent: dict[str, Any] = {
+            "embeddings": None, "verify_draws": 2, "learned": None, "fidelity": "full", "noise_steps": None,
+            "target_pipeline_bytes": None,
+        }  # fmt: skip
         return {key: value for key, value in dump(self).items() if key not in absent or value != absent[key]}
 
     @property

@@ -33,8 +33,9 @@ class Effort:
     """How much is measured in a search.
 
     `label_images` at `label_steps` per trial, `verify_images` on up to `verify_draws` draws for each of the best
-    candidates, `noise_images` for the one-layer noise errors. Calibrated options see the inputs of `calibration_images`
-    trajectories of the protocol's steps and are refined in up to `sweeps` rounds.
+    candidates, `noise_images` along `noise_steps` (None: `label_steps`) for the one-layer noise errors. Calibrated
+    options see the inputs of `calibration_images` trajectories of the protocol's steps and are refined in up to
+    `sweeps` rounds.
     """
 
     label_images: int = 300
@@ -44,10 +45,12 @@ class Effort:
     calibration_images: int = 64
     sweeps: int = SWEEPS
     verify_draws: int = 3
+    noise_steps: int | None = None
 
     def __post_init__(self) -> None:
         least = {"label_images": 2, "label_steps": 1, "verify_images": 2, "noise_images": 1}
         least |= {"calibration_images": 1, "sweeps": 0, "verify_draws": 1}
+        least |= {} if self.noise_steps is None else {"noise_steps": 1}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")

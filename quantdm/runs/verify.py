@@ -32,11 +32,14 @@ def race(
     description: str,
     *,
     groups: Sequence[Sequence[str]],
+    settled: Sequence[Sequence[str]] = (),
 ) -> dict[str, Figures]:
     """Measure configurations draw after draw; return their figures on the draws that each of them ran.
 
     After every draw those are left out whose fid_fp is clearly above that of the best of their group, by the paired
-    interval over the images of equal noises (racing: Maron & Moore 1994). What is in no group runs every draw.
+    interval over the images of equal noises (racing: Maron & Moore 1994). Groups that are `settled` by their winner
+    need no more draws once there is one, those of `groups` run every draw with whoever is left; so does what is in
+    none.
 
     Raises:
         QuantDMError: what a measurement raises.
@@ -46,14 +49,18 @@ def race(
     racing = list(configs)
     with bar(len(_distinct(run, configs.items(), draws)), description) as progress:
         # Without groups nobody is left out, and the draws need not wait for each other.
-        heats = [[draw] for draw in draws] if groups else [list(draws)]
+        heats = [[draw] for draw in draws] if groups or settled else [list(draws)]
         for heat in heats:
             jobs = _distinct(run, ((name, configs[name]) for name in racing), heat)
             found = measure_jobs(engine, store, jobs, progress=progress, method="measure_paired")
             for name in racing:
                 records[name] += [found[job_of(run, draw, configs[name]).key] for draw in heat]
-            beaten = {name for group in groups for name in _beaten({n: records[n] for n in group if n in racing})}
-            racing = [name for name in racing if name not in beaten]
+            over: set[str] = set()
+            for group in (*groups, *settled):
+                left = {name: records[name] for name in group if name in racing}
+                beaten = _beaten(left)
+                over.update(left if group in settled and len(left) - len(beaten) == 1 else beaten)
+            racing = [name for name in racing if name not in over]
         progress.total = progress.n  # measurements that were not needed are none that are missing
     return {name: [plain(record) for record in rows] for name, rows in records.items()}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
-from quantdm.machine import cores, same_devices
+from quantdm.machine import KEEP_MEMORY, cores, same_devices
 from quantdm.pipelines.subject import Subject
 from quantdm.runs.engines.answer import OPEN, result_of
 from quantdm.runs.engines.call import called
@@ -25,7 +25,7 @@ from quantdm.runs.run import Run
 WORKER = "quantdm.runs.engines.worker"
 PACKAGE = Path(__file__).resolve().parents[3]
 # With another busy process a two-threaded forward can slow down thirty-fold, because OpenMP threads spin.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **KEEP_MEMORY}
 PATIENCE = 5.0  # seconds that a worker may take to end
 SOON = 0.05  # seconds between two questions where there is nothing to do
 WAKE = 1.0  # seconds between two questions whether what is waited for has come from elsewhere
