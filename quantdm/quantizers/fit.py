@@ -104,7 +104,7 @@ class MatrixFit:
                     yield i, _fit_shared(rows, weight, schemes[i], len(half))
                 continue
             blocks = _rows(half, first)
-            weights = [None] * len(blocks) if own is None else [*_rows(own, first)]
+            weights: list[Tensor | None] = [None] * len(blocks) if own is None else [*_rows(own, first)]
             is_kmeans = any(schemes[i].method == "kmeans" for i in same)
             ordered = [sort_rows(*pair) for pair in zip(blocks, weights, strict=True)] if is_kmeans else []
             for i in same:

@@ -129,17 +129,6 @@ def read_records(run_dir: str | Path) -> Records:
     )
 
 
-def _read_samples(path: Path) -> dict[str, torch.Tensor]:
-    samples = load_tensors(path)[0]
-    for name, images in samples.items():
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise QuantDMError(
-                f"{path}: {name} is {images.dtype} {tuple(images.shape)}, expected uint8 [N, 3, H, W]; delete the file "
-                "and run the last stage again"
-            )
-    return samples
-
-
 def _read_attributions(path: Path) -> dict[str, Attribution]:
     return {name: Attribution.from_dict(a) for name, a in read_json(path, version=1)["attributions"].items()}
 
