@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 from quantdm.activations import usual_activations
 from quantdm.correction.schedulers import is_served
 from quantdm.corridor.export import export_run
-from quantdm.corridor.levels import USUAL, Level, level_of
+from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.plan import NO_ACCELERATOR, Plan, plan_run
 from quantdm.corridor.table import show_table
 from quantdm.errors import QuantDMError
@@ -78,7 +78,7 @@ def run(
         target_bits: average bits per quantizable weight, codebooks and scales included.
         target_bytes: or the size of the denoiser on disk.
         run_dir: where every stage leaves its record (None: runs/NAME-SIZE).
-        effort: "quick", "normal" or "thorough": how much is measured and trained ("demo": see `LEVELS`).
+        effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
         options: the schemes that every layer may take (None: as the effort has it).
         protocol, seed, workers, example_inputs, embeddings, batch_size, device, dtype, engine, ray_address, fidelity,
@@ -187,10 +187,10 @@ def device_of(pipe: DiffusionPipeline | str | Path) -> str:
 def default_folder(
     pipe: DiffusionPipeline | str | Path, target_bits: float | None, target_bytes: int | None, effort: str
 ) -> Path:
-    """Return where a run lies if nobody says: runs/NAME-SIZE, with the effort if it is not the usual one."""
+    """Return where a run lies if nobody says: runs/NAME-SIZE, with the effort if it is not the normal one."""
     name = str(pipe) if isinstance(pipe, (str, Path)) else model_name(pipe)
     size = f"{target_bits:g}bit" if target_bits is not None else f"{target_bytes}bytes"
-    return Path("runs") / f"{Path(name or 'pipeline').name}-{size}{'' if effort in USUAL else '-' + effort}"
+    return Path("runs") / f"{Path(name or 'pipeline').name}-{size}{'' if effort == 'normal' else '-' + effort}"
 
 
 def check_places(run: Run) -> None:
