@@ -32,12 +32,7 @@ def descend(error: OutputError, decoded: Tensor, codes: Tensor, table: Tensor, l
     used = diagonal > 0
     step = torch.where(used, 1 / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny), 0.0)
     # A step is a dozen calls on one column: views that are made once, not in every step, halve the time of all.
-    slopes, now, steps, moves = (
-        gradient.split(1, 1),
-        values.split(1, 1),
-        step[:, :, None].split(1, 1),
-        moved.split(1, 1),
-    )
+    slopes, now, steps, moves = (each.split(1, 1) for each in (gradient, values, step[:, :, None], moved))
     coded, keeps = found.unbind(1), None if bool(used.all()) else ~used[:, :, None]
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
