@@ -1,6 +1,6 @@
 """How much measuring does the demo need? Fewer images per label, fewer trials, fewer images per one-layer error.
 
-    PYTHONPATH=. python eval/demo_study.py RUN_DIR PART ...      # parts: labels, replay, errors, sweeps, verify
+    PYTHONPATH=. python eval/demo_study.py RUN_DIR PART ...      # parts: labels, replay, errors, sweeps, verify, whole
 
 RUN_DIR is a finished run at normal effort (160 trials of 300 images, 8 steps); samples and labels are added to it.
 `labels`: the trials nearest to the target, labelled by the first k images of one draw at the run's steps and at half of
@@ -10,6 +10,7 @@ random, frontier and learned ones equal shares), labelled as they were or anew a
 Three seeds, of surrogates, parts and the noises of new labels. `errors`: one-layer errors of fewer images and steps
 against those of the run, over all options of some layers. `sweeps`: the same of weights refined in fewer rounds.
 `verify`: how much worse is the candidate that fewer images of the verification would choose?
+`whole`: the recipes of two whole runs on the draws of their verification, one of which measured less.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from quantdm.activations.moments import JointMoments
 from quantdm.allocation import select
 from quantdm.allocation.candidates import BASELINE, mean_of_standardised
 from quantdm.allocation.pruning import dominated
+from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.machine import one_torch_thread, versions
 from quantdm.metrics import frechet_distance
@@ -59,10 +61,11 @@ VERIFIED, RESAMPLED = (100, 150, 200, 300), 4000  # images of a draw of `verify`
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("parts", nargs="+", choices=("labels", "replay", "errors", "sweeps", "verify"))
+    parser.add_argument("parts", nargs="+", choices=("labels", "replay", "errors", "sweeps", "verify", "whole"))
+    parser.add_argument("--less", type=Path, help="for `whole`: a run of the same seed that measured less")
     given = parser.parse_args()
     run = Run.open(given.run_dir)
-    study = Study(run, Evaluator(run, run.open_subject()), load_space(run))
+    study = Study(run, Evaluator(run, run.open_subject()), load_space(run), given.less and Run.open(given.less))
     with one_torch_thread():
         for part in given.parts:
             for found in getattr(study, part)():
@@ -75,8 +78,8 @@ def main() -> None:
 class Study:
     """A run, its pipeline and its space."""
 
-    def __init__(self, run: Run, evaluator: Evaluator, space: SearchSpace) -> None:
-        self.run, self.evaluator, self.space = run, evaluator, space
+    def __init__(self, run: Run, evaluator: Evaluator, space: SearchSpace, less: Run | None = None) -> None:
+        self.run, self.evaluator, self.space, self.less = run, evaluator, space, less
         self.target = run.settings.target_bits
         self.choices, self.y = load_trials(run, space)
         keys = [trial["key"] for trial in own_trials(run, space)]
@@ -189,6 +192,20 @@ class Study:
             "sd_of_log_within_a_layer": round(float((gap - gap.mean(axis=1, keepdims=True)).std()), 4),
             "cpu_seconds_of_a_layer": round((time.process_time() - start) / PROBED, 2),
         }
+
+    def whole(self) -> Iterator[dict[str, Any]]:
+        """Hold the recipe of a run that measured less against the run's, on equal draws, before and after tuning."""
+        found: dict[str, Any] = {}
+        for name, run in (("run", self.run), ("less", self.less)):
+            if run is None:
+                raise QuantDMError("whole: give the run that measured less (--less RUN_DIR)")
+            figures = read_json(run.path("tuning.json"))["figures"]
+            own = ("label_images", "label_steps", "noise_images", "noise_steps", "sweeps", "verify_images")
+            found[name] = {key: getattr(run.settings, key) for key in own} | {
+                f"fid_fp_{state}": {kind: round(row[kind]["fid_fp"], 6) for kind in ("mean", "sd")}
+                for state, row in figures.items()
+            }
+        yield found
 
     def verify(self) -> Iterator[dict[str, Any]]:
         """Tell what fewer images of the verification would cost, from the influence of every image that was measured.

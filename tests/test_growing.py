@@ -218,6 +218,7 @@ def test_the_best_uniform_scheme_is_one_that_ran_every_draw(finished, tmp_path):
     note = final_jobs(run, space, recipe, spec, None)["uniform-next-width"][1]
     selection = read_json(folder / "selection.json")
     dropped = next(n for n in selection["candidates"] if n.startswith(BASELINE) and not n.endswith((note, "error")))
+    selection["candidates"][BASELINE + note]["draws"] = 2
     selection["candidates"][dropped] |= {"fid_fp_mean": 0.0, "draws": 1}  # an easy draw, and then it was left out
     write_json(folder / "selection.json", selection)
     assert final_jobs(run, space, recipe, spec, None)["uniform-next-width"][1] == note

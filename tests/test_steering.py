@@ -1,7 +1,6 @@
 """Where a run works and how much at once: batches that memory holds, devices of workers, number formats."""
 
 import shutil
-from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from quantdm import QuantDMError, generate, load_pipeline, load_protocol
 from quantdm.cli.app import batch_size_of
 from quantdm.corridor import plan as planning
 from quantdm.corridor.levels import level_of
-from quantdm.corridor.run import default_folder, run
+from quantdm.corridor.run import run
 from quantdm.machine import checked_device, same_devices
 from quantdm.pipelines import subject as opening
 from quantdm.pipelines.sizes import auto_batch, is_out_of_memory
@@ -182,13 +181,3 @@ def test_a_run_that_time_cut_short_goes_on_where_it_stopped(finished, dit, tmp_p
         assert len(run_trials(grown, engine, load_space(grown), most=lambda done: 2)[0]) == TRIALS + 2
         assert len(run_trials(grown, engine, load_space(grown))[0]) == TRIALS + 6
     assert len(list((folder / "trials").glob("*.json"))) == TRIALS + 6
-
-
-def test_the_demo_lies_where_a_run_of_usual_effort_does_and_measures_no_more():
-    demo, normal = level_of("demo"), level_of("normal")
-    assert default_folder("digits-dit", 3.0, None, "demo") == default_folder("digits-dit", 3.0, None, "normal")
-    assert default_folder("digits-dit", 3.0, None, "quick") != default_folder("digits-dit", 3.0, None, "normal")
-    pairs = zip(astuple(demo.effort), astuple(replace(normal.effort, noise_steps=8)), strict=True)  # its own of labels
-    assert all(most >= number for number, most in pairs)
-    assert (demo.trials, demo.options, demo.tune) == (normal.trials, normal.options, normal.tune)
-    assert demo.final_images < normal.final_images

@@ -21,7 +21,7 @@ def demo(
     dry_run: bool = False,
     say: Say = print,
 ) -> dict[str, Any]:
-    """Walk the whole way with one pipeline and return its summary: `run` at the effort that suits small ones.
+    """Walk the whole way with one pipeline and return its summary: `run` with defaults.
 
     Raises:
         QuantDMError: as `run`.
@@ -30,7 +30,7 @@ def demo(
         model,
         target_bits=target_bits,
         run_dir=run_dir,
-        effort="quick" if quick else "demo",
+        effort="quick" if quick else "normal",
         seed=seed,
         workers=workers,
         batch_size=batch_size,

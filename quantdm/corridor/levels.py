@@ -28,15 +28,9 @@ LABELS = (
     "kmeans-shared-2-feedback", "kmeans-shared-3-feedback", "kmeans-shared-4-feedback", "kmeans-channel-4-feedback",
     "uniform-channel-8-feedback",
 )  # fmt: skip
-USUAL = ("normal", "demo")  # efforts of which a run directory says nothing in its name
 FEW_OPTIONS = tuple(map(Scheme.parse, LABELS))  # what recipes of the default options are mostly made of
 
-# What the embedded pipelines need, stage by stage (eval/results/demo_study.json): few steps rank as well as many, half
-# the images tell one-layer errors, two sweeps find nearly what four find.
-SMALL = Effort(label_images=150, label_steps=4, noise_images=8, noise_steps=8, sweeps=2)
-
 LEVELS = {
-    "demo": Level(FULL_TRIALS, SMALL, 300, 32, TuneSettings(), 128),
     "quick": Level(QUICK_TRIALS, QUICK, 100, 16, TuneSettings(steps=40, rows=16, every=20), 16, FEW_OPTIONS),
     "normal": Level(FULL_TRIALS, FULL, 500, 64, TuneSettings(), 128),
     "thorough": Level(400, Effort(500, 10, 1000, 32, 128, 8), 2000, 256, TuneSettings(steps=2000, every=100), 256),

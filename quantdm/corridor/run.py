@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 from quantdm.activations import usual_activations
 from quantdm.correction.schedulers import is_served
 from quantdm.corridor.export import export_run
-from quantdm.corridor.levels import USUAL, Level, level_of
+from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.plan import NO_ACCELERATOR, Plan, plan_run
 from quantdm.corridor.table import show_table
 from quantdm.errors import QuantDMError, counted
@@ -80,7 +80,7 @@ def run(
         target_bytes: or the size of the denoiser on disk.
         target_pipeline_bytes: or that of all parts on disk, as in `search`.
         run_dir: where every stage leaves its record (None: runs/NAME-SIZE).
-        effort: "quick", "normal" or "thorough": how much is measured and trained ("demo": see `LEVELS`).
+        effort: "quick", "normal" or "thorough": how much is measured and trained.
         trials: configurations whose images are measured (None: as the effort has it).
         options: the schemes that every layer may take (None: as the effort has it).
         protocol, seed, workers, example_inputs, embeddings, batch_size, device, dtype, engine, ray_address, fidelity,
@@ -192,11 +192,11 @@ def default_folder(
     pipe: DiffusionPipeline | str | Path, target_bits: float | None, target_bytes: int | None, effort: str,
     target_pipeline_bytes: int | None = None,
 ) -> Path:  # fmt: skip
-    """Return where a run lies if nobody says: runs/NAME-SIZE, with the effort if it is not the usual one."""
+    """Return where a run lies if nobody says: runs/NAME-SIZE, with the effort if it is not the normal one."""
     name = str(pipe) if isinstance(pipe, (str, Path)) else model_name(pipe)
     whole = f"{target_pipeline_bytes}bytes-in-all" if target_bytes is None else f"{target_bytes}bytes"
     size = whole if target_bits is None else f"{target_bits:g}bit"
-    return Path("runs") / f"{Path(name or 'pipeline').name}-{size}{'' if effort in USUAL else '-' + effort}"
+    return Path("runs") / f"{Path(name or 'pipeline').name}-{size}{'' if effort == 'normal' else '-' + effort}"
 
 
 def check_places(run: Run) -> None:
