@@ -174,7 +174,7 @@ def test_a_recipe_that_quantizes_further_parts_is_refused_where_only_the_denoise
 def test_a_recipe_of_other_layers_is_refused(run, space, dit):
     recipe = Recipe(model="digits-dit", layers=dict.fromkeys(space.layer_names[1:], "kmeans-channel-4"))
     spec = usual_activations(get_denoiser(dit), 6)
-    with Engine(run, look_at(dit)) as engine, pytest.raises(QuantDMError, match="no scheme for 1 layers"):
+    with Engine(run, look_at(dit)) as engine, pytest.raises(QuantDMError, match="no scheme for 1 layer of"):
         correct_run(run, engine, recipe, spec, images=8)
 
 
