@@ -24,7 +24,6 @@ from quantdm.runs.room import Room, room_of
 from quantdm.runs.run import RunSettings
 from quantdm.runs.shares import SIZES
 from quantdm.runs.trials import FRONTIER_SHARE, RANDOM_SHARE
-from quantdm.schemes import Scheme
 
 PROBE_ROWS = 64
 CANDIDATES, SURVIVORS = 13, 5  # of the verification: those of a usual run, and how many run further draws
@@ -176,8 +175,7 @@ def _room(subject: Subject, settings: RunSettings) -> Room | None:
     """Return what the target of a whole pipeline leaves for its denoisers; None: it is the target of these alone."""
     if settings.target_pipeline_bytes is None:
         return None
-    tables = None if settings.embeddings is None else Scheme.parse(settings.embeddings)
-    return room_of(subject, settings.schemes, tables, settings.target_pipeline_bytes)
+    return room_of(subject, settings.schemes, settings.table_scheme, settings.target_pipeline_bytes)
 
 
 def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room: Room | None) -> dict[str, float]:

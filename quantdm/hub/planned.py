@@ -25,7 +25,7 @@ from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.source import Source, StoredPart
 from quantdm.pipelines.stored import SUFFIX
 from quantdm.quantizers.worth import is_wasteful
-from quantdm.recipe import Recipe, is_table
+from quantdm.recipe import Recipe, Rules, is_table
 from quantdm.schemes import TABLE_SCHEME, Scheme
 
 
@@ -45,6 +45,11 @@ class OtherPart:
     def rules(self, scheme: Scheme | None) -> Recipe | None:
         """Return what quantizes it under a scheme, see `part_rules`; None: it stays as it is."""
         return None if scheme is None else part_rules(self.name, self.model, scheme)
+
+    def component(self, scheme: Scheme | None) -> Rules | None:
+        """Return the same as a component of a pipeline's recipe."""
+        own = self.rules(scheme)
+        return None if own is None else Rules(layers=own.layers, default=own.default, embeddings=own.embeddings)
 
     def bytes_under(self, rules: Recipe | None) -> int:
         """Return the size of its safetensors files in an export."""

@@ -1,7 +1,7 @@
 """Try the call of a pipeline before anything long begins: what only the call itself refuses is refused at once."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from quantdm.errors import QuantDMError, counted
-from quantdm.pipelines.generate import call_once
+from quantdm.pipelines.generate import generate_batches
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol
 
@@ -34,14 +34,23 @@ def try_call(pipe: DiffusionPipeline, protocol: Protocol, steps: int) -> None:
     if what in taken:
         return
     with once_computed(find_denoisers(pipe)) as called:
-        call_once(pipe, protocol, steps=steps)
-    silent = [name for name, calls in called.items() if not calls]
+        next(generate_batches(pipe, protocol, [0], steps=steps, batch_size=1, any_pixels=True))
+    check_called(called, steps)
+    taken.add(what)
+
+
+def check_called(calls: Mapping[str, Any], steps: int) -> None:
+    """Check that every denoiser works: `calls` are the number of its calls, or what was recorded of them, by name.
+
+    Raises:
+        QuantDMError: names those that do not.
+    """
+    silent = [name for name, own in calls.items() if not own]
     if silent:
         raise QuantDMError(
             f"{', '.join(silent)}: was never called in {counted(steps, 'step')}; raise the steps of the protocol so "
             "that every denoiser works"
         )
-    taken.add(what)
 
 
 def fewest_steps(pipe: DiffusionPipeline, protocol: Protocol, least: int) -> int:

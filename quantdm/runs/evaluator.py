@@ -11,7 +11,7 @@ from quantdm.activations import set_activation_bits_
 from quantdm.correction import apply_correction, load_correction
 from quantdm.denoisers.calls import Call, replay
 from quantdm.denoisers.ensemble import join_weights
-from quantdm.errors import QuantDMError, counted, told
+from quantdm.errors import counted, told
 from quantdm.files import digest
 from quantdm.metrics import load_extractor, relative_error
 from quantdm.metrics.chosen import chosen_figures
@@ -21,6 +21,7 @@ from quantdm.pipelines.generate import count_calls, generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
+from quantdm.pipelines.tried import check_called
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers, split_name
 from quantdm.runs.bank import WeightBank, pointed
 from quantdm.runs.other_weights import OtherWeights, Tables
@@ -235,12 +236,7 @@ class Evaluator:
             with subject.recording(subject.pipe, wanted) as recorded:
                 generate(subject.pipe, self.protocol, draw.seeds, steps=draw.steps, batch_size=self.batch_size)
             self._calls = {part: recording.calls for part, recording in recorded.items()}
-            silent = [part for part, calls in self._calls.items() if not calls]
-            if silent:
-                raise QuantDMError(
-                    f"{', '.join(silent)}: was never called in {counted(draw.steps, 'step')}; raise the steps of the "
-                    "protocol so that every denoiser works"
-                )
+            check_called(self._calls, draw.steps)
         return self._calls
 
 

@@ -23,10 +23,12 @@ class Room:
     """A target, and what may be had for it.
 
     `parts` are the bytes of every other part under each of its options, by label, `stored` those of the denoisers'
-    files as they are, and `denoisers` the least and the most that these can take, all together.
+    files as they are, and `denoisers` the least and the most that these can take, all together; `others` are the other
+    parts themselves.
     """
 
     target: int
+    others: tuple[OtherPart, ...]
     parts: dict[str, dict[str, int]]
     stored: int
     denoisers: tuple[int, int]
@@ -119,10 +121,11 @@ def room_of(
             "it with save_pretrained and give the folder, or give target_bits or target_bytes"
         )
     source = open_source(subject.location)
-    parts = {part.name: sizes_of(part) for part in other_parts(source)}
+    others = tuple(other_parts(source))
+    parts = {part.name: sizes_of(part) for part in others}
     size, files = ExportSize(subject.pipe, embeddings=embeddings), [source.parts.get(n) for n in subject.part_names]
     stored = sum(path.stat().st_size for part in files if part is not None for path in part.files)
-    found = Room(target, parts, stored if all(files) else size.of(None), size.extremes(options))
+    found = Room(target, others, parts, stored if all(files) else size.of(None), size.extremes(options))
     found.check(at_most=at_most)
     return found
 

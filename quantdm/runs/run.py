@@ -78,6 +78,11 @@ class RunSettings(BaseModel):
         return tuple(parse_option(label) for label in self.options)
 
     @property
+    def table_scheme(self) -> Scheme | None:
+        """The scheme of embedding tables; None: they stay as they are."""
+        return None if self.embeddings is None else Scheme.parse(self.embeddings)
+
+    @property
     def calibration(self) -> CalibrationSpec:
         """What calibrated options are calibrated on; a shipped protocol by its name."""
         own = next((name for name in known_protocols() if load_protocol(name) == self.protocol), None)

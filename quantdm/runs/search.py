@@ -162,7 +162,7 @@ def start_run(
     """
     known = _known(run_dir)
     if embeddings == TABLE_SCHEME and known is not None:  # the default: a run keeps its own
-        embeddings = None if known.embeddings is None else Scheme.parse(known.embeddings)
+        embeddings = known.table_scheme
     told = learn_from(learned_from, options) if learned_from and not _has_learned(run_dir, known) else None
     learned = told["digest"] if told is not None else None if known is None else known.learned
     settings = make_settings(

@@ -10,10 +10,8 @@ import numpy as np
 from quantdm.allocation import select
 from quantdm.allocation.pruning import dominated
 from quantdm.files import write_json
-from quantdm.hub.planned import OtherPart, other_parts
 from quantdm.hub.size import ExportSize
 from quantdm.metrics.samples import Draw
-from quantdm.pipelines.source import open_source
 from quantdm.progress import bar
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job, job_of
@@ -49,7 +47,6 @@ class Shares:
     """What every other part of a pipeline takes of a budget; the rest is for the denoisers."""
 
     room: Room
-    parts: tuple[OtherPart, ...]
     chosen: dict[str, Choice]
     size: ExportSize  # of the denoisers
 
@@ -71,18 +68,15 @@ def share_out(
     Raises:
         QuantDMError: as `room_of`.
     """
-    subject, embeddings = engine.subject, run.settings.embeddings
-    tables = None if embeddings is None else Scheme.parse(embeddings)
+    subject, tables = engine.subject, run.settings.table_scheme
     room = room_of(subject, space.options, tables, target_bytes, at_most=at_most)
-    assert subject.location is not None
-    parts = tuple(other_parts(open_source(subject.location)))
     size = ExportSize(subject.pipe, embeddings=tables)
     choices = _part_choices(run, engine, room)
     curve = _Curve(run, engine, space, values, size, target_bytes - room.smallest)
     rows = itertools.product(*choices.values())
     best = min((row for row in rows if curve.fits(_rest(target_bytes, row))),
                key=lambda row: curve.at(_rest(target_bytes, row)) + sum(choice.loss for choice in row))  # fmt: skip
-    return Shares(room, parts, dict(zip(choices, best, strict=True)), size)
+    return Shares(room, dict(zip(choices, best, strict=True)), size)
 
 
 def settle(run: Run, engine: Engine, space: SearchSpace) -> Run:
@@ -94,25 +88,25 @@ def settle(run: Run, engine: Engine, space: SearchSpace) -> Run:
     settings = run.settings
     if settings.target_pipeline_bytes is None:
         return run
-    if load_split(run.folder, settings) is None:
+    record = load_split(run.folder, settings)
+    if record is None:
         shares = share_out(run, engine, space, -space.noise_error, settings.target_pipeline_bytes)
         most = shares.size.extremes(settings.schemes)[1]
         bits = checked_target(
             engine.subject.layers, settings.schemes, engine.subject.pipe, target_bits=None,
             target_bytes=min(shares.rest, most),
-            embeddings=None if settings.embeddings is None else Scheme.parse(settings.embeddings),
+            embeddings=settings.table_scheme,
         )  # fmt: skip
-        write_json(run.path(SPLIT_FILE), _record(run, shares, bits))
-    record = load_split(run.folder, settings)
-    assert record is not None
+        record = _record(run, shares, bits)
+        write_json(run.path(SPLIT_FILE), record)
     return run.settle(record["target_bits"])
 
 
 def _record(run: Run, shares: Shares, bits: float) -> dict[str, Any]:
     parts = {}
-    for part in shares.parts:
+    for part in shares.room.others:
         choice = shares.chosen[part.name]
-        rules = part.rules(choice.scheme)
+        rules = part.component(choice.scheme)
         own = None if rules is None else rules.model_dump(mode="json", include={"layers", "default", "embeddings"})
         parts[part.name] = {
             "before": part.bytes_under(None), "after": choice.nbytes, "label": choice.label, "rules": own,

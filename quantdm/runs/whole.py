@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from quantdm.errors import QuantDMError
-from quantdm.recipe import Provenance, Recipe, Rules, joint_rules
+from quantdm.recipe import Provenance, Recipe, joint_rules
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import load_attributions
 from quantdm.runs.labels import calibration_of
@@ -81,8 +81,8 @@ def _split(run: Run, space: SearchSpace, values: np.ndarray, shares: Shares, by:
 
 def _rules(run: Run, labels: Mapping[str, str | None], shares: Shares) -> dict[str, Any]:
     rules = joint_rules(labels, run.settings.seen.denoisers, embeddings=run.settings.embeddings)
-    for part in shares.parts:
-        own = part.rules(shares.chosen[part.name].scheme)
+    for part in shares.room.others:
+        own = part.component(shares.chosen[part.name].scheme)
         if own is not None:
-            rules["components"][part.name] = Rules(layers=own.layers, default=own.default, embeddings=own.embeddings)
+            rules["components"][part.name] = own
     return rules
