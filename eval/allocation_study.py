@@ -22,7 +22,7 @@ from quantdm.activations import usual_activations
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
 from quantdm.files import read_json, write_json
 from quantdm.hub.size import ExportSize
-from quantdm.machine import versions
+from quantdm.machine import accelerator, versions
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd
 from quantdm.pipelines.known import known_pipelines
@@ -56,10 +56,15 @@ def main() -> None:
     parser.add_argument("model", choices=known_pipelines())
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default=None, help="of the images (default: what is fast here)")
     parser.add_argument("--scores-only", action="store_true", help="keep the rows; count their sizes anew")
     arguments = parser.parse_args()
     path = ROOT / "eval" / "results" / f"calibrated_{arguments.model}.json"
-    run, subject = start_run(look_at(arguments.model), arguments.run_dir, target_bits=3.0, trials=TRIALS)
+    run, subject = start_run(
+        look_at(arguments.model, device=arguments.device), arguments.run_dir,
+        target_bits=3.0, trials=TRIALS, dtype=arguments.dtype,
+    )  # fmt: skip
     describe(run, subject)
     bank = build_bank(run, subject)
     with Engine(run, subject, workers=arguments.workers) as engine:
@@ -109,7 +114,7 @@ def sizes_of(subject: Subject) -> ExportSize:
 def measured_where(run: Run) -> dict[str, Any]:
     """Return machine, versions and date."""
     return {
-        "machine": f"{platform.machine()}, {run.settings.dtype}",
+        "machine": f"{platform.machine()}, {run.settings.dtype}, {accelerator()}",
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }

@@ -37,7 +37,7 @@ from quantdm.correction.fit import sampling
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError
 from quantdm.files import digest, read_json, write_json
-from quantdm.machine import cores, versions
+from quantdm.machine import accelerator, cores, versions
 from quantdm.metrics import frechet_distance, load_extractor
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
 from quantdm.pipelines.generate import calibration_calls, generate
@@ -84,9 +84,9 @@ INDEPENDENT, WEIGHTS = "variance, independent", "weights alone"
 class Study:
     """One pipeline in full precision, its quantized weights, and images of every kind."""
 
-    def __init__(self, name: str, bits: str, skipped: Sequence[str] = ()) -> None:
+    def __init__(self, name: str, bits: str, skipped: Sequence[str] = (), device: str = "cpu") -> None:
         self.name, self.bits, self.skipped = name, bits, frozenset(skipped)
-        self.pipe, self.protocol = load_pipeline(name), load_protocol(name)
+        self.pipe, self.protocol = load_pipeline(name, device=device), load_protocol(name)
         self.extractor = load_extractor("digits")
         label, spec = BITS[bits]
         self.scheme, self.spec = Scheme.parse(label), ActivationSpec.model_validate(spec)
@@ -196,7 +196,7 @@ def about() -> dict[str, Any]:
     settings = {"steps": STEPS, "images": IMAGES, "draws": DRAWS, "fit_images": FIT_IMAGES, "resamples": RESAMPLES}
     return {
         "settings": {**settings, "bits": BITS},
-        "machine": f"{platform.machine()}, {cores()} cores",
+        "machine": f"{platform.machine()}, {cores()} cores, {accelerator()}",
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }
@@ -208,25 +208,27 @@ def main() -> None:
     parser.add_argument("bits", nargs="?", choices=BITS)
     parser.add_argument("sampler", nargs="*", choices=[[], *SAMPLERS])
     parser.add_argument("--skip", nargs="*", choices=tuple(RIVALS), default=[])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=OUT, help="a record of its own, where several work side by side")
     options = parser.parse_args()
     for model in (options.model,) if options.model else SERVED:
         for bits in (options.bits,) if options.bits else BITS:
             study = None
             for sampler in options.sampler or SERVED[model]:
                 key = f"{model} {bits} {sampler}"
-                if sampler not in SERVED[model] or key in known()["cells"]:
+                if sampler not in SERVED[model] or key in known(options.out)["cells"]:
                     continue
-                study = study or Study(model, bits, options.skip)
+                study = study or Study(model, bits, options.skip, options.device)
                 cell = study.cell(sampler)
-                record = known()  # another process may have measured a cell meanwhile
-                record["cells"][key] = cell
-                write_json(OUT, record | about())
+                record = known(options.out)  # another process may have measured a cell meanwhile
+                record["cells"][key] = cell | {"device": options.device, "date": datetime.date.today().isoformat()}
+                write_json(options.out, record | about())
                 print(json.dumps({n: r["fid_fp"] for n, r in cell["rows"].items()}), flush=True)
 
 
-def known() -> dict[str, Any]:
+def known(path: Path) -> dict[str, Any]:
     """Return the cells that are there."""
-    return read_json(OUT, version=VERSION) if OUT.is_file() else {"version": VERSION, "cells": {}}
+    return read_json(path, version=VERSION) if path.is_file() else {"version": VERSION, "cells": {}}
 
 
 if __name__ == "__main__":

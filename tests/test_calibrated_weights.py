@@ -318,3 +318,14 @@ def test_calibration_that_does_not_fit_is_one_clear_error() -> None:
 def test_labels_that_make_no_sense_are_refused(label: str) -> None:
     with pytest.raises(QuantDMError, match="scheme"):
         Scheme.parse(label)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="wants an accelerator")
+def test_a_weight_on_an_accelerator_is_fitted_as_on_the_processor_bit_by_bit() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, x = torch.randn(24, 40, generator=generator), torch.randn(200, 40, generator=generator)
+    moments, schemes = Moments((x.T @ x)[None] / 200, 200), [Scheme.parse("kmeans-channel-3-feedback")]
+    here = quantize_options(weight, schemes, moments=moments)[0]
+    there = quantize_options(weight.cuda(), schemes, moments=moments.to(torch.device("cuda")))[0]
+    assert all(tensor.is_cuda for tensor in there.tensors.values())
+    assert all(torch.equal(tensor.cpu(), here.tensors[name]) for name, tensor in there.tensors.items())

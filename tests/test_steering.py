@@ -14,6 +14,7 @@ from quantdm.machine import checked_device, same_devices
 from quantdm.pipelines import subject as opening
 from quantdm.pipelines.sizes import auto_batch, is_out_of_memory
 from quantdm.pipelines.subject import look_at
+from quantdm.runs.engines import local
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.engines.means import Means, Speed
 from quantdm.runs.run import Run
@@ -81,12 +82,19 @@ def test_workers_open_the_pipeline_each_on_its_own_device(finished, dit, monkeyp
     assert same_devices(torch.device("cpu")) == ["cpu"]
 
 
-def test_there_is_one_worker_per_accelerator(finished, dit, monkeypatch):
+def test_there_is_one_worker_per_accelerator_or_as_many_on_each_as_asked_for(finished, dit, monkeypatch):
     opened, subject = Run.open(finished[0]), look_at(dit)
     monkeypatch.setattr(type(subject), "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    engine = Engine(opened, subject, workers=16)
+    engine = Engine(opened, subject)
     assert (engine.workers, engine.devices) == (3, ("cuda:0", "cuda:1", "cuda:2"))
+    shared = Engine(opened, subject, workers=4)
+    assert (shared.workers, shared.accelerators) == (12, 3.0)  # GPU-hours count accelerators, not processes
+    started = []
+    monkeypatch.setattr(local.subprocess, "Popen", lambda command, **_: started.append(command[-2]))
+    for place in range(shared.workers):
+        shared._start(place)
+    assert sorted(started) == sorted([*engine.devices] * 4)
 
 
 def test_a_number_format_is_kept_as_asked_for_and_bad_ones_are_one_clear_error(finished, dit):

@@ -114,7 +114,10 @@ Options = Annotated[
         metavar="A,B,...", help="Schemes that every layer may take (default: the effort's).", rich_help_panel=SEARCH
     ),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes (default: one per core).", rich_help_panel=MACHINE)]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes (default: one per core, or per accelerator).", rich_help_panel=MACHINE),
+]
 BatchSize = Annotated[
     str,
     typer.Option(

@@ -55,13 +55,21 @@ def quantize_options(
 ) -> list[QuantizedWeight]:
     """Quantize one weight under every scheme, in their order.
 
-    Bit-widths of one granularity share the sorted rows, schemes with feedback the factorized moments.
+    Bit-widths of one granularity share the sorted rows, schemes with feedback the factorized moments. Calibrated ones
+    are fitted on the processor wherever the weight is: column after column is a chain of small operations, for which an
+    accelerator takes many times as long; the result is on the weight's device.
 
     Raises:
         QuantDMError: as `quantize_weight`.
     """
     matrix = _check_weight(weight, split, name)
     _check_schemes(weight, schemes, moments, name)
+    if moments is not None and weight.device.type != "cpu" and any(scheme.calibration for scheme in schemes):
+        fitted = quantize_options(
+            weight.cpu(), schemes, split=split, name=name, moments=moments.to(torch.device("cpu")), exact=exact,
+            sweeps=sweeps,
+        )  # fmt: skip
+        return [each.to(weight.device) for each in fitted]
     found: dict[int, QuantizedWeight] = {}
     kinds = [(scheme.hadamard, scheme.equalised) for scheme in schemes]
     for kind in dict.fromkeys(kinds):

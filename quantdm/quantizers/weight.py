@@ -9,7 +9,7 @@ exact.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,10 @@ class QuantizedWeight:
             dense = turned_back(target, self.scheme, self.tensors, self.split)
             target = add_branches(dense, self.scheme, self.tensors).clamp_(-limit, limit)
         return out if target is out else out.copy_(target)
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """Return the weight on a device."""
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def rows(self, index: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         """Decode some rows alone, [len(index), *shape[1:]]: bit by bit those of `dequantize`.

@@ -1,6 +1,5 @@
 """The bank: every layer quantized with every option, once; a configuration is swapped in by moving pointers."""
 
-import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -87,7 +86,7 @@ class WeightBank:
 
         def work(layer: LayerRecord) -> tuple[LayerRecord, Path]:
             with gate.room(self._room_of(layer)):
-                weight = read(f"{layer.name}.weight")
+                weight = read(f"{layer.name}.weight").cpu()  # threads have a core each, and one accelerator
                 if tuple(weight.shape) != layer.shape:
                     raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
                 known = moments[layer.name] if moments is not None and self.calibrated else None
@@ -233,9 +232,7 @@ class WeightBank:
         if key in self._dense:
             self._dense.move_to_end(key)
             return self._dense[key]
-        stored = self.get(name, scheme)
-        on_device = {k: tensor.to(device) for k, tensor in stored.tensors.items()}
-        weight = dataclasses.replace(stored, tensors=on_device).dequantize(dtype=dtype)
+        weight = self.get(name, scheme).to(torch.device(device)).dequantize(dtype=dtype)
         if weight.nbytes <= self.cache_bytes:
             self._dense[key] = weight
             self._dense_bytes += weight.nbytes

@@ -62,7 +62,7 @@ def search(
         options: the schemes that every layer may take.
         protocol: what images are asked for (None: the shipped one of the model's name).
         effort: images and steps per measurement.
-        workers: processes (None: one per core).
+        workers: processes (None: one per core), or on each accelerator (None: one).
         example_inputs: keyword arguments of one call of the denoiser, where its class and configuration do not tell
             them (see `capture_inputs`).
         batch_size: images at once at most ("auto": found from memory); halved where memory runs out.

@@ -43,7 +43,8 @@ class Engine:
     was started with. There is one per core, or one per accelerator; a single one works in this process.
 
     Args:
-        workers: processes on a processor (None: one per core).
+        workers: processes on the processor (None: one per core), or on each accelerator (None: one; several keep one
+            busy that waits for the processor, as with small denoisers, and take as often the memory).
         batch_size: images at once at most ("auto": found from memory).
         devices: where workers load the pipeline, in turn (None: all devices of the kind on which the subject is).
     """
@@ -93,7 +94,7 @@ class Engine:
     @property
     def accelerators(self) -> float:
         """How many accelerators work."""
-        return 0.0 if self.subject.device.type == "cpu" else float(self.workers)
+        return 0.0 if self.subject.device.type == "cpu" else float(min(self.workers, len(set(self.devices))))
 
     @cached_property
     def local(self) -> Evaluator:
@@ -245,8 +246,8 @@ class Engine:
 
 
 def workers_on(subject: Subject, devices: Sequence[str], workers: int | None) -> int:
-    """Return how many processes share the work on some devices: one per accelerator; on a processor as is said."""
-    return (workers or cores()) if subject.device.type == "cpu" else len(devices)
+    """Return how many processes share the work: on the processor, or on all of some accelerators together."""
+    return (workers or cores()) if subject.device.type == "cpu" else len(devices) * (workers or 1)
 
 
 class _Source:

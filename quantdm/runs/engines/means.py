@@ -106,8 +106,12 @@ def look_at_means(
     """
     here = speed_of(subject, settings, batch_size)
     if engine == "local" or ray_address is None:  # a cluster of its own is this machine
-        many = workers_on(subject, same_devices(subject.device), workers)
-        return Means(many, 0.0 if subject.device.type == "cpu" else float(many), here, here)
+        devices = same_devices(subject.device)
+        many = workers_on(subject, devices, workers)
+        if subject.device.type == "cpu":
+            return Means(many, 0.0, here, here)
+        shared = many // len(devices)  # how much faster several on one accelerator are is not known before
+        return Means(many, float(len(devices)), here, Speed(here.exact * shared, here.fast * shared))
     ray, connected = connect(ray_address, None)
     try:
         many, gpus = room(ray, workers, None)
