@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quantdm.errors import QuantDMError
-from quantdm.quantizers import log2, shared, uniform
+from quantdm.quantizers import fused, log2, shared, uniform
 from quantdm.quantizers.branches import add_branches, stored_branches
 from quantdm.quantizers.packing import packed_size, unpack_at, unpack_codes
 from quantdm.quantizers.rows import pieces, row_blocks, row_layout
@@ -234,6 +234,8 @@ def tables_of(scheme: Scheme, parameters: dict[str, Tensor]) -> Tensor:
 
 def _decode_half_(columns: Tensor, scheme: Scheme, tensors: dict[str, Tensor], limit: float) -> None:
     """Decode into `columns` [C, n], a view of the whole weight's matrix."""
+    if fused.decode_(columns, scheme, tensors, limit):
+        return
     codes = unpack_codes(tensors["codes"], scheme.bits, columns.numel()).view(columns.shape)
     _decode_codes_(columns, codes, scheme, tensors, limit)
 
