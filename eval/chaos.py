@@ -102,7 +102,8 @@ def _start(folder: Path) -> "subprocess.Popen[bytes]":
         "import quantdm.runs.engines.local as local; local.LEAST_PATIENCE = local.OPENING = 30.0; "
         f"from tests.tiny_search import run_search; run_search({str(folder)!r}, workers=2)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from quantdm.denoisers.analysis import analyse
 from quantdm.errors import QuantDMError
 from quantdm.files import write_json
+from quantdm.pipelines.exported import exported
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "eval" / "results" / "trace_matrix.json"
@@ -89,7 +90,7 @@ def denoiser_classes() -> dict[str, type[nn.Module]]:
     """Return every denoiser class that the installed diffusers exports, by name."""
     found = {}
     for name in dir(diffusers):
-        value = None if name.startswith("_") or name.endswith(NO_MODELS) else getattr(diffusers, name)
+        value = None if name.startswith("_") or name.endswith(NO_MODELS) else exported(name)
         if not inspect.isclass(value) or not issubclass(value, nn.Module):
             continue
         arguments = inspect.signature(value.forward).parameters

@@ -1,6 +1,5 @@
 """The bank: streamed, content-addressed, resumable, the same for any number of workers; swaps move pointers."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -18,9 +17,9 @@ from quantdm.files import load_tensors
 from quantdm.quantizers import Moments, count_bits
 from quantdm.runs import bank as bank_module
 from quantdm.runs.bank import WeightBank
+from tests.programs import ROOT, environment
 
 OPTIONS = tuple(Scheme.parse(label) for label in ("uniform-channel-3", "kmeans-channel-4", "kmeans-tensor-3"))
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -136,19 +135,23 @@ def test_a_bad_weight_is_named_and_what_is_finished_stays(dit, layers, tmp_path)
 
 
 BUILD = """
-import sys, torch
+import sys, time, torch
 from quantdm import get_denoiser, list_layers, load_pipeline
-from quantdm.runs.bank import WeightBank
+from quantdm.runs import bank
 from tests.test_bank import OPTIONS
 torch.set_num_threads(1)
+quantize = bank.quantize_options
+def slowly(*args, **kwargs):  # it does not finish before it is killed
+    time.sleep(0.2)
+    return quantize(*args, **kwargs)
+bank.quantize_options = slowly
 denoiser = get_denoiser(load_pipeline("digits-dit"))
-WeightBank(sys.argv[1], list_layers(denoiser)[:12], OPTIONS).build(denoiser, workers=2)
+bank.WeightBank(sys.argv[1], list_layers(denoiser)[:12], OPTIONS).build(denoiser, workers=2)
 """
 
 
 def test_a_build_that_was_killed_goes_on(dit, layers, built, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", BUILD, str(tmp_path)], cwd=ROOT, env=environment)
+    process = subprocess.Popen([sys.executable, "-c", BUILD, str(tmp_path)], cwd=ROOT, env=environment())
     deadline = time.monotonic() + 120
     while len(stamps(tmp_path)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)

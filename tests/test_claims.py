@@ -19,8 +19,7 @@ from quantdm.runs.claims import Claims, _space
 from quantdm.runs.evaluator import Job
 from quantdm.runs.jobs import CLAIMS, measure_jobs
 from quantdm.runs.store import TrialStore
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.programs import ROOT, environment
 
 
 class Bar:
@@ -68,7 +67,7 @@ def run_driver(folder: str, count: int, lease: float) -> None:
 def start_driver(folder: Path, count: int, lease: float = 2.0) -> "subprocess.Popen[bytes]":
     """Start a driver as a process."""
     code = f"from tests.test_claims import run_driver; run_driver({str(folder)!r}, {count}, {lease})"
-    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment())
 
 
 def test_a_claim_is_held_by_one_and_given_back(tmp_path: Path) -> None:
@@ -150,6 +149,7 @@ def test_a_driver_that_is_killed_loses_nothing_and_changes_no_label(tmp_path: Pa
     running = [start_driver(tmp_path, len(jobs)) for _ in range(2)]
     log = running[0]
     while not (tmp_path / f"log-{log.pid}").is_file():  # until it has measured something
+        assert log.poll() is None
         time.sleep(0.05)
     time.sleep(0.2 + 0.3 * chance.random())
     os.kill(log.pid, signal.SIGKILL)

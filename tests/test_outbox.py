@@ -27,6 +27,7 @@ class Shelf(list):
 
 @pytest.fixture
 def outbox(tmp_path):
+    pytest.importorskip("ray")
     run = Run(tmp_path / "run", None)  # its paths are all that is asked for
     for name, text in {"run.json": "{}", "bank/a": "A", "bank/b": "B", SPACE: "few options", "trials/t": "T"}.items():
         run.path(name).parent.mkdir(parents=True, exist_ok=True)

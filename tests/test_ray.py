@@ -45,6 +45,7 @@ def temporary(monkeypatch):
 @pytest.fixture
 def cluster(temporary):
     """A cluster of three nodes with one core each, on this machine."""
+    pytest.importorskip("ray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray.cluster_utils import Cluster
@@ -61,7 +62,7 @@ def cluster(temporary):
 @pytest.fixture(scope="module")
 def single():
     """This process is connected to a cluster of one node with one core, whose workers need not import this file."""
-    import ray
+    ray = pytest.importorskip("ray")
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -102,10 +103,14 @@ def test_a_node_that_is_lost_in_the_middle_changes_no_label_and_nothing_is_left(
     assert not ray.is_initialized()  # who connected disconnects
 
 
-def test_a_cluster_that_cannot_be_reached_and_an_unknown_engine_are_one_clear_error(finished, dit):
-    run, subject = Run.open(finished[0]), look_at(dit)
+def test_a_cluster_that_cannot_be_reached_is_one_clear_error(finished, dit):
+    pytest.importorskip("ray")
     with pytest.raises(QuantDMError, match=r"ray: no cluster at 127\.0\.0\.1:1: "):
-        open_engine(run, subject, "ray", ray_address="127.0.0.1:1", **SETTINGS)
+        open_engine(Run.open(finished[0]), look_at(dit), "ray", ray_address="127.0.0.1:1", **SETTINGS)
+
+
+def test_an_unknown_engine_and_an_address_for_another_are_one_clear_error(finished, dit):
+    run, subject = Run.open(finished[0]), look_at(dit)
     with pytest.raises(QuantDMError, match="engine: got 'slurm'"):
         open_engine(run, subject, "slurm", **SETTINGS)
     with pytest.raises(QuantDMError, match="ray address: got"):

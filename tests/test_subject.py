@@ -1,10 +1,8 @@
 """The subject: a pipeline is looked at once, and measured as it is."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -40,11 +38,10 @@ from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
 from quantdm.runs.stages import build_bank, measure_space
 from quantdm.schemes import QuantConfig
+from tests.programs import environment
 from tests.test_layers import Strange
 from tests.tiny_search import EFFORT, OPTIONS
 from tests.two_denoisers import make_two_experts, make_wan
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def other_scheduler(pipe):
@@ -74,10 +71,9 @@ CHANGES = {
 
 
 def start(pipe, folder):
-    protocol = load_protocol("digits-dit")
-    return start_run(
-        look_at(pipe), folder, target_bits=3.2, trials=30, options=OPTIONS, effort=EFFORT, protocol=protocol
-    )
+    """Start a run on the processor, where there may be several workers."""
+    subject, protocol = look_at(pipe, device="cpu"), load_protocol("digits-dit")
+    return start_run(subject, folder, target_bits=3.2, trials=30, options=OPTIONS, effort=EFFORT, protocol=protocol)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
@@ -173,9 +169,8 @@ search(load_pipeline("digits-dit"), target_bits=target, trials=30, run_dir=run_d
 def test_a_plain_script_without_a_guard_can_search(tmp_path):
     script = tmp_path / "mine.py"
     script.write_text(PLAIN.format(run=str(tmp_path / "run"), target=3.2))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=500
+        [sys.executable, str(script)], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("started") == 1  # no worker ran the script
@@ -194,6 +189,7 @@ def test_the_job_of_a_worker_that_dies_goes_to_a_new_one_and_one_that_always_han
     with Engine(run, subject, workers=2) as engine:
         jobs = engine.map("prepare", [Draw(base, 8, 2) for base in range(6)])
         next(jobs)
+        assert len(engine._processes) == 2
         for process in engine._processes:
             process.kill()
         assert len(list(jobs)) == 5

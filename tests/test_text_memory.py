@@ -135,6 +135,8 @@ def test_only_the_generators_of_the_pipelines_own_devices_are_seeded_and_all_com
     assert devices_of(pipe) == {torch.device("cpu")}
     before = torch.random.get_rng_state()
     waiting = list(torch.cuda._lazy_seed_tracker.get_calls())  # what CUDA will do when it starts
+    started = torch.cuda.is_initialized()  # by another test
+    others = torch.cuda.get_rng_state_all() if started else []
     images_of(pipe)
     with seeded(5, devices_of(pipe)):
         one = torch.rand(3)
@@ -142,7 +144,8 @@ def test_only_the_generators_of_the_pipelines_own_devices_are_seeded_and_all_com
         assert torch.equal(torch.rand(3), one)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.cuda._lazy_seed_tracker.get_calls() == waiting
-    assert not torch.cuda.is_initialized()
+    assert torch.cuda.is_initialized() == started
+    assert all(map(torch.equal, torch.cuda.get_rng_state_all() if started else [], others))
     with pytest.raises(RuntimeError), seeded(1):
         raise RuntimeError
     assert torch.equal(torch.random.get_rng_state(), before)

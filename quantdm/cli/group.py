@@ -1,12 +1,14 @@
 """How commands are listed, and what is said where typer cannot read a value: what was given, what was expected."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import typer
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
-from quantdm.errors import QuantDMError, message_of
+from quantdm.errors import QuantDMError
 
 # Title -> commands, in the order in which a user meets them.
 PANELS = {
@@ -17,12 +19,14 @@ PANELS = {
 }
 ORDER = [name for names in PANELS.values() for name in names]
 METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Path: "PATH"}
-_EXPECTED = {
-    "int_parsing": "a whole number",
-    "float_parsing": "a number",
-    "greater_than_equal": "{ge} or more",
-    "less_than_equal": "{le} or less",
-}
+_EXPECTED = {int: "a whole number", float: "a number"}
+
+
+class Declared(NamedTuple):
+    """What the function of a command says of one of its options."""
+
+    kind: Any  # of a value; of each where there are several
+    info: OptionInfo | None
 
 
 class Commands(TyperGroup):
@@ -40,39 +44,65 @@ class Commands(TyperGroup):
             shorten(command)
         return command
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run what was asked for; a value that cannot be read is one line, as all bad input."""
-        try:
-            return super().invoke(ctx)
-        except typer.BadParameter as error:
-            problem = _problem(error)
-            if problem is None:
-                raise
-            raise QuantDMError(problem) from None
-
 
 def shorten(command: Any) -> None:
-    """Name the values of a command's options, and of those below it, by a word instead of their type."""
+    """Name the values of a command's options, and of those below it, by a word; say in our words which cannot be read.
+
+    What is said of an option is looked up in the command's function: how typer keeps it differs by its version.
+    """
     for name in getattr(command, "commands", {}):
         shorten(command.commands[name])
+    said = _declared(command.callback)
     for option in command.params:
-        if option.param_type_name == "option" and option.metavar is None:
-            kind = bool if option.is_flag else getattr(getattr(option, "type_descriptor", None), "annotation", None)
-            kind = next(iter(get_args(kind)), kind)  # of a list, what it is of
-            option.metavar = METAVARS.get(kind)
+        if option.param_type_name != "option" or "process_value" in vars(option):  # or it was shortened before
+            continue
+        declared = said.get(option.name, Declared(None, None))
+        if option.metavar is None:
+            option.metavar = METAVARS.get(bool if option.is_flag else declared.kind)
+        option.process_value = _reader(max(option.opts, key=len), declared, option.process_value)
 
 
-def _problem(error: Any) -> str | None:
-    """Return what is wrong with a value in our words, where the error says which value it is."""
-    listed = getattr(error.__cause__, "errors", None)
-    if listed is None or error.param is None:
+def _declared(function: Callable[..., Any] | None) -> dict[str, Declared]:
+    """Return what the function of a command says of its options, by their names."""
+    found = {}
+    for name, kind in (get_type_hints(function, include_extras=True) if function else {}).items():
+        info = next((note for note in getattr(kind, "__metadata__", ()) if isinstance(note, OptionInfo)), None)
+        while inner := get_args(kind):  # of Annotated, of "or None" and of a list
+            kind = inner[0]
+        found[name] = Declared(kind, info)
+    return found
+
+
+def _reader(name: str, declared: Declared, read: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return what reads an option's value; one that cannot be read is one line, as all bad input."""
+
+    def process_value(ctx: Any, value: Any) -> Any:
+        try:
+            return read(ctx, value)
+        except typer.BadParameter as error:
+            if not isinstance(value, str):  # it is missing
+                raise
+            raise QuantDMError(f"{name}: {_problem(value, declared) or f'got {value!r}: {error.message}'}") from None
+
+    return process_value
+
+
+def _problem(value: str, declared: Declared) -> str | None:
+    """Return what is wrong with a value in our words; None: there are none for it."""
+    kind, info = declared
+    if info is not None and info.parser is not None:
+        try:
+            info.parser(value)
+        except QuantDMError as error:
+            return str(error)
+    if kind not in _EXPECTED:
         return None
-    problem = listed()[0]
-    name = max(error.param.opts, key=len)
-    own = problem.get("ctx", {}).get("error")
-    if isinstance(own, QuantDMError):
-        return f"{name}: {own}"
-    expected = _EXPECTED.get(problem["type"])
-    if expected is None:
-        return f"{name}: got {problem['input']!r}: {message_of(problem)}"
-    return f"{name}: got {problem['input']}, expected {expected.format(**problem.get('ctx', {}))}"
+    try:
+        number = kind(value)
+    except ValueError:
+        return f"got {value}, expected {_EXPECTED[kind]}"
+    if info is not None and info.min is not None and not number >= info.min:
+        return f"got {value}, expected {info.min} or more"
+    if info is not None and info.max is not None and not number <= info.max:
+        return f"got {value}, expected {info.max} or less"
+    return None

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from diffusers import DiffusionPipeline
 
+from quantdm.pipelines.exported import exported
 from quantdm.pipelines.signature import VIDEOS, CallSignature
 
 _USUAL = {"prompt": "a photo of a lighthouse", "class_labels": [1]}
@@ -16,7 +16,7 @@ _SIDE = 512
 
 def signature_of(index: Mapping[str, Any]) -> CallSignature | None:
     """Return the call of the pipeline that a model_index.json names; None where diffusers exports no such class."""
-    cls = getattr(diffusers, str(index.get("_class_name")), None)
+    cls = exported(str(index.get("_class_name")))
     if not (isinstance(cls, type) and issubclass(cls, DiffusionPipeline)):
         return None
     return CallSignature.of_class(cls, [name for name in index if not name.startswith("_")])
@@ -70,7 +70,7 @@ def snippet(
 
 def _to_be_told(index: Mapping[str, Any]) -> list[str]:
     """Return the parts that a pipeline lacks and that its class does not call optional: diffusers must be told."""
-    optional = getattr(getattr(diffusers, str(index.get("_class_name")), None), "_optional_components", ())
+    optional = getattr(exported(str(index.get("_class_name"))), "_optional_components", ())
     return [name for name, value in index.items() if value == [None, None] and name not in optional]
 
 

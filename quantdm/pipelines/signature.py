@@ -9,12 +9,12 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import nn
 
 from quantdm.errors import QuantDMError
+from quantdm.pipelines.exported import exported
 from quantdm.pipelines.inputs import Clip, Constant, Drawn, Picture, TensorFile
 from quantdm.pipelines.protocol import FIRST_ARGUMENTS, Protocol
 
@@ -195,7 +195,7 @@ def output_of(signature: CallSignature, protocol: Protocol) -> Output:
 
 def makes_videos(class_name: str) -> bool:
     """Tell whether diffusers has a class of pipelines of that name, and it makes videos."""
-    kind = getattr(diffusers, class_name, None)
+    kind = exported(class_name)
     return (
         inspect.isclass(kind)
         and issubclass(kind, DiffusionPipeline)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
@@ -12,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from quantdm.errors import QuantDMError
+from quantdm.pipelines.exported import exported
 from quantdm.pipelines.skeleton import denoiser_config, model_skeleton
 from quantdm.pipelines.stored import SUFFIX
 from quantdm.pipelines.tensor_files import LazyTensor, tensors_in
@@ -63,7 +63,7 @@ def _config(path: Path, stored: Mapping[str, LazyTensor], config: str | Path | N
 def _converted(path: Path, model: nn.Module, stored: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
     """Return the tensors of a file under diffusers' names, by diffusers' own conversion."""
     known = SINGLE_FILE_LOADABLE_CLASSES
-    name = next((name for name in known if isinstance(model, getattr(diffusers, name))), None)
+    name = next((name for name in known if isinstance(model, exported(name) or ())), None)
     if name is None:
         raise QuantDMError(
             f"{path}: its tensors are not those of a {type(model).__name__}, and diffusers converts no others to it; "

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from quantdm.errors import QuantDMError
+from quantdm.pipelines.exported import exported
 from quantdm.pipelines.known import known_pipelines
 from quantdm.pipelines.loading import pipeline_path
 from quantdm.pipelines.parts import DENOISER_NAMES
@@ -38,9 +39,12 @@ def model_skeleton(config: dict[str, Any], where: str) -> ModelMixin:
         QuantDMError: a class that diffusers has not.
     """
     name = str(config.get("_class_name"))
-    cls: Any = getattr(diffusers, name, None)
+    cls = exported(name)
     if not (isinstance(cls, type) and issubclass(cls, ModelMixin)):
-        raise QuantDMError(f"{where}: its denoiser is a {name}, which diffusers {diffusers.__version__} has not")
+        raise QuantDMError(
+            f"{where}: its denoiser is a {name}, which diffusers {diffusers.__version__} has not, or cannot import "
+            "with what is installed here"
+        )
     config = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return cls.from_config(config).to("meta").eval()  # pyright: ignore[reportAttributeAccessIssue]
