@@ -38,7 +38,8 @@ ROUNDS, IMAGES = 10, 2
 SCHEMES = ("kmeans-channel-4", "uniform-channel-4", "kmeans-channel-3")
 TINY: dict[str, dict[str, Any]] = {
     "pixart-xl-2": {
-        "sample_size": 16, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "cross_attention_dim": 32,
+        "sample_size": 16, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16,
+        "cross_attention_dim": 32,
     },
     "sdxl": DIGITS["digits-sd"][1] | {
         "sample_size": 16, "transformer_layers_per_block": 1, "cross_attention_dim": 2048, "attention_head_dim": 5,
