@@ -1,6 +1,6 @@
 """Trials per minute on a processor and on accelerators: the embedded pipelines, and a random one of PixArt's size.
 
-    python eval/bench_devices.py                          # all; wants a quiet machine, ten minutes
+    python eval/bench_devices.py                          # all; wants a quiet machine, half an hour
     python eval/bench_devices.py --models digits-dit --devices cpu:1 cuda:1 cuda:4     # device:workers
 
 A trial is what a search measures: the images of one random configuration of a bank, and their figures against full
@@ -43,7 +43,7 @@ from tests.tiny_parts import decoder, encoder, tokenizer
 OUT, VERSION = Path(__file__).parent / "results" / "bench_devices.json", 1
 RANDOM = "pixart-sized"
 OPTIONS = [Scheme.parse(label) for label in ("uniform-channel-4", "uniform-channel-8")]
-SECONDS, ROUNDS, SEED = 20.0, 32, 11  # trials go on for so long, or until so many a worker
+SECONDS, ROUNDS, SEED = 60.0, 100, 11  # trials go on for so long, or until so many a worker
 PIXART = {"sample_size": 64, "caption_channels": 32, "use_additional_conditions": False}
 PROTOCOL = Protocol(
     version=2, argument="prompt", values=["a red barn", "two owls"], steps=4, features="pyramid", resolution=128,
@@ -55,10 +55,10 @@ def random_pipeline(folder: Path) -> Path:
     """Write a random pipeline of PixArt-XL/2's size; return where."""
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        denoiser = diffusers.PixArtTransformer2DModel(**PIXART)
+        denoiser: Any = diffusers.PixArtTransformer2DModel(**PIXART)
     pipe = diffusers.PixArtAlphaPipeline(
         tokenizer=tokenizer("t5", length=120), text_encoder=encoder("t5"), vae=decoder("kl"),
-        transformer=denoiser.to("cpu", torch.bfloat16),
+        transformer=denoiser.to(device="cpu", dtype=torch.bfloat16),
         scheduler=diffusers.DPMSolverMultistepScheduler(),  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     pipe.to(dtype=torch.bfloat16).save_pretrained(folder)

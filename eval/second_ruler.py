@@ -2,9 +2,11 @@
 
     python eval/second_ruler.py digits-dit --run-dir runs/study-dit -o runs/ruler     # after eval/allocation_study.py
     python eval/second_ruler.py digits-sd --run-dir runs/study-sd -o runs/ruler       # run it again to go on
+    python eval/second_ruler.py digits-dit -o runs/ruler          # without a study: what is shipped, and random mixes
 
-Needs the extra `features`. Every row of the tables, the configuration that was measured there, on the first noises of
-the same draw: Frechet and kernel distances to full precision by digit features and by EfficientNet-Lite0, PSNR, the
+Needs the extra `features`. Every row of the tables, the configuration that was measured there (without the run of a
+study: the shipped recipes, which are not tuned, and the uniform schemes), on the first noises of the same draw:
+Frechet and kernel distances to full precision by digit features and by EfficientNet-Lite0, PSNR, the
 cosine of paired features, and one figure that needs no reference: whether the digit classifier sees what was asked
 for. Writes eval/results/second_ruler_PIPELINE.json: rows, intervals between recipe and best uniform scheme, and the
 rank agreement of the rulers over all rows and trials and over those that are better than RUINED by digit features.
@@ -26,16 +28,21 @@ from rulers import Rulers, agreements, difference
 from quantdm import load_recipe
 from quantdm.activations import usual_activations
 from quantdm.allocation import select
+from quantdm.allocation.sampling import sample_configs
 from quantdm.files import read_json, write_json
 from quantdm.machine import cores, versions
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.known import known_pipelines
+from quantdm.pipelines.subject import look_at
+from quantdm.quantizers import count_bits
 from quantdm.runs.evaluator import Evaluator, Job
 from quantdm.runs.final import run_key, space_config
-from quantdm.runs.run import Run
-from quantdm.runs.stages import load_space
+from quantdm.runs.run import MIN_TRIALS, Run
+from quantdm.runs.search import start_run
+from quantdm.runs.stages import build_bank, describe, load_space
 from quantdm.runs.trials import own_trials
-from quantdm.schemes import Scheme
+from quantdm.schemes import ORIGINAL, Scheme
+from quantdm.surrogates import SearchSpace
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES, DRAW, STEPS = 500, 101, 20
@@ -52,20 +59,22 @@ ORDER = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=known_pipelines())
-    parser.add_argument("--run-dir", type=Path, required=True, help="of the study; nothing is written there")
+    parser.add_argument("--run-dir", type=Path, help="of the study; nothing is written there")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
     out = arguments.out / arguments.model
-    run = linked(arguments.run_dir, out / "run")
+    study = arguments.run_dir
+    run = own_run(arguments.model, out / "own-run") if study is None else linked(study, out / "run")
     result = read_json(ROOT / "eval" / "results" / f"calibrated_{arguments.model}.json", version=1)
     evaluator = Evaluator(run, run.open_subject())
     rulers = Rulers(evaluator, RULERS, out / "rows")
-    named = jobs_of(run, evaluator, result, arguments.run_dir)
+    named = shipped(run, evaluator, result) if study is None else jobs_of(run, evaluator, result, study)
     draw = Draw(DRAW, IMAGES, STEPS)
     distinct = {run_key(run, job): job for job in named.values()}
     rows = rulers.measure(distinct, [draw], "rows of the table")
     found = {name: rows[run_key(run, job)] for name, job in named.items()}
-    trials = rulers.measure(trial_jobs(run), [Draw(DRAW, TRIAL_IMAGES, TRIAL_STEPS)], "trials")
+    mixes = random_jobs(sizes_only(run, evaluator)) if study is None else trial_jobs(run)
+    trials = rulers.measure(mixes, [Draw(DRAW, TRIAL_IMAGES, TRIAL_STEPS)], "trials")
     record = {
         "version": 1,
         "model": arguments.model,
@@ -79,6 +88,7 @@ def main() -> None:
         "agreement of the table's rows": agreement(rows),
         f"agreement of the table's rows below {RUINED}": agreement(rows, RUINED),
         "agreement of trials": agreement(trials),
+        "trials are": "random mixes of all sizes" if study is None else "those of a search",
         "trials": {name: each[0]["figures"] for name, each in trials.items()},
         "versions": versions(),
         "machine": f"{platform.machine()}, {cores()} cores, {run.settings.dtype}",
@@ -96,6 +106,45 @@ def linked(source: Path, folder: Path) -> Run:
         if not (folder / name).exists():
             os.symlink((source / name).resolve(), folder / name)
     return Run.open(folder)
+
+
+def own_run(model: str, folder: Path) -> Run:
+    """Return a run with nothing but its bank."""
+    run, subject = start_run(look_at(model), folder, target_bits=3.0, trials=MIN_TRIALS)
+    describe(run, subject)
+    build_bank(run, subject)
+    return run
+
+
+def sizes_only(run: Run, evaluator: Evaluator) -> SearchSpace:
+    """Return the space of a run without sensitivities: weight errors stand in their place."""
+    subject, options = evaluator.subject, run.settings.schemes
+    bits = [[count_bits(layer.shape, option, layer.split) for option in options] for layer in subject.layers]
+    errors = np.array(
+        [[0.0 if o == ORIGINAL else evaluator.bank.weight_error(la.name, o) for o in options] for la in subject.layers]
+    )
+    return SearchSpace(subject.layers, subject.graph, options, np.array(bits, dtype=np.int64), errors, errors)
+
+
+def shipped(run: Run, evaluator: Evaluator, result: dict[str, Any]) -> dict[str, Job]:
+    """Return "SIZE ROW" -> the shipped recipe as it is, the mix of least weight error and the uniform scheme."""
+    space, draw, found = sizes_only(run, evaluator), Draw(0, 0, 0), {}
+    for size in SIZES:
+        notes = {row["name"]: row["note"] for row in result["sizes"][f"{size:g}"]}
+        recipe = load_recipe(ROOT / "recipes" / f"{result['model']}-{size_name(size)}bit-a16.yaml")
+        mix = select(space, -space.weight_error, target_bits=size)
+        found |= {
+            f"{size:g} recipe untuned": Job(draw, {name: recipe.layers[name] for name in space.layer_names}),
+            f"{size:g} least weight error": Job(draw, space.config(mix).to_labels()),
+            f"{size:g} uniform": Job(draw, space_config(space, Scheme.parse(notes["uniform"]))),
+        }
+    return found
+
+
+def random_jobs(space: SearchSpace) -> dict[str, Job]:
+    """Return random mixes of all sizes."""
+    choices = sample_configs(space, TRIALS, seed=DRAW)
+    return {f"mix {i}": Job(Draw(0, 0, 0), space.config(c).to_labels()) for i, c in enumerate(choices)}
 
 
 def jobs_of(run: Run, evaluator: Evaluator, result: dict[str, Any], study: Path) -> dict[str, Job]:
@@ -150,10 +199,11 @@ def trial_jobs(run: Run) -> dict[str, Job]:
 def sized(found: dict[str, list[dict[str, Any]]], size: str) -> dict[str, Any]:
     """Return the rows of one size, and how far the recipe is from the best uniform scheme by both distances."""
     rows = {name.partition(" ")[2]: each for name, each in found.items() if name.partition(" ")[0] == size}
+    recipe = rows.get("recipe", rows["recipe untuned"])
     return {
         "rows": {name: each[0]["figures"] for name, each in rows.items()},
         "recipe - uniform": {
-            f"fd:{ruler}": vars(difference(rows["recipe"], rows["uniform"], f"fd:{ruler}")) for ruler in RULERS
+            f"fd:{ruler}": vars(difference(recipe, rows["uniform"], f"fd:{ruler}")) for ruler in RULERS
         },
     }
 

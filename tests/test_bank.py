@@ -12,10 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from quantdm import QuantDMError, Scheme, get_denoiser, list_layers
+from quantdm import QuantDMError, Scheme, get_denoiser, list_layers, load_protocol
+from quantdm.activations.moments import JointMoments, gather_moments
 from quantdm.files import load_tensors
+from quantdm.pipelines.generate import calibration_calls
 from quantdm.quantizers import Moments, count_bits
 from quantdm.runs import bank as bank_module
+from quantdm.runs import bank_layer, bank_processes
 from quantdm.runs.bank import WeightBank
 from tests.programs import ROOT, environment
 
@@ -54,6 +57,45 @@ def test_files_are_the_same_for_any_number_of_workers(dit, layers, built, tmp_pa
     WeightBank(tmp_path, layers, OPTIONS).build(get_denoiser(dit), workers=workers)
     assert contents(tmp_path) == contents(built.folder)
     assert torch.get_num_threads() == before
+
+
+def test_many_cores_share_the_work_in_processes_and_files_are_the_same(dit, layers, built, tmp_path, monkeypatch):
+    few, started, start = layers[:7], [], bank_processes._start
+    monkeypatch.setattr(bank_module, "SMALL", 0)
+    monkeypatch.setattr(bank_processes, "_start", lambda: started.append(start()) or started[-1])
+    WeightBank(tmp_path, few, OPTIONS).build(get_denoiser(dit), workers=3)
+    assert 1 <= len(started) <= 3
+    assert all(process.returncode is not None for process in started)  # none is left
+    whole, found = contents(built.folder), contents(tmp_path)
+    assert len(stamps(tmp_path)) == 7
+    assert all(found[name] == whole[name] for name in stamps(tmp_path))
+    WeightBank(tmp_path, few, OPTIONS).build(get_denoiser(dit), workers=3)
+    assert len(started) <= 3  # what is there needs none
+
+
+def test_moments_in_files_reach_the_processes_and_those_in_memory_stay(dit, layers, tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_module, "SMALL", 0)
+    calls = calibration_calls(dit, load_protocol("digits-dit"), range(2), steps=2)
+    few, options, denoiser = layers[1:4], [Scheme.parse("uniform-channel-3-feedback")], get_denoiser(dit)
+    names = [layer.name for layer in few]
+    stored = JointMoments({"transformer": gather_moments(denoiser, calls, names, folder=tmp_path / "moments")})
+    held = {name: stored[name].held() for name in names}
+    for folder, moments in (("processes", stored), ("threads", held)):
+        WeightBank(tmp_path / folder, few, options).build(denoiser, moments=moments, workers=3)
+    assert contents(tmp_path / "processes") == contents(tmp_path / "threads")
+
+
+def test_what_a_process_cannot_quantize_or_one_that_dies_is_one_clear_error(layers, tmp_path, monkeypatch):
+    monkeypatch.setattr(bank_module, "SMALL", 0)
+    layer = replace(layers[0], name="a", shape=(2, 2), num_weights=4, split=None)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2, bias=False)})
+    torch.nn.init.constant_(model["a"].weight, torch.nan)
+    with pytest.raises(QuantDMError, match=r"^a: got 4 NaN or infinite weights"):
+        WeightBank(tmp_path, [layer], OPTIONS).build(model, workers=3)
+    monkeypatch.setattr(bank_processes, "__name__", "quantdm.no_such_module")
+    with pytest.raises(QuantDMError, match=r"^a: the process that quantized it ended with exit code 1"):
+        WeightBank(tmp_path, [layer], OPTIONS).build(model, workers=3)
+    assert not stamps(tmp_path)
 
 
 def test_progress_adds_up_to_all_weights(dit, layers, tmp_path):
@@ -137,14 +179,14 @@ def test_a_bad_weight_is_named_and_what_is_finished_stays(dit, layers, tmp_path)
 BUILD = """
 import sys, time, torch
 from quantdm import get_denoiser, list_layers, load_pipeline
-from quantdm.runs import bank
+from quantdm.runs import bank, bank_layer
 from tests.test_bank import OPTIONS
 torch.set_num_threads(1)
-quantize = bank.quantize_options
+quantize = bank_layer.quantize_options
 def slowly(*args, **kwargs):  # it does not finish before it is killed
     time.sleep(0.2)
     return quantize(*args, **kwargs)
-bank.quantize_options = slowly
+bank_layer.quantize_options = slowly
 denoiser = get_denoiser(load_pipeline("digits-dit"))
 bank.WeightBank(sys.argv[1], list_layers(denoiser)[:12], OPTIONS).build(denoiser, workers=2)
 """
@@ -171,7 +213,7 @@ def test_nothing_of_a_written_layer_stays_in_memory(dit, layers, built, monkeypa
 
     alive: list[weakref.ref] = []
     most = 0
-    quantize = bank_module.quantize_options
+    quantize = bank_layer.quantize_options
 
     def watched(*args, **kwargs):
         nonlocal most
@@ -180,7 +222,7 @@ def test_nothing_of_a_written_layer_stays_in_memory(dit, layers, built, monkeypa
         most = max(most, sum(ref() is not None for ref in alive))
         return items
 
-    monkeypatch.setattr(bank_module, "quantize_options", watched)
+    monkeypatch.setattr(bank_layer, "quantize_options", watched)
     bank = WeightBank(tmp_path, layers, OPTIONS).build(get_denoiser(dit), workers=1)
     assert len(alive) == len(layers) * len(OPTIONS)
     assert most <= 2 * len(OPTIONS)

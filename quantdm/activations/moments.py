@@ -120,14 +120,19 @@ class StoredMoments(Mapping[str, Moments]):
     def __getitem__(self, name: str) -> Moments:
         if name not in self.layer_names:
             raise KeyError(name)
-        second, metadata, let_go = map_tensor(self.path(name), "second")
-        return Moments(second, metadata["count"], let_go)
+        return moments_in(self.path(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layer_names)
 
     def __len__(self) -> int:
         return len(self.layer_names)
+
+
+def moments_in(path: Path) -> Moments:
+    """Return the moments of a layer's file, memory-mapped."""
+    second, metadata, let_go = map_tensor(path, "second")
+    return Moments(second, metadata["count"], let_go)
 
 
 class JointMoments(Mapping[str, Moments]):
@@ -139,6 +144,12 @@ class JointMoments(Mapping[str, Moments]):
     def __getitem__(self, name: str) -> Moments:
         part, own = split_name(name, tuple(self.parts))
         return self.parts[part][own]
+
+    def path(self, name: str) -> Path | None:
+        """Return the file of one layer; None: its moments are in memory."""
+        part, own = split_name(name, tuple(self.parts))
+        moments = self.parts[part]
+        return moments.path(own) if isinstance(moments, StoredMoments) else None
 
     def __iter__(self) -> Iterator[str]:
         for number, (part, moments) in enumerate(self.parts.items()):

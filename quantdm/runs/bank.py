@@ -5,25 +5,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from threading import Semaphore
 
 import torch
 from torch import nn
 
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
-from quantdm.files import digest, load_tensors, read_json, save_tensors, write_json
+from quantdm.files import load_tensors, read_json, write_json
 from quantdm.machine import BYTES_PER_WEIGHT, IN_FLIGHT, Gate, cores, one_torch_thread
-from quantdm.quantizers import Moments, QuantizedWeight, quantize_options, weight_error
-from quantdm.quantizers.branches import fits_rank
+from quantdm.quantizers import Moments, QuantizedWeight
 from quantdm.quantizers.options import SWEEPS
 from quantdm.quantizers.weight import halves
+from quantdm.runs.bank_layer import BANK_VERSION, LayerBuild
+from quantdm.runs.bank_processes import BankProcesses, file_of
 from quantdm.runs.weights import weight_reader
 from quantdm.schemes import Scheme
 
-BANK_VERSION = 3
 INDEX = "index.json"
 CACHE_BYTES = 2**31
+THREADS = 2  # that share one interpreter well
+SMALL = 2**23  # weights times options that are quantized in a few seconds
 
 
 class WeightBank:
@@ -69,8 +71,9 @@ class WeightBank:
         Args:
             source: the denoiser, or its safetensors file or folder of them.
             moments: of the inputs of every layer; needed when an option is calibrated.
-            workers: threads, one layer each, the largest layers first (None: one per core). Files are the same for any
-                number. Torch runs one thread per layer meanwhile.
+            workers: layers at once, the largest first (None: one per core): threads, or processes where there are more
+                and the work is worth starting them. Files are the same for any number. Torch runs one thread per layer
+                meanwhile.
             progress: called with the number of weights of every layer that is done.
 
         Raises:
@@ -82,27 +85,12 @@ class WeightBank:
             missing = [name for name in self.layers if name not in moments]
             if missing:
                 raise QuantDMError(f"moments: none for {missing[0]}; {nearest(missing[0], moments)}")
-        gate, before = Gate(IN_FLIGHT), self._before()
-
-        def work(layer: LayerRecord) -> tuple[LayerRecord, Path]:
-            with gate.room(self._room_of(layer)):
-                weight = read(f"{layer.name}.weight").cpu()  # threads have a core each, and one accelerator
-                if tuple(weight.shape) != layer.shape:
-                    raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
-                known = moments[layer.name] if moments is not None and self.calibrated else None
-                return layer, self._built(layer, weight, known, before.get(layer.name))
-
         largest_first = sorted(self.layers.values(), key=lambda layer: -layer.num_weights)
-        with one_torch_thread(), ThreadPoolExecutor(workers or cores()) as pool:
-            try:
-                for future in as_completed([pool.submit(work, layer) for layer in largest_first]):
-                    layer, path = future.result()
-                    self._files[layer.name] = path
-                    if progress is not None:
-                        progress(layer.num_weights)
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with one_torch_thread(), _Work(self, read, moments, workers or cores()) as work:
+            for layer, path in work.all(largest_first):
+                self._files[layer.name] = path
+                if progress is not None:
+                    progress(layer.num_weights)
         files = {name: self._files[name].name for name in self.layers}
         write_json(self.folder / INDEX, {"version": BANK_VERSION, "layers": files})
         return self
@@ -130,6 +118,11 @@ class WeightBank:
         """Whether an option is calibrated, so that `build` needs moments."""
         return any(scheme.calibration is not None for scheme in self.options)
 
+    @property
+    def _is_small(self) -> bool:
+        """Whether threads are done before processes have started."""
+        return len(self.options) * sum(layer.num_weights for layer in self.layers.values()) < SMALL
+
     def _room_of(self, layer: LayerRecord) -> int:
         """Return as how many weights a layer counts when memory is shared: the moments of its columns count as well.
 
@@ -146,50 +139,6 @@ class WeightBank:
             return {}
         files = read_json(self.folder / INDEX, version=BANK_VERSION)["layers"]
         return {name: self.folder / file for name, file in files.items()}
-
-    def _built(self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None, before: Path | None) -> Path:
-        """Return the file of a layer that holds every option; what an earlier one has is taken over."""
-        path = self._path(layer, weight, moments, self.options)
-        if path.is_file():
-            return path
-        of = _digest(layer, weight, moments, self.sweeps)
-        tensors: dict[str, torch.Tensor] = {}
-        errors: dict[str, float] = {}
-        if before is not None and before.is_file():
-            old, meta = load_tensors(before)
-            if meta.get("of") == of:
-                tensors, errors = dict(old), dict(meta["errors"])
-        missing = [s for s in self.options if s.label not in errors and fits_rank(weight.shape, s)]
-        if errors and not missing:
-            assert before is not None
-            return before
-        if errors:
-            path = self._path(layer, weight, moments, [*map(Scheme.parse, errors), *missing])
-        if moments is not None:
-            moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
-        quantized = quantize_options(
-            weight, missing, split=layer.split, name=layer.name, moments=moments, sweeps=self.sweeps
-        )
-        for scheme, item in zip(missing, quantized, strict=True):
-            tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
-            errors[scheme.label] = weight_error(weight, item.dequantize(dtype=torch.float32))
-        metadata = {
-            "version": BANK_VERSION,
-            "of": of,
-            "layer": layer.name,
-            "shape": list(weight.shape),
-            "dtype": str(weight.dtype).removeprefix("torch."),
-            "split": layer.split,
-            "errors": errors,
-        }
-        save_tensors(path, tensors, metadata)
-        return path
-
-    def _path(
-        self, layer: LayerRecord, weight: torch.Tensor, moments: Moments | None, options: Sequence[Scheme]
-    ) -> Path:
-        name = _digest(layer, weight, moments, self.sweeps, [scheme.label for scheme in options])
-        return self.folder / f"{name}.safetensors"
 
     def _open(self, name: str) -> dict[str, QuantizedWeight]:
         if name not in self._loaded:
@@ -250,12 +199,47 @@ class WeightBank:
             yield denoiser
 
 
-def _digest(layer: LayerRecord, weight: torch.Tensor, moments: Moments | None, sweeps: int, *more: Any) -> str:
-    """Return what determines the options of a layer, as a hash."""
-    parts: list[Any] = [BANK_VERSION, layer.name, *more, layer.split, weight]
-    if moments is not None:
-        parts += [moments.second, moments.count, sweeps]
-    return digest(*parts)
+class _Work:
+    """Layers that are built side by side, in threads or in processes."""
+
+    def __init__(
+        self,
+        bank: WeightBank,
+        read: Callable[[str], torch.Tensor],
+        moments: Mapping[str, Moments] | None,
+        workers: int,
+    ) -> None:
+        self.bank, self.read, self.moments, self.workers = bank, read, moments if bank.calibrated else None, workers
+        self._before, self._gate, self._few = bank._before(), Gate(IN_FLIGHT), Semaphore(THREADS)
+        self._processes, self._pool = BankProcesses(), ThreadPoolExecutor(workers)
+
+    def __enter__(self) -> "_Work":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._processes.end()
+        self._pool.shutdown(cancel_futures=True)
+
+    def all(self, layers: Sequence[LayerRecord]) -> Iterator[tuple[LayerRecord, Path]]:
+        """Yield every layer and its file as they are done."""
+        for future in as_completed([self._pool.submit(self._one, layer) for layer in layers]):
+            yield future.result()
+
+    def _one(self, layer: LayerRecord) -> tuple[LayerRecord, Path]:
+        with self._gate.room(self.bank._room_of(layer)):
+            weight = self.read(f"{layer.name}.weight").cpu()  # every core takes a layer; there are fewer accelerators
+            if tuple(weight.shape) != layer.shape:
+                raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
+            moments = None if self.moments is None else self.moments[layer.name]
+            before = self._before.get(layer.name)
+            task = LayerBuild(self.bank.folder, layer, self.bank.options, self.bank.sweeps, before)
+            if (path := task.found(weight, moments)) is not None:
+                return layer, path
+            file = None if moments is None else file_of(self.moments, layer.name)
+            if self.workers > THREADS and not self.bank._is_small and (moments is None or file is not None):
+                return layer, self._processes.build(task, weight, file)
+            with self._few:
+                return layer, task.build(weight, moments)
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""One layer of a bank: its weight under every option, in one file named by the content of what it is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantdm.denoisers.inventory import LayerRecord
+from quantdm.files import digest, load_tensors, save_tensors
+from quantdm.quantizers import Moments, quantize_options, weight_error
+from quantdm.quantizers.branches import fits_rank
+from quantdm.schemes import Scheme
+
+BANK_VERSION = 3
+
+
+@dataclass(frozen=True)
+class LayerBuild:
+    """What is to be made of a layer: options in a folder, beside those of the file of an earlier bank, if any."""
+
+    folder: Path
+    layer: LayerRecord
+    options: tuple[Scheme, ...]
+    sweeps: int
+    before: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a plain record."""
+        labels = [scheme.label for scheme in self.options]
+        layer = {**vars(self.layer), "shape": list(self.layer.shape)}
+        before = None if self.before is None else str(self.before)
+        return {"folder": str(self.folder), "layer": layer, "options": labels, "sweeps": self.sweeps, "before": before}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "LayerBuild":
+        """Build it from its record."""
+        layer = LayerRecord(**{**record["layer"], "shape": tuple(record["layer"]["shape"])})
+        before = None if record["before"] is None else Path(record["before"])
+        options = tuple(map(Scheme.parse, record["options"]))
+        return cls(Path(record["folder"]), layer, options, record["sweeps"], before)
+
+    def found(self, weight: torch.Tensor, moments: Moments | None) -> Path | None:
+        """Return the file that holds every option of a weight with these moments, if there is one."""
+        path = self._path(weight, moments, self.options)
+        if path.is_file():
+            return path
+        errors, _ = self._earlier(_digest(self.layer, weight, moments, self.sweeps))
+        if moments is not None:
+            moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
+        return self.before if errors and not self._missing(weight, errors) else None
+
+    def build(self, weight: torch.Tensor, moments: Moments | None) -> Path:
+        """Write the file of a weight that holds every option, and return it; what an earlier one has is taken over."""
+        path, of = self._path(weight, moments, self.options), _digest(self.layer, weight, moments, self.sweeps)
+        errors, tensors = self._earlier(of)
+        missing = self._missing(weight, errors)
+        if errors:
+            path = self._path(weight, moments, [*map(Scheme.parse, errors), *missing])
+        if moments is not None:
+            moments.let_go()
+        quantized = quantize_options(
+            weight, missing, split=self.layer.split, name=self.layer.name, moments=moments, sweeps=self.sweeps
+        )
+        for scheme, item in zip(missing, quantized, strict=True):
+            tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
+            errors[scheme.label] = weight_error(weight, item.dequantize(dtype=torch.float32))
+        metadata = {
+            "version": BANK_VERSION,
+            "of": of,
+            "layer": self.layer.name,
+            "shape": list(weight.shape),
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "split": self.layer.split,
+            "errors": errors,
+        }
+        save_tensors(path, tensors, metadata)
+        return path
+
+    def _earlier(self, of: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+        """Return the errors and tensors of the file before, if it is of the same weight and moments."""
+        if self.before is not None and self.before.is_file():
+            old, meta = load_tensors(self.before)
+            if meta.get("of") == of:
+                return dict(meta["errors"]), dict(old)
+        return {}, {}
+
+    def _missing(self, weight: torch.Tensor, errors: dict[str, float]) -> list[Scheme]:
+        return [s for s in self.options if s.label not in errors and fits_rank(weight.shape, s)]
+
+    def _path(self, weight: torch.Tensor, moments: Moments | None, options: Sequence[Scheme]) -> Path:
+        name = _digest(self.layer, weight, moments, self.sweeps, [scheme.label for scheme in options])
+        return self.folder / f"{name}.safetensors"
+
+
+def _digest(layer: LayerRecord, weight: torch.Tensor, moments: Moments | None, sweeps: int, *more: Any) -> str:
+    """Return what determines the options of a layer, as a hash."""
+    parts: list[Any] = [BANK_VERSION, layer.name, *more, layer.split, weight]
+    if moments is not None:
+        parts += [moments.second, moments.count, sweeps]
+    return digest(*parts)

@@ -1,0 +1,127 @@
+"""Build the layers of a bank in processes of their own: `python -m quantdm.runs.bank_processes` is one of them.
+
+Quantizing is a long chain of small operations, and each passes the interpreter's lock on: two threads share two cores
+well, but with a dozen cores the threads wait for the lock longer than they work. Layers travel as files, what is to be
+done and what came of it as lines of JSON.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantdm.errors import QuantDMError
+from quantdm.files import load_tensors, save_tensors
+from quantdm.quantizers import Moments
+from quantdm.runs.bank_layer import LayerBuild
+
+PACKAGE = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # it works on one core, and never on an accelerator
+Process = subprocess.Popen[str]
+
+
+class BankProcesses:
+    """Processes that are started when they are needed, until `end`."""
+
+    def __init__(self) -> None:
+        self._idle: queue.SimpleQueue[Process] = queue.SimpleQueue()
+        self._started: list[Process] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="quantdm-bank-")
+
+    def end(self) -> None:
+        """End the processes, whatever they are at: a file is whole or not there."""
+        for process in self._started:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):  # what was still to be written has no reader any more
+                    assert pipe is not None
+                    pipe.close()
+        self._folder.cleanup()
+
+    def build(self, task: LayerBuild, weight: torch.Tensor, moments: Path | None) -> Path:
+        """Build a layer in an idle process, or in a new one; as many work as threads call.
+
+        Raises:
+            QuantDMError: what the process raised, or that it ended.
+        """
+        try:
+            process = self._idle.get_nowait()
+        except queue.Empty:
+            process = _start()
+            self._started.append(process)
+        handed = Path(self._folder.name) / f"{process.pid}.safetensors"
+        save_tensors(handed, {"weight": weight})
+        job = {"task": task.to_dict(), "weight": str(handed), "moments": None if moments is None else str(moments)}
+        answer = _exchange(process, json.dumps(job))
+        handed.unlink()
+        if answer is None:
+            raise QuantDMError(
+                f"{task.layer.name}: the process that quantized it ended with exit code {process.wait()}; if memory "
+                "ran out, free some; run the same command again to go on"
+            )
+        self._idle.put(process)
+        if "error" in answer:
+            raise QuantDMError(answer["error"])
+        return Path(answer["path"])
+
+
+def file_of(moments: Mapping[str, Moments] | None, name: str) -> Path | None:
+    """Return the file in which the moments of a layer are; None: they are in memory only."""
+    path = getattr(moments, "path", None)
+    return None if path is None else path(name)
+
+
+def _start() -> Process:
+    path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
+        start_new_session=True,  # Ctrl-C is this process's to handle
+    )  # fmt: skip
+
+
+def _exchange(process: Process, line: str) -> dict[str, Any] | None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(OSError, ValueError):  # it ended
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+        if answer := process.stdout.readline():
+            return json.loads(answer)
+    return None
+
+
+def main() -> None:
+    """Build layers as lines ask for, until there are no more."""
+    torch.set_num_threads(1)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    for line in sys.stdin:
+        job = json.loads(line)
+        try:
+            answer = {"path": str(_built(job))}
+        except QuantDMError as error:
+            answer = {"error": str(error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _built(job: dict[str, Any]) -> Path:
+    from quantdm.activations.moments import moments_in
+
+    weight = load_tensors(job["weight"])[0]["weight"]
+    moments = None if job["moments"] is None else moments_in(Path(job["moments"]))
+    return LayerBuild.from_dict(job["task"]).build(weight, moments)
+
+
+if __name__ == "__main__":
+    main()
