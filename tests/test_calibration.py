@@ -183,14 +183,17 @@ def test_moments_of_images_that_are_all_alike_are_used_and_said_to_be_few(caplog
     model = nn.Linear(6, 4)
     x = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)).expand(9, 6)
     enough = gather_moments(nn.Sequential(model), [Call((x,), {}, model(x))], ["0"])
-    assert "1 layers, first 0, have fewer different input vectors (1) than columns (6)" in caplog.text  # nine in all
+    assert "1 layer with fewer different input vectors than columns, first 0 (1 of 6)" in caplog.text  # nine in all
     caplog.clear()
     mixed = torch.cat([x, torch.randn(3, 6, generator=torch.Generator().manual_seed(1))])
     gather_moments(nn.Sequential(model), [Call((mixed,), {}, model(mixed)), Call((x,), {}, model(x))], ["0"])
-    assert "different input vectors (4) than columns (6)" in caplog.text
+    assert "first 0 (4 of 6)" in caplog.text
     caplog.clear()
     other = torch.randn(7, 6, generator=torch.Generator().manual_seed(2))
     gather_moments(nn.Sequential(model), [Call((other,), {}, model(other))], ["0"])
+    assert "full rank" not in caplog.text
+    steps = [Call((row.expand(5, 6),), {}, model(row.expand(5, 6))) for row in other[:3]]
+    gather_moments(nn.Sequential(model), steps, ["0"])  # as a layer that embeds the timestep: no image changes that
     assert "full rank" not in caplog.text
     few = gather_moments(nn.Sequential(model), [Call((x[:3],), {}, model(x[:3]))], ["0"])
     for moments in (enough["0"], few["0"]):

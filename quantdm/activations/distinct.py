@@ -15,6 +15,7 @@ class DistinctVectors:
 
     def __init__(self) -> None:
         self._seen: dict[str, set[int]] = {}
+        self._varied: set[str] = set()
 
     def add(self, name: str, vectors: Tensor) -> None:
         """Look at input vectors [G, M, n], float32, of a layer; of several groups the first stands for all."""
@@ -22,7 +23,14 @@ class DistinctVectors:
         for part in vectors[0].split(max(PIECE // columns, 1)):
             if len(seen) >= columns:
                 return
-            seen.update(_hashes(part).tolist())
+            found = set(_hashes(part).tolist())
+            seen |= found
+            if len(found) > 1:
+                self._varied.add(name)
+
+    def sees_the_step_alone(self, name: str) -> bool:
+        """Whether every call gave a layer one vector, and not all the same: more images would bring it nothing new."""
+        return name not in self._varied and self.count(name) > 1
 
     def count(self, name: str) -> int:
         """Return how many different vectors of a layer were seen: at least so many as columns, or exactly."""

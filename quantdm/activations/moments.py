@@ -209,7 +209,7 @@ def _gather(
     finally:
         for handle in handles:
             handle.remove()
-    _warn_of_rank(sums, {name: distinct.count(name) for name in counts})
+    _warn_of_rank(sums, {name: distinct.count(name) for name in counts if not distinct.sees_the_step_alone(name)})
     for name, count in counts.items():
         if count:
             yield name, Moments(sums.pop(name).div_(count).float(), count)
@@ -227,9 +227,9 @@ def _warn_of_rank(sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None
     if few:
         name, count = next(iter(few.items()))
         _log.warning(
-            "%d layers, first %s, have fewer different input vectors (%d) than columns (%d): their moments have no "
-            "full rank, and what was not seen counts little; calibrate on more images, steps or prompts",
-            len(few), name, count, sums[name].shape[-1],
+            "%s with fewer different input vectors than columns, first %s (%d of %d): the moments have no full rank, "
+            "and what was not seen counts little; calibrate on more images, steps or prompts",
+            counted(len(few), "layer"), name, count, sums[name].shape[-1],
         )  # fmt: skip
 
 
