@@ -260,8 +260,8 @@ def test_a_run_exports_what_it_chose(measured, tmp_path):
     recipe = next(row for row in summary["rows"] if row["name"] == "recipe")
     assert size == recipe["denoiser_bytes"]
     assert not (folder / "correction.safetensors").exists()  # it belongs to activations that this recipe has not
-    assert "left out" in said[0]
-    assert "token-6 activations" in said[0]
+    assert said[0].startswith("correction: left out, for it belongs to 6-bit activations")
+    assert said[0].endswith("--corrected")
     assert load_recipe(folder / "recipe.yaml").activations is None
     assert "| recipe |" in write_card(folder, summary=run.path("summary.json")).read_text()
 

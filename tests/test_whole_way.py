@@ -54,7 +54,7 @@ def test_every_stage_is_announced_and_what_is_left_out_is_said(whole):
     stages = [line for line in said if line.startswith("[")]
     assert [line.split("/")[0] for line in stages] == [f"[{i}" for i in range(1, 11)]
     assert any("activations and the sampler's correction" in line for line in said)
-    assert all(len(line) <= 450 for line in said)  # the longest says why the correction is left out
+    assert all(len(line) <= 300 for line in said)  # the longest says why the correction is left out
 
 
 def test_the_summary_has_all_rows(whole):

@@ -95,6 +95,12 @@ def _pair(
         _check_tuning(run, recipe)
         bits = "are not quantized" if recipe.activations is None else f"have {recipe.activations.bits} bits"
         return recipe, path, f"correction: exported, activations {bits} as it was fitted for"
+    if recipe.activations is None and correction.activations is not None:
+        bits = correction.activations.bits
+        return recipe, None, (
+            f"correction: left out, for it belongs to {bits}-bit activations and this export keeps them in full "
+            f"precision; with both: quantdm export --run-dir {run.folder} -o FOLDER --corrected"
+        )  # fmt: skip
     try:
         correction.check_belongs(labels, recipe.activations)
         _check_tuning(run, recipe)
