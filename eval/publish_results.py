@@ -34,7 +34,7 @@ ROWS = {
     "one-layer sensitivity": "one-layer sensitivities (knapsack)",
     "least weight error": "least weight error (knapsack)",
 }
-SECOND = {"recipe": "recipe", "uniform": "uniform, next width"}
+SECOND = {"recipe": "recipe", "recipe untuned": "before tuning", "uniform": "uniform, next width"}
 IMAGENET = "fd:efficientnet-lite0"
 
 
@@ -63,10 +63,12 @@ def draw_samples(model: str, size: str, rows: dict[str, Any], out: Path) -> None
 
 
 def second_rows(second: dict[str, Any], sizes: Iterable[str]) -> list[str]:
-    """Return the rows by ImageNet features; "-" where a row was not measured."""
+    """Return the rows by ImageNet features; "-" where one was not measured, and none that was measured nowhere."""
     found = []
     for name, label in SECOND.items():
         cells = [second["sizes"].get(size, {}).get("rows", {}).get(name) for size in sizes]
+        if not any(cells):
+            continue
         told = ["-" if cell is None else f"{cell[IMAGENET]:.3f}" for cell in cells]
         found.append(f"| {label}: FD with ImageNet features | {' | '.join(told)} |")
     return found
