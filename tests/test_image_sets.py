@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -237,6 +238,28 @@ def test_pairs_have_closed_forms_and_must_match(tmp_path):
     assert (same[0].value, same[0].notes) == (100.0, ("19 pairs are equal and count as 100 dB",))
     assert same[1].value == pytest.approx(1)
     assert 1 < same[2].value < 10
+
+
+def test_preferences_are_asked_of_their_packages_image_by_image(tmp_path, monkeypatch):
+    images, asked = open_images(write_folder(tmp_path / "a", IMAGES[:3])), []
+
+    def score(picture, prompt):
+        asked.append((picture.mode, picture.size, prompt))
+        return float(len(prompt))
+
+    reward = SimpleNamespace(load=lambda name: SimpleNamespace(score=lambda prompt, picture: score(picture, prompt)))
+    hps = SimpleNamespace(score=lambda picture, prompt, hps_version: [score(picture, prompt)])
+    monkeypatch.setattr("quantdm.metrics.registry.importlib.util.find_spec", lambda name: object())
+    for name, module, package in (("image_reward", "ImageReward", reward), ("hps_v2", "hpsv2", hps)):
+        monkeypatch.setitem(sys.modules, module, package)
+        with pytest.raises(QuantDMError, match=f"{name}: needs one prompt per image"):
+            measure(images, DIGITS, [name])
+        assert measure(images, DIGITS, [name], prompts=["a", "bb", "ccc"])[0].value == 2
+        assert asked[-1] == ("RGB", tuple(IMAGES.shape[:1:-1]), "ccc")
+    hps.score = reward.load = lambda *_, **__: 1 / 0
+    for name, what in (("image_reward", "load its model"), ("hps_v2", "score an image")):
+        with pytest.raises(QuantDMError, match=f"{name}: its package cannot {what}: ZeroDivisionError"):
+            measure(images, DIGITS, [name], prompts=["a", "bb", "ccc"])
 
 
 def test_what_is_missing_is_named_with_the_command_that_fetches_it(tmp_path):

@@ -38,6 +38,7 @@ def check_chosen(protocol: Protocol) -> None:
     have: set[Need] = {"images", "set", "pairs", "features kept"}
     if protocol.features.startswith(CLIP):
         have |= {"CLIP features", "prompts"} if _words(protocol) else {"CLIP features"}
+    have |= {"captions"} if _words(protocol) else set()
     if protocol.features.startswith(SCORED):
         have.add("class scores")
         if any("classes" in METRICS[name].needs for name in protocol.metrics if name in METRICS):

@@ -57,7 +57,7 @@ def measure(
     others = {} if reference is None else {f"images of {_name_of(reference)}": _count_of(reference)}
     check_enough(metrics, len(made), others)
     sets = [name for name in metrics if "set" in METRICS[name].needs]
-    each = [name for name in metrics if {"pairs", "prompts", "class scores"} & set(METRICS[name].needs)]
+    each = [name for name in metrics if {"pairs", "prompts", "captions", "class scores"} & set(METRICS[name].needs)]
     found: dict[str, Figure] = {}
     if sets:
         assert reference is not None
@@ -97,8 +97,8 @@ def _have(
         have.add("features kept")
     if pairs is not None:
         have.add("pairs")
-    if prompts is not None and clip is not None:
-        have.add("prompts")
+    if prompts is not None:
+        have |= {"captions"} if clip is None else {"captions", "prompts"}
     if space.logits is not None:
         have.add("class scores")
     if classes_of(prompts, space) is not None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from quantdm.errors import QuantDMError
+from quantdm.metrics import preferred
 from quantdm.metrics.features import FeatureSpace, batched
 from quantdm.metrics.images import ImageSet
 from quantdm.metrics.lpips import Lpips
@@ -53,7 +54,7 @@ def values_of_each(
             for name in names:
                 needs = METRICS[name].needs
                 asked = None if classes is None else classes[start : start + len(mine)]
-                second = {"pairs": theirs, "prompts": said, "classes": asked}.get(needs[-1])
+                second = {"pairs": theirs, "prompts": said, "captions": said, "classes": asked}.get(needs[-1])
                 found[name].append(functions[name](mine) if second is None else functions[name](mine, second))
             start += len(mine)
             progress.update(len(mine))
@@ -77,6 +78,8 @@ def _functions(names: Sequence[str], space: FeatureSpace, clip: str | None) -> d
         "agreement": lambda: agrees,
         "lpips": Lpips,
         "clip_score": lambda: ClipScore(clip or ""),
+        "image_reward": preferred.image_reward,
+        "hps_v2": preferred.hps_v2,
         "inception_score": lambda: logits,
     }
     return {name: made[name]() for name in names}

@@ -10,7 +10,16 @@ from quantdm.metrics import lpips, prompted
 from quantdm.metrics.neighbours import NEAREST
 
 Need = Literal[
-    "images", "set", "pairs", "prompts", "class scores", "classes", "features kept", "CLIP features", "videos"
+    "images",
+    "set",
+    "pairs",
+    "prompts",
+    "captions",
+    "class scores",
+    "classes",
+    "features kept",
+    "CLIP features",
+    "videos",
 ]
 
 
@@ -62,11 +71,11 @@ METRICS: dict[str, Metric] = {
         fetch=prompted.FETCH,
     ),
     "image_reward": Metric(
-        "ImageReward", "higher", ("prompts",), "what people prefer, given a prompt", package="ImageReward",
+        "ImageReward", "higher", ("captions",), "what people prefer, given a prompt", package="ImageReward",
         fetch="pip install image-reward, then ImageReward.load('ImageReward-v1.0') once",
     ),
     "hps_v2": Metric(
-        "HPSv2", "higher", ("prompts",), "what people prefer, given a prompt", package="hpsv2",
+        "HPSv2.1", "higher", ("captions",), "what people prefer, given a prompt", 4, package="hpsv2",
         fetch="pip install hpsv2, then hpsv2.score(...) once",
     ),
 }  # fmt: skip
@@ -104,10 +113,9 @@ def check_metrics(names: tuple[str, ...], have: set[Need]) -> None:
     """
     for name in names:
         found = metric(name)
-        if found.package:
-            there = "is installed, but quantdm does not call it: score the folder of images with it yourself"
-            state = there if importlib.util.find_spec(found.package) else f"is missing; to get it: {found.fetch}"
-            raise QuantDMError(f"{name}: {found.package} {state}. With prompts there is clip_score")
+        if found.package and importlib.util.find_spec(found.package) is None:
+            missing = f"{found.package} is missing; to get it: {found.fetch}"
+            raise QuantDMError(f"{name}: {missing}. With prompts there is clip_score")
         if name == "lpips" and lpips.find_alexnet() is None:
             raise QuantDMError(f"lpips: no weights of AlexNet; to get them: {lpips.FETCH}. Without: psnr, ssim, cosine")
         lacks: list[Need] = [need for need in found.needs if need not in have]
@@ -140,6 +148,7 @@ _WHAT: dict[Need, str] = {
     "set": "other images to compare with, or their statistics",
     "pairs": "the images of equal seeds by full precision, not only statistics",
     "prompts": "a CLIP model (--clip) and one prompt per image (--prompts FILE, or the manifest of generated images)",
+    "captions": "one prompt per image (--prompts FILE, or the manifest of generated images)",
     "class scores": "features with class scores: efficientnet-lite0, inception-... or digits",
     "classes": "one class per image: a number, or a prompt that names a digit (--prompts, or the images' manifest)",
     "features kept": "the features of the reference, not only sums: make its statistics with --keep-features",
