@@ -52,6 +52,8 @@ def shorten(command: Any) -> None:
     """
     for name in getattr(command, "commands", {}):
         shorten(command.commands[name])
+    if "get_help_option" not in vars(command):
+        command.get_help_option = _without_value(command.get_help_option)
     said = _declared(command.callback)
     for option in command.params:
         if option.param_type_name != "option" or "process_value" in vars(option):  # or it was shortened before
@@ -60,6 +62,18 @@ def shorten(command: Any) -> None:
         if option.metavar is None:
             option.metavar = METAVARS.get(bool if option.is_flag else declared.kind)
         option.process_value = _reader(max(option.opts, key=len), declared, option.process_value)
+
+
+def _without_value(get: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return what gives the help option, which typer would list as one with a value."""
+
+    def get_help_option(ctx: Any) -> Any:
+        option = get(ctx)
+        if option is not None:
+            option.metavar = ""
+        return option
+
+    return get_help_option
 
 
 def _declared(function: Callable[..., Any] | None) -> dict[str, Declared]:
