@@ -15,7 +15,7 @@ def _field(codes, base, size, lane, inside, WIDTH: tl.constexpr):
     return (byte >> low) & ((1 << WIDTH) - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "groups"])  # one compilation for all of their values
 def decode(
     codes, table, scale, zero_point, factor, out,
     columns, blocks, stride, groups, eighth, limit,
