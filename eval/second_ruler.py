@@ -62,8 +62,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, help="of the study; nothing is written there")
     parser.add_argument("-o", "--out", type=Path, required=True)
     arguments = parser.parse_args()
-    out = arguments.out / arguments.model
-    study = arguments.run_dir
+    out, study = arguments.out / arguments.model, arguments.run_dir
     run = own_run(arguments.model, out / "own-run") if study is None else linked(study, out / "run")
     result = read_json(ROOT / "eval" / "results" / f"calibrated_{arguments.model}.json", version=1)
     evaluator = Evaluator(run, run.open_subject())
