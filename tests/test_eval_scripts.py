@@ -75,3 +75,24 @@ def test_rank_agreement_of_rulers():
     assert rank_agreement({"a": [1, 1, 1], "b": [1, 2, 3]})["a / b"]["spearman"] is None
     with pytest.raises(QuantDMError, match="expected the same three or more"):
         rank_agreement({"a": [1, 2], "b": [1, 2]})
+
+
+@pytest.mark.filterwarnings("ignore:integer residency")  # of convolutions, whose inputs stay as they are
+def test_the_bench_of_packed_weights_on_a_gpu_runs_small_and_finds_equal_outputs(scripts):
+    import bench_cuda
+
+    notes, before = bench_cuda.Notes(None), bench_cuda.fused.wanted
+    try:
+        bench_cuda.bench(notes, bench_cuda.Place(torch.device("cpu"), tiny=True))
+    finally:
+        bench_cuda.fused.wanted = before
+    assert len(notes.found) == len(bench_cuda.NAMES) * (len(bench_cuda.SCHEMES) + 1)
+    for title, found in notes.found.items():
+        assert found.get("output_sd", 1.0) > 0.01
+        for way, row in found["rows"].items():
+            assert row["plain"]["ms"] >= row["plain"]["best"] > 0, (title, way)
+            assert row.get("difference", 0.0) == 0.0, (title, way)
+    assert bench_cuda.record(notes.found)["models"] is notes.found
+    lines = bench_cuda.table_of(notes.found).splitlines()
+    assert sum(bench_cuda.INTEGER in line for line in lines) == len(bench_cuda.NAMES)
+    assert sum("kernel was NOT used" in line for line in lines) == len(bench_cuda.NAMES) * len(bench_cuda.SCHEMES)
