@@ -6,6 +6,8 @@ Without an accelerator its arithmetic is run by Triton's interpreter, where Trit
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
@@ -156,6 +158,39 @@ def test_what_the_kernel_cannot_read_or_write_is_left_to_the_eager_path() -> Non
     assert not fused._serves(torch.empty(25, 80), scheme, tensors)  # it would read beyond the codes
     assert not fused._serves(out, scheme, tensors | {"scale": torch.ones(24, 2).half()[:, :1]})
     assert not fused._serves(out, scheme, tensors | {"factor": tensors["factor"].to("meta")})
+
+
+class _OnDevice(torch.Tensor):
+    """A tensor that says that it is on an accelerator."""
+
+    is_cuda = True  # pyright: ignore[reportAssignmentType]
+
+
+def test_the_kernel_is_launched_on_the_device_of_the_weight_and_a_capture_asks_nothing(monkeypatch) -> None:
+    """Triton launches on the current device whatever its arguments are, and a capture allows no copy from it."""
+    weight, state = example("kmeans-channel-4", (24, 80), None), {"device": None, "capturing": False}
+    launched: list[object] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, state["device"] = state["device"], device
+        yield
+        state["device"] = before
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state["capturing"])
+    monkeypatch.setattr(fused, "_works", lambda device: not fused._asked.add(device))
+    monkeypatch.setattr(fused, "_asked", set())
+    monkeypatch.setattr(fused, "_launch", lambda *given: launched.append(state["device"]))
+    out = torch.empty(24, 80).as_subclass(_OnDevice)
+    given = (out, weight.scheme, weight.tensors, 1.0)
+    for capturing, served in ((True, False), (False, True), (True, True)):
+        state["capturing"] = capturing
+        assert fused.decode_(*given) == served
+    assert launched == [out.device] * 2
+    monkeypatch.setattr(fused, "wanted", False)
+    assert not fused.decode_(*given)
+    assert len(launched) == 2
 
 
 @pytest.mark.parametrize(("label", "dtype"), fused._EXAMPLES)
