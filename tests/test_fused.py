@@ -240,3 +240,14 @@ def test_a_kernel_that_answers_wrongly_is_not_used(monkeypatch, caplog) -> None:
         assert not fused._works(torch.device("cuda:7"))
     assert "wrong for kmeans-channel-2-fp16, kmeans-shared32-3" in caplog.text
     fused._works.cache_clear()
+
+
+def test_the_grids_of_log2_are_there_before_a_capture_could_need_them(monkeypatch) -> None:
+    made = set()
+    monkeypatch.setattr(fused, "find_spec", lambda name: object())
+    monkeypatch.setattr(fused, "_is_right", lambda scheme, dtype, device: True)
+    monkeypatch.setattr(fused, "_grid", lambda bits, half_steps, device: made.add((bits, half_steps, str(device))))
+    fused._works.cache_clear()
+    assert fused._works(torch.device("cuda:7"))
+    assert made == {(bits, half, "cuda:7") for bits in range(2, 9) for half in (False, True)}
+    fused._works.cache_clear()
