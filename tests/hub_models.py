@@ -82,9 +82,10 @@ MODELS = {"dit": make_dit, "pixart": make_pixart, "unet": make_unet}
 def run(model: nn.Module) -> torch.Tensor:
     """Call a denoiser on fixed inputs in its own dtype, where it is."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, 8, 8, generator=generator).to(model.device, model.dtype)
-    text = torch.randn(2, 5, 12, generator=generator).to(model.device, model.dtype)
-    time, labels = torch.tensor([[10, 500], [1, 2]], device=model.device)
+    device = torch.device("cpu") if model.device.type == "meta" else model.device  # offloaded: hooks bring inputs along
+    x = torch.randn(2, 4, 8, 8, generator=generator).to(device, model.dtype)
+    text = torch.randn(2, 5, 12, generator=generator).to(device, model.dtype)
+    time, labels = torch.tensor([[10, 500], [1, 2]], device=device)
     kind = type(getattr(model, "_orig_mod", model))  # a compiled model hides its class
     if kind is DiTTransformer2DModel:
         return model(x, timestep=time, class_labels=labels, return_dict=False)[0]

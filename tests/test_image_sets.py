@@ -249,7 +249,7 @@ def test_preferences_are_asked_of_their_packages_image_by_image(tmp_path, monkey
 
     reward = SimpleNamespace(load=lambda name: SimpleNamespace(score=lambda prompt, picture: score(picture, prompt)))
     hps = SimpleNamespace(score=lambda picture, prompt, hps_version: [score(picture, prompt)])
-    monkeypatch.setattr("quantdm.metrics.registry.importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("quantdm.metrics.registry.find_spec", lambda name: object())
     for name, module, package in (("image_reward", "ImageReward", reward), ("hps_v2", "hpsv2", hps)):
         monkeypatch.setitem(sys.modules, module, package)
         with pytest.raises(QuantDMError, match=f"{name}: needs one prompt per image"):

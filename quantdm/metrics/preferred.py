@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from quantdm.errors import QuantDMError
-from quantdm.pipelines.generate import as_bytes
 
 Scorer = Callable[[torch.Tensor, list[str]], torch.Tensor]
 
@@ -54,6 +53,8 @@ def _each(name: str, score: Callable[[Image.Image, str], Any]) -> Scorer:
 
 
 def _picture(image: torch.Tensor) -> Image.Image:
+    from quantdm.pipelines.generate import as_bytes  # here: measuring pictures on disk waits for no diffusers
+
     return Image.fromarray(as_bytes(image.expand(3, -1, -1)).permute(1, 2, 0).contiguous().numpy())
 
 

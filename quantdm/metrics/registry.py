@@ -1,8 +1,8 @@
 """Every metric by name: which direction is good, what it needs, what it says."""
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from quantdm.errors import QuantDMError, nearest
@@ -113,7 +113,7 @@ def check_metrics(names: tuple[str, ...], have: set[Need]) -> None:
     """
     for name in names:
         found = metric(name)
-        if found.package and importlib.util.find_spec(found.package) is None:
+        if found.package and find_spec(found.package) is None:
             missing = f"{found.package} is missing; to get it: {found.fetch}"
             raise QuantDMError(f"{name}: {missing}. With prompts there is clip_score")
         if name == "lpips" and lpips.find_alexnet() is None:
