@@ -25,13 +25,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _convolves(item: pytest.Item) -> bool:
     name = item.name
     return (
-        ("[conv" in name
-        and "integer" in name)
-        or ("[conv" in name
-        and item.path.name == "test_execution.py")
+        ("[conv" in name and "integer" in name)
+        or ("[conv" in name and item.path.name == "test_execution.py")
         or name.startswith(("test_a_denoiser_runs_in_integers", "test_inputs_that_no_product_computes"))
-        or (name.startswith("test_a_lora_changes_the_output")
-        and "integer" in name)
+        or (name.startswith("test_a_lora_changes_the_output") and "integer" in name)
     )
 
 
