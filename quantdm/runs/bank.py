@@ -233,11 +233,12 @@ class _Work:
             moments = None if self.moments is None else self.moments[layer.name]
             before = self._before.get(layer.name)
             task = LayerBuild(self.bank.folder, layer, self.bank.options, self.bank.sweeps, before)
-            if (path := task.found(weight, moments)) is not None:
-                return layer, path
             file = None if moments is None else file_of(self.moments, layer.name)
             if self.workers > THREADS and not self.bank._is_small and (moments is None or file is not None):
-                return layer, self._processes.build(task, weight, file)
+                found = task.found(weight, moments)  # what is there needs no process
+                if moments is not None:
+                    moments.let_go()
+                return layer, found or self._processes.build(task, weight, file)
             with self._few:
                 return layer, task.build(weight, moments)
 

@@ -43,23 +43,20 @@ class LayerBuild:
 
     def found(self, weight: torch.Tensor, moments: Moments | None) -> Path | None:
         """Return the file that holds every option of a weight with these moments, if there is one."""
-        path = self._path(weight, moments, self.options)
-        if path.is_file():
-            return path
-        errors, _ = self._earlier(_digest(self.layer, weight, moments, self.sweeps))
-        if moments is not None:
-            moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
-        return self.before if errors and not self._missing(weight, errors) else None
+        found = self._look(weight, moments)
+        return found if isinstance(found, Path) else None
 
     def build(self, weight: torch.Tensor, moments: Moments | None) -> Path:
-        """Write the file of a weight that holds every option, and return it; what an earlier one has is taken over."""
-        path, of = self._path(weight, moments, self.options), _digest(self.layer, weight, moments, self.sweeps)
-        errors, tensors = self._earlier(of)
+        """Return the file of a weight that holds every option; what an earlier one has is taken over."""
+        found = self._look(weight, moments)
+        if isinstance(found, Path):
+            return found
+        path, of, errors, tensors = found
         missing = self._missing(weight, errors)
         if errors:
             path = self._path(weight, moments, [*map(Scheme.parse, errors), *missing])
         if moments is not None:
-            moments.let_go()
+            moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
         quantized = quantize_options(
             weight, missing, split=self.layer.split, name=self.layer.name, moments=moments, sweeps=self.sweeps
         )
@@ -77,6 +74,20 @@ class LayerBuild:
         }
         save_tensors(path, tensors, metadata)
         return path
+
+    def _look(
+        self, weight: torch.Tensor, moments: Moments | None
+    ) -> Path | tuple[Path, str, dict[str, float], dict[str, torch.Tensor]]:
+        """Return the file that holds every option, or where it comes, what it is of, and what an earlier one has."""
+        path = self._path(weight, moments, self.options)
+        if path.is_file():
+            return path
+        of = _digest(self.layer, weight, moments, self.sweeps)
+        errors, tensors = self._earlier(of)
+        if errors and not self._missing(weight, errors):
+            assert self.before is not None
+            return self.before
+        return path, of, errors, tensors
 
     def _earlier(self, of: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Return the errors and tensors of the file before, if it is of the same weight and moments."""
