@@ -2,6 +2,7 @@
 
     python eval/bench_devices.py                          # all; wants a quiet machine, half an hour
     python eval/bench_devices.py --models digits-dit --devices cpu:1 cuda:1 cuda:4     # device:workers
+    python eval/bench_devices.py --models digits-dit --devices cpu:2 ray:2      # Ray: a cluster of its own here
 
 A trial is what a search measures: the images of one random configuration of a bank, and their figures against full
 precision. Workers are opened and have measured one configuration each before time is taken; the batch is found from
@@ -31,7 +32,7 @@ from quantdm.metrics.samples import Draw
 from quantdm.pipelines.known import known_pipelines
 from quantdm.pipelines.sizes import auto_batch
 from quantdm.pipelines.subject import Subject, look_at
-from quantdm.runs.engines.local import Engine
+from quantdm.runs.engines.choice import open_engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.tiny_parts import decoder, encoder, tokenizer
 
 OUT, VERSION = Path(__file__).parent / "results" / "bench_devices.json", 1
-RANDOM = "pixart-sized"
+RANDOM, RAY = "pixart-sized", "ray"
 OPTIONS = [Scheme.parse(label) for label in ("uniform-channel-4", "uniform-channel-8")]
 SECONDS, ROUNDS, SEED = 60.0, 100, 11  # trials go on for so long, or until so many a worker
 PIXART = {"sample_size": 64, "caption_channels": 32, "use_additional_conditions": False}
@@ -87,9 +88,9 @@ def jobs(run: Run, subject: Subject, count: int) -> list[Job]:
     ]
 
 
-def measure(run: Run, subject: Subject, workers: int) -> dict[str, Any]:
+def measure(run: Run, subject: Subject, engine_name: str, workers: int) -> dict[str, Any]:
     """Return trials per minute with so many workers."""
-    with Engine(run, subject, workers=workers) as engine:
+    with open_engine(run, subject, engine_name, workers=workers, batch_size="auto") as engine:
         todo = jobs(run, subject, engine.workers * (ROUNDS + 1))
         list(engine.map("prepare", [todo[0].draw] * 2)) if engine.workers > 1 else engine.local.prepare(todo[0].draw)
         list(engine.map("measure", todo[: engine.workers]))  # workers that are open, kernels that are loaded
@@ -104,34 +105,40 @@ def measure(run: Run, subject: Subject, workers: int) -> dict[str, Any]:
         "trials": done,
         "seconds": round(took, 2),
         "per_minute": round(60 * done / took, 1),
+        "machine": f"{platform.machine()}, {cores()} cores, {memory_gb():.0f} GB, {accelerator()}",
+        "versions": versions(),
+        "date": datetime.date.today().isoformat(),
     }
+
+
+def device_of(place: str) -> str:
+    """Return the device of a place; a cluster of its own here works on processors."""
+    name = place.partition(":")[0]
+    return "cpu" if name == RAY else name
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=[*known_pipelines(), RANDOM])
     usual = ["cpu:1", f"cpu:{cores()}", *(["cuda:1", "cuda:4"] if torch.cuda.is_available() else [])]
-    parser.add_argument("--devices", nargs="*", default=usual, help="device:workers, of one device")
+    parser.add_argument("--devices", nargs="*", default=usual, help="device:workers, of one device, or ray:workers")
     parser.add_argument("-o", "--out", type=Path, default=OUT)
     given = parser.parse_args()
     record = read_json(given.out, version=VERSION) if given.out.is_file() else {"version": VERSION, "rows": {}}
     torch.set_num_threads(1)
     for model in given.models:
-        for device in dict.fromkeys(place.partition(":")[0] for place in given.devices):
+        for device in dict.fromkeys(map(device_of, given.devices)):
             folder = Path(tempfile.mkdtemp(prefix="bench-devices-"))
             run, subject = open_run(model, device, folder)
             for place in given.devices:
-                if place.partition(":")[0] == device:
-                    row = measure(run, subject, int(place.partition(":")[2]))
+                if device_of(place) == device:
+                    name, _, workers = place.partition(":")
+                    row = measure(run, subject, "ray" if name == RAY else "local", int(workers))
                     row |= {"dtype": run.settings.dtype, "batch": auto_batch(subject.pipe, run.settings.protocol)}
                     record["rows"][f"{model}, {place}"] = row
                     print(f"{model}, {place}", json.dumps(row), flush=True)
             shutil.rmtree(folder)
-    record |= {
-        "machine": f"{platform.machine()}, {cores()} cores, {memory_gb():.0f} GB, {accelerator()}",
-        "trial": f"300 images x 8 steps ({RANDOM}: {IMAGES} images x {STEPS} steps, guidance)",
-        "versions": versions(), "date": datetime.date.today().isoformat(),
-    }  # fmt: skip
+    record["trial"] = f"300 images x 8 steps ({RANDOM}: {IMAGES} images x {STEPS} steps, guidance)"
     write_json(given.out, record)
 
 

@@ -10,7 +10,7 @@ TRIALS = 30
 EFFORT = Effort(label_images=24, label_steps=3, verify_images=24, noise_images=2)
 
 
-def run_search(run_dir, *, pipe=None, workers=None, seed=0, target_bits=3.2):
+def run_search(run_dir, *, pipe=None, workers=None, seed=0, target_bits=3.2, engine="local", ray_address=None):
     """Search digits-dit with four options and thirty trials of 24 images."""
     return search(
         load_pipeline("digits-dit") if pipe is None else pipe,
@@ -21,6 +21,8 @@ def run_search(run_dir, *, pipe=None, workers=None, seed=0, target_bits=3.2):
         options=OPTIONS,
         effort=EFFORT,
         workers=workers,
+        engine=engine,
+        ray_address=ray_address,
     )
 
 
