@@ -3,6 +3,7 @@
     python eval/second_ruler.py digits-dit --run-dir runs/study-dit -o runs/ruler     # after eval/allocation_study.py
     python eval/second_ruler.py digits-sd --run-dir runs/study-sd -o runs/ruler       # run it again to go on
     python eval/second_ruler.py digits-dit -o runs/ruler          # without a study: what is shipped, and random mixes
+    python eval/second_ruler.py digits-dit -o runs/ruler --tune   # also tuned anew, where the study tuned
 
 Needs the extra `features`. Every row of the tables, the configuration that was measured there (without the run of a
 study: the shipped recipes, which are not tuned, and the uniform schemes), on the first noises of the same draw:
@@ -35,18 +36,22 @@ from quantdm.metrics.samples import Draw
 from quantdm.pipelines.known import known_pipelines
 from quantdm.pipelines.subject import look_at
 from quantdm.quantizers import count_bits
+from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Evaluator, Job
 from quantdm.runs.final import run_key, space_config
 from quantdm.runs.run import MIN_TRIALS, Run
 from quantdm.runs.search import start_run
 from quantdm.runs.stages import build_bank, describe, load_space
 from quantdm.runs.trials import own_trials
+from quantdm.runs.tune import tune_run
 from quantdm.schemes import ORIGINAL, Scheme
 from quantdm.surrogates import SearchSpace
+from quantdm.tuning import TuneSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES, DRAW, STEPS = 500, 101, 20
 TRIALS, TRIAL_IMAGES, TRIAL_STEPS = 24, 300, 8  # spread evenly over the ranks of all trials
+TUNE_IMAGES = 128  # trajectories, as in the study
 RULERS = ("digits", "efficientnet-lite0")
 KEYS = ("fd:digits", "fd:efficientnet-lite0", "kid:efficientnet-lite0", "psnr", "cosine", "agreement")
 RUINED = 0.1
@@ -61,13 +66,17 @@ def main() -> None:
     parser.add_argument("model", choices=known_pipelines())
     parser.add_argument("--run-dir", type=Path, help="of the study; nothing is written there")
     parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--tune", action="store_true", help="without a study: tune what was tuned there anew")
     arguments = parser.parse_args()
     out, study = arguments.out / arguments.model, arguments.run_dir
     run = own_run(arguments.model, out / "own-run") if study is None else linked(study, out / "run")
     result = read_json(ROOT / "eval" / "results" / f"calibrated_{arguments.model}.json", version=1)
-    evaluator = Evaluator(run, run.open_subject())
+    engine = Engine(run, run.open_subject())
+    evaluator = engine.local
     rulers = Rulers(evaluator, RULERS, out / "rows")
     named = shipped(run, evaluator, result) if study is None else jobs_of(run, evaluator, result, study)
+    if study is None and arguments.tune:
+        named |= tuned_anew(run, engine, result)
     draw = Draw(DRAW, IMAGES, STEPS)
     distinct = {run_key(run, job): job for job in named.values()}
     rows = rulers.measure(distinct, [draw], "rows of the table")
@@ -137,6 +146,21 @@ def shipped(run: Run, evaluator: Evaluator, result: dict[str, Any]) -> dict[str,
             f"{size:g} least weight error": Job(draw, space.config(mix).to_labels()),
             f"{size:g} uniform": Job(draw, space_config(space, Scheme.parse(notes["uniform"]))),
         }
+    return found
+
+
+def tuned_anew(run: Run, engine: Engine, result: dict[str, Any]) -> dict[str, Job]:
+    """Return "SIZE recipe" -> the shipped recipe; where the study kept its tuning, tuned anew if that helps here too."""
+    found = {}
+    for size in SIZES:
+        notes = {row["name"]: row["note"] for row in result["sizes"][f"{size:g}"]}
+        recipe = load_recipe(ROOT / "recipes" / f"{result['model']}-{size_name(size)}bit-a16.yaml")
+        folder, weights = run.path(f"tuned-{size:g}"), None
+        if notes["recipe"].endswith("tuned"):
+            folder.mkdir(exist_ok=True)
+            weights = tune_run(run, engine, recipe, TuneSettings(), images=TUNE_IMAGES, folder=folder)
+        labels = {layer.name: recipe.layers[layer.name] for layer in engine.subject.layers}
+        found[f"{size:g} recipe"] = Job(Draw(0, 0, 0), labels, tuned=None if weights is None else str(weights))
     return found
 
 
