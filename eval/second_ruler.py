@@ -150,7 +150,7 @@ def shipped(run: Run, evaluator: Evaluator, result: dict[str, Any]) -> dict[str,
 
 
 def tuned_anew(run: Run, engine: Engine, result: dict[str, Any]) -> dict[str, Job]:
-    """Return "SIZE recipe" -> the shipped recipe; where the study kept its tuning, tuned anew if that helps here too."""
+    """Return "SIZE recipe" -> the shipped recipe, tuned anew where the study tuned it and it helps here too."""
     found = {}
     for size in SIZES:
         notes = {row["name"]: row["note"] for row in result["sizes"][f"{size:g}"]}
