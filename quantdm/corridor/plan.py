@@ -192,7 +192,7 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
     full, cheap = (s.trials, 0.0) if s.fidelity == "full" else (s.trials / EVERY, s.trials * UNLEARNED)
     return {
         "bank": calibrated * here.exact + _bank_seconds(subject, s) / cores(),
-        "sensitivities": layers * len(s.options) * probe / many,
+        "sensitivities": layers * min(len(s.options), s.noise_options or len(s.options)) * probe / many,
         **({} if room is None else {"other parts": shared * label / many}),
         "trials": (full * label + cheap * probe) / many,
         "surrogates": 2 + s.trials * layers * 5e-4,

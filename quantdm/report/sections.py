@@ -169,6 +169,12 @@ def actions(records: Records) -> str:
     return f'<ol class="insights">{"".join(lines)}</ol>' + paragraph(note, "caption")
 
 
+def told_by_outputs(measured: int | None) -> str:
+    """Return what is to be said where not all options of a layer were measured."""
+    told = f"; {measured} of each layer's options measured, the others told by the error of its output"
+    return "" if measured is None else told
+
+
 def protocol(records: Records) -> str:
     """Return how everything was measured: settings, seeds, versions."""
     s, summary = records.settings, records.summary or {}
@@ -182,7 +188,11 @@ def protocol(records: Records) -> str:
             f"{len(records.trials)} of {s.trials} trials of {s.label_images} images, {s.label_steps} steps, seed "
             f"{s.seed}, draw {base}, computed in {s.dtype}",
         ),
-        ("Sensitivities", f"{s.noise_images} images, {s.noise_steps or s.label_steps} steps, draw {base + 1}, float32"),
+        (
+            "Sensitivities",
+            f"{s.noise_images} images, {s.noise_steps or s.label_steps} steps, draw {base + 1}, float32"
+            + told_by_outputs(s.noise_options),
+        ),
         (
             "Verification",
             f"up to {counted(s.verify_draws, 'draw')} (from {base + 2}) of {s.verify_images:,} images, "

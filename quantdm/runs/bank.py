@@ -53,6 +53,7 @@ class WeightBank:
         self._files: dict[str, Path] = {}
         self._loaded: dict[str, dict[str, QuantizedWeight]] = {}
         self._errors: dict[str, dict[str, float]] = {}
+        self._output_errors: dict[str, dict[str, float]] = {}
         self._dense: OrderedDict[tuple[str, Scheme, torch.dtype, torch.device], torch.Tensor] = OrderedDict()
         self._dense_bytes = 0
 
@@ -157,7 +158,7 @@ class WeightBank:
                 for scheme in self.options
                 if f"{scheme.label}/codes" in tensors or f"{scheme.label}/codes.0" in tensors
             }
-            self._errors[name] = meta["errors"]
+            self._errors[name], self._output_errors[name] = meta["errors"], meta.get("output_errors", {})
         return self._loaded[name]
 
     def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
@@ -174,6 +175,14 @@ class WeightBank:
         """Return mean|w - ŵ|^2.4 / mean|w|^2.4 of one layer under one scheme."""
         self._open(name)
         return self._errors[name][scheme.label]
+
+    def output_error(self, name: str, scheme: Scheme) -> float | None:
+        """Return the mean squared error of one layer's output under one scheme, relative to its mean square.
+
+        None: nobody gathered its inputs, or the bank is of a version that did not keep it.
+        """
+        self._open(name)
+        return self._output_errors[name].get(scheme.label)
 
     def dense(self, name: str, scheme: Scheme, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the decoded weight on a device; decoded there, and kept while `cache_bytes` allow."""

@@ -11,6 +11,7 @@ from quantdm.denoisers.inventory import LayerRecord
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.quantizers import Moments, quantize_options, weight_error
 from quantdm.quantizers.branches import fits_rank
+from quantdm.quantizers.objective import output_error
 from quantdm.schemes import Scheme
 
 BANK_VERSION = 3
@@ -52,6 +53,7 @@ class LayerBuild:
         if isinstance(found, Path):
             return found
         path, of, errors, tensors = found
+        outputs = self._earlier_outputs() if errors else {}
         missing = self._missing(weight, errors)
         if errors:
             path = self._path(weight, moments, [*map(Scheme.parse, errors), *missing])
@@ -62,7 +64,10 @@ class LayerBuild:
         )
         for scheme, item in zip(missing, quantized, strict=True):
             tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
-            errors[scheme.label] = weight_error(weight, item.dequantize(dtype=torch.float32))
+            decoded = item.dequantize(dtype=torch.float32)
+            errors[scheme.label] = weight_error(weight, decoded)
+            if moments is not None:
+                outputs[scheme.label] = output_error(weight, decoded, moments)
         metadata = {
             "version": BANK_VERSION,
             "of": of,
@@ -71,6 +76,7 @@ class LayerBuild:
             "dtype": str(weight.dtype).removeprefix("torch."),
             "split": self.layer.split,
             "errors": errors,
+            "output_errors": outputs,
         }
         save_tensors(path, tensors, metadata)
         return path
@@ -96,6 +102,11 @@ class LayerBuild:
             if meta.get("of") == of:
                 return dict(meta["errors"]), dict(old)
         return {}, {}
+
+    def _earlier_outputs(self) -> dict[str, float]:
+        """Return the output errors that the file before holds: banks before 0.3 do not."""
+        assert self.before is not None
+        return dict(load_tensors(self.before)[1].get("output_errors", {}))
 
     def _missing(self, weight: torch.Tensor, errors: dict[str, float]) -> list[Scheme]:
         return [s for s in self.options if s.label not in errors and fits_rank(weight.shape, s)]

@@ -7,7 +7,6 @@ import numpy as np
 
 from quantdm.activations.calibration import calibrate
 from quantdm.activations.moments import JointMoments
-from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.pipelines.subject import Subject
@@ -16,14 +15,13 @@ from quantdm.quantizers import count_bits
 from quantdm.quantizers.branches import fits_rank
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import Probe
 from quantdm.runs.run import Run
+from quantdm.runs.sensitivities import one_layer_errors
 from quantdm.schemes import ORIGINAL
 from quantdm.surrogates import SearchSpace
 from quantdm.surrogates.transfer import values_by
 
 RECORD_VERSION = 1
-SENSITIVITY_FILE = "sensitivity.json"
 LEARNED_FILE, LEARNED_VERSION = "learned.json", 1
 
 
@@ -65,7 +63,7 @@ def measure_space(run: Run, engine: Engine, subject: Subject, bank: WeightBank) 
     if path.is_file() and tuple((known := SearchSpace.load(path)).labels) == labels:
         return known
     layers = subject.layers
-    errors = _one_layer_errors(run, engine, layers)
+    errors = one_layer_errors(run, engine, layers, bank)
     options = run.settings.schemes
     rows = [
         {
@@ -90,40 +88,6 @@ def _filled(row: Mapping[str, tuple[int, float, float]], labels: Sequence[str]) 
     """Return bits and errors of a layer under all options; one that it cannot have is worse than any other in all."""
     worst = [max(column) for column in zip(*row.values(), strict=True)]
     return [row.get(label, (2 * worst[0], worst[1], worst[2])) for label in labels]
-
-
-def _one_layer_errors(run: Run, engine: Engine, layers: Sequence[LayerRecord]) -> dict[str, dict[str, float]]:
-    """Return layer -> label -> one-layer noise error; what sensitivity.json has is not measured again."""
-    measured, options = run.path(SENSITIVITY_FILE), run.settings.schemes
-    errors, missing = _known_errors(run), {}
-    for layer in layers:
-        row = errors.setdefault(layer.name, {})
-        row |= {ORIGINAL.label: 0.0} if ORIGINAL in options else {}
-        fitting = (option.label for option in options if fits_rank(layer.shape, option))
-        missing[layer.name] = tuple(label for label in fitting if label not in row)
-    todo = [Probe(name, left) for name, left in missing.items() if left]
-    with bar(len(layers), "sensitivity: layer by layer") as progress:
-        progress.update(len(layers) - len(todo))
-        for count, (index, result) in enumerate(engine.map("sensitivity", todo), 1):
-            probe = todo[index]
-            errors[probe.layer].update(zip(probe.options, result, strict=True))
-            progress.update()
-            if count % 8 == 0 or count == len(todo):
-                write_json(measured, {"version": RECORD_VERSION, "noise_error": errors})
-    return errors
-
-
-def _known_errors(run: Run) -> dict[str, dict[str, float]]:
-    """Return what sensitivity.json holds; runs before 0.3 left lists, of the options that their space.json names."""
-    if not run.path(SENSITIVITY_FILE).is_file():
-        return {}
-    rows = read_json(run.path(SENSITIVITY_FILE), version=RECORD_VERSION)["noise_error"]
-    if all(isinstance(row, dict) for row in rows.values()):
-        return rows
-    if not run.path("space.json").is_file():
-        return {}  # nobody says which options they are of
-    labels = load_space(run).labels
-    return {name: dict(zip(labels, row, strict=True)) for name, row in rows.items()}
 
 
 def load_space(run: Run) -> SearchSpace:
