@@ -60,9 +60,9 @@ def test_files_are_the_same_for_any_number_of_workers(dit, layers, built, tmp_pa
 
 
 def test_many_cores_share_the_work_in_processes_and_files_are_the_same(dit, layers, built, tmp_path, monkeypatch):
-    few, started, start = layers[:7], [], bank_processes._start
+    few, started, launch = layers[:7], [], bank_processes.launch
     monkeypatch.setattr(bank_module, "SMALL", 0)
-    monkeypatch.setattr(bank_processes, "_start", lambda: started.append(start()) or started[-1])
+    monkeypatch.setattr(bank_processes, "launch", lambda *a, **how: started.append(launch(*a, **how)) or started[-1])
     WeightBank(tmp_path, few, OPTIONS).build(get_denoiser(dit), workers=3)
     assert 1 <= len(started) <= 3
     assert all(process.returncode is not None for process in started)  # none is left
