@@ -318,3 +318,16 @@ def test_moments_belong_to_the_address_of_calibrated_options_only(tmp_path):
         WeightBank(folder, [layer], options).build(model)
     with pytest.raises(QuantDMError, match="none for a"):
         WeightBank(folder, [layer], options).build(model, moments={})
+
+
+def test_what_was_looked_for_is_made_without_a_second_hash(tmp_path, monkeypatch):
+    from quantdm.denoisers.inventory import LayerRecord
+
+    layer, weight, before = LayerRecord("a", "linear", "", "", 32, (4, 8), 1, None, 0, ""), torch.randn(4, 8), None  # type: ignore[arg-type]
+    for options in (OPTIONS[:1], OPTIONS):  # the second takes over what the first has
+        task = bank_layer.LayerBuild(tmp_path, layer, options, 0, before)
+        address = task.look(weight, None)
+        with monkeypatch.context() as patched:
+            patched.delattr(bank_layer, "digest")
+            before = task.make(weight, None, address)
+        assert before == address.path == task.look(weight, None)

@@ -18,7 +18,7 @@ import torch
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
 from quantdm.quantizers import Moments
-from quantdm.runs.bank_layer import LayerBuild
+from quantdm.runs.bank_layer import Address, LayerBuild
 from quantdm.runs.processes import Process, answering, asked, bury, launch
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # it works on one core, and never on an accelerator
@@ -39,7 +39,7 @@ class BankProcesses:
             bury(process)
         self._folder.cleanup()
 
-    def build(self, task: LayerBuild, weight: torch.Tensor, moments: Path | None) -> Path:
+    def build(self, task: LayerBuild, address: Address, weight: torch.Tensor, moments: Path | None) -> Path:
         """Build a layer in an idle process, or in a new one; as many work as threads call.
 
         Raises:
@@ -52,7 +52,8 @@ class BankProcesses:
             self._started.append(process)
         handed = Path(self._folder.name) / f"{process.pid}.safetensors"
         save_tensors(handed, {"weight": weight})
-        job = {"task": task.to_dict(), "weight": str(handed), "moments": None if moments is None else str(moments)}
+        job = {"task": task.to_dict(), "path": str(address.path), "of": address.of}
+        job |= {"weight": str(handed), "moments": None if moments is None else str(moments)}
         answer = asked(process, json.dumps(job))
         handed.unlink()
         if answer is None:
@@ -89,7 +90,7 @@ def _built(job: dict[str, Any]) -> Path:
 
     weight = load_tensors(job["weight"])[0]["weight"]
     moments = None if job["moments"] is None else moments_in(Path(job["moments"]))
-    return LayerBuild.from_dict(job["task"]).build(weight, moments)
+    return LayerBuild.from_dict(job["task"]).make(weight, moments, Address(Path(job["path"]), job["of"]))
 
 
 if __name__ == "__main__":
