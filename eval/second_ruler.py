@@ -53,9 +53,9 @@ IMAGES, DRAW, STEPS = 500, 101, 20
 TRIALS, TRIAL_IMAGES, TRIAL_STEPS = 24, 300, 8  # spread evenly over the ranks of all trials
 TUNE_IMAGES = 128  # trajectories, as in the study
 PROTOCOL = (
-    f"{IMAGES} images, {STEPS} steps, the first of draw {DRAW}; trials: {TRIAL_IMAGES} images, {TRIAL_STEPS} steps. One "
-    f"draw: {IMAGES} images are fewer than the 1,280 features of EfficientNet-Lite0, so its Frechet distance is biased, "
-    "for all rows of one table alike; KID is not"
+    f"{IMAGES} images, {STEPS} steps, the first of draw {DRAW}; trials: {TRIAL_IMAGES} images, {TRIAL_STEPS} steps. "
+    f"One draw: {IMAGES} images are fewer than the 1,280 features of EfficientNet-Lite0, so its Frechet distance is "
+    "biased, for all rows of one table alike; KID is not"
 )
 RULERS = ("digits", "efficientnet-lite0")
 KEYS = ("fd:digits", "fd:efficientnet-lite0", "kid:efficientnet-lite0", "psnr", "cosine", "agreement")
@@ -79,11 +79,8 @@ def main() -> None:
     engine = Engine(run, run.open_subject())
     evaluator = engine.local
     rulers = Rulers(evaluator, RULERS, out / "rows")
-    named = (
-        jobs_of(run, evaluator, result, study)
-        if study is not None
-        else shipped(run, evaluator, result) | (tuned_anew(run, engine, result) if arguments.tune else {})
-    )
+    named = jobs_of(run, evaluator, result, study) if study else shipped(run, evaluator, result)
+    named |= tuned_anew(run, engine, result) if arguments.tune and not study else {}
     draw = Draw(DRAW, IMAGES, STEPS)
     distinct = {run_key(run, job): job for job in named.values()}
     rows = rulers.measure(distinct, [draw], "rows of the table")
@@ -94,9 +91,7 @@ def main() -> None:
         "version": 1,
         "model": arguments.model,
         "protocol": PROTOCOL,
-        "reference": rulers.measure({"full precision": Job(draw)}, [draw], "full precision")["full precision"][0][
-            "figures"
-        ],
+        "reference": rulers.measure({"fp": Job(draw)}, [draw], "full precision")["fp"][0]["figures"],
         "sizes": {size: sized(found, size) for size in result["sizes"]},
         "agreement of the table's rows": agreement(rows),
         f"agreement of the table's rows below {RUINED}": agreement(rows, RUINED),

@@ -11,25 +11,12 @@ import torch
 torch.set_num_threads(1)
 
 
-INTEGERS = ("test_execution.py", "test_branches.py", "test_lora.py", "test_equalisation.py")
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what multiplies integers in convolutions where the processor has no right product: without VNNI."""
     from quantdm.modules.operators import conv_operator
 
-    if item.path.name in INTEGERS and _convolves(item) and conv_operator("cpu") is None:
+    if item.get_closest_marker("integer_convolution") is not None and conv_operator("cpu") is None:
         pytest.skip("this processor has no integer convolution that is right")
-
-
-def _convolves(item: pytest.Item) -> bool:
-    name = item.name
-    return (
-        ("[conv" in name and "integer" in name)
-        or ("[conv" in name and item.path.name == "test_execution.py")
-        or name.startswith(("test_a_denoiser_runs_in_integers", "test_inputs_that_no_product_computes"))
-        or (name.startswith("test_a_lora_changes_the_output") and "integer" in name)
-    )
 
 
 @pytest.fixture(scope="session")

@@ -60,9 +60,9 @@ def test_files_are_the_same_for_any_number_of_workers(dit, layers, built, tmp_pa
 
 
 def test_many_cores_share_the_work_in_processes_and_files_are_the_same(dit, layers, built, tmp_path, monkeypatch):
-    few, started, start = layers[:7], [], bank_processes._start
+    few, started, launch = layers[:7], [], bank_processes.launch
     monkeypatch.setattr(bank_module, "SMALL", 0)
-    monkeypatch.setattr(bank_processes, "_start", lambda: started.append(start()) or started[-1])
+    monkeypatch.setattr(bank_processes, "launch", lambda *a, **how: started.append(launch(*a, **how)) or started[-1])
     WeightBank(tmp_path, few, OPTIONS).build(get_denoiser(dit), workers=3)
     assert 1 <= len(started) <= 3
     assert all(process.returncode is not None for process in started)  # none is left
@@ -318,3 +318,16 @@ def test_moments_belong_to_the_address_of_calibrated_options_only(tmp_path):
         WeightBank(folder, [layer], options).build(model)
     with pytest.raises(QuantDMError, match="none for a"):
         WeightBank(folder, [layer], options).build(model, moments={})
+
+
+def test_what_was_looked_for_is_made_without_a_second_hash(tmp_path, monkeypatch):
+    from quantdm.denoisers.inventory import LayerRecord
+
+    layer, weight, before = LayerRecord("a", "linear", "", "", 32, (4, 8), 1, None, 0, ""), torch.randn(4, 8), None  # type: ignore[arg-type]
+    for options in (OPTIONS[:1], OPTIONS):  # the second takes over what the first has
+        task = bank_layer.LayerBuild(tmp_path, layer, options, 0, before)
+        address = task.look(weight, None)
+        with monkeypatch.context() as patched:
+            patched.delattr(bank_layer, "digest")
+            before = task.make(weight, None, address)
+        assert before == address.path == task.look(weight, None)

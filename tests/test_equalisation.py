@@ -24,7 +24,7 @@ from quantdm.recipe import ActivationScheme, ActivationSpec, CalibrationSpec, Re
 from quantdm.schemes import QuantConfig, Scheme
 from quantdm.tuning.weights import TunableWeight
 from tests.test_activations import make_transformer, run
-from tests.test_execution import error, record_of, simulated
+from tests.test_execution import error, marked, record_of, simulated
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -148,7 +148,7 @@ LAYERS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("weight", ["uniform-channel-4-equalised50-feedback", "kmeans-channel-3-equalised75-feedback"])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", marked(LAYERS))
 def test_integers_give_what_the_simulation_gives(kind: str, weight: str) -> None:
     execution.say_once.cache_clear()
     torch.manual_seed(0)

@@ -3,7 +3,9 @@
 import copy
 import json
 import logging
+from collections.abc import Iterable
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +67,13 @@ INPUTS = (
 GIVEN = (-1.5, 2.0)  # the range of static schemes; some values lie outside
 
 
+def marked(kinds: Iterable[str]) -> list[Any]:
+    """Return kinds of layers as parameters of a test that multiplies integers in every one of them."""
+    return [
+        pytest.param(kind, marks=pytest.mark.integer_convolution if kind.startswith("conv") else ()) for kind in kinds
+    ]
+
+
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch, tmp_path) -> None:
     torch.manual_seed(0)
@@ -104,7 +113,7 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("weight", WEIGHTS)
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", marked(LAYERS))
 def test_integers_give_what_the_simulation_gives(kind: str, weight: str) -> None:
     make, shape, split = LAYERS[kind]
     for shift in (0.0, 3.0):  # rows far from zero have offsets
@@ -153,7 +162,7 @@ GEOMETRIES = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("kind", GEOMETRIES)
+@pytest.mark.parametrize("kind", marked(GEOMETRIES))
 def test_every_method_and_width_gives_in_bf16_what_its_simulation_gives(kind: str, bias: bool) -> None:
     make, shape = GEOMETRIES[kind]
     layer, x, inputs = make(bias).bfloat16(), torch.randn(shape).bfloat16(), cycle(EVERY_INPUT)
@@ -175,7 +184,7 @@ def test_every_method_and_width_gives_in_bf16_what_its_simulation_gives(kind: st
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", marked(LAYERS))
 def test_narrow_outputs_are_rounded_once(kind: str, dtype: torch.dtype) -> None:
     """Half a step of the dtype at most, where a simulation rounds weights, inputs and outputs."""
     make, shape, split = LAYERS[kind]
@@ -193,7 +202,7 @@ def test_narrow_outputs_are_rounded_once(kind: str, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "kind", ["linear without bias", "linear of a long skip", "conv of a long skip", "conv 1x1 of a long skip"]
+    "kind", marked(["linear without bias", "linear of a long skip", "conv of a long skip", "conv 1x1 of a long skip"])
 )
 def test_rotated_weights_multiply_rotated_inputs(kind: str) -> None:
     make, shape, split = LAYERS[kind]
@@ -275,6 +284,7 @@ def quantized_model(name: str) -> nn.Module:
     return model
 
 
+@pytest.mark.integer_convolution
 @pytest.mark.parametrize("name", MODELS)
 def test_a_denoiser_runs_in_integers_and_goes_back(name: str) -> None:
     model = quantized_model(name)
@@ -321,6 +331,7 @@ def messages(caplog) -> list[str]:
 
 
 @torch.no_grad()
+@pytest.mark.integer_convolution
 @pytest.mark.parametrize(
     ("make", "shape", "label", "reason"),
     [

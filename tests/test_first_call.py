@@ -9,7 +9,9 @@ import torch
 from diffusers import DDPMScheduler
 
 from quantdm import Protocol, QuantDMError, get_denoiser, load_pipeline, load_protocol, look_at, run, search
+from quantdm.activations.calibration import calibrate
 from quantdm.pipelines.tried import _TAKEN, fewest_steps, once_computed, try_call
+from quantdm.recipe import CalibrationSpec
 from quantdm.runs.engines.means import seconds_per_step
 from quantdm.runs.settings import QUICK, make_settings
 from quantdm.schemes import Scheme
@@ -87,5 +89,8 @@ def test_a_denoiser_that_never_works_is_named_before_the_run():
     protocol = load_protocol("digits-dit")
     with pytest.raises(QuantDMError, match="transformer_2: was never called in 1 step; raise the steps"):
         try_call(pipe, protocol, 1)
+    spec = CalibrationSpec(protocol="digits-dit", images=1, steps=1)
+    with pytest.raises(QuantDMError, match="transformer_2: was never called in 1 step; raise the steps"):
+        calibrate(pipe, spec, {"transformer": (), "transformer_2": ()})
     whole = load_pipeline("digits-dit")
     assert fewest_steps(whole, protocol, 3) == 3

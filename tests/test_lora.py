@@ -44,7 +44,10 @@ def add(model: nn.Module, name: str = "style") -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("residency", RESIDENCIES)
+@pytest.mark.parametrize(
+    "residency",
+    [pytest.param(form, marks=pytest.mark.integer_convolution) if form == "integer" else form for form in RESIDENCIES],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_changes_the_output_and_comes_off_exactly(family: str, residency) -> None:
     model = quantized(family)

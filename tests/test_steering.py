@@ -14,7 +14,7 @@ from quantdm.machine import checked_device, same_devices
 from quantdm.pipelines import subject as opening
 from quantdm.pipelines.sizes import auto_batch, is_out_of_memory
 from quantdm.pipelines.subject import look_at
-from quantdm.runs.engines import local
+from quantdm.runs import processes
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.engines.means import Means, Speed
 from quantdm.runs.run import Run
@@ -91,7 +91,7 @@ def test_there_is_one_worker_per_accelerator_or_as_many_on_each_as_asked_for(fin
     shared = Engine(opened, subject, workers=4)
     assert (shared.workers, shared.accelerators) == (12, 3.0)  # GPU-hours count accelerators, not processes
     started = []
-    monkeypatch.setattr(local.subprocess, "Popen", lambda command, **_: started.append(command[-2]))
+    monkeypatch.setattr(processes.subprocess, "Popen", lambda command, **_: started.append(command[-2]))
     for place in range(shared.workers):
         shared._start(place)
     assert sorted(started) == sorted([*engine.devices] * 4)

@@ -7,11 +7,11 @@ from typing import Literal
 
 from quantdm.activations.moments import LazyMoments, gather_moments
 from quantdm.denoisers.calls import record_calls
-from quantdm.errors import QuantDMError
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.protocol import Protocol, load_protocol
+from quantdm.pipelines.tried import check_called
 from quantdm.quantizers import Moments
 from quantdm.recipe import CalibrationSpec
 
@@ -47,13 +47,11 @@ def calibrate(
         QuantDMError: the pipeline cannot make these images, or they never run a layer.
     """
     seeds = range(spec.first_seed, spec.first_seed + spec.images)
-    denoisers = find_denoisers(pipe)
+    protocol, denoisers = protocol_of(spec), find_denoisers(pipe)
     with ExitStack() as stack:
         recorded = {name: stack.enter_context(record_calls(denoisers[name])) for name in layer_names}
-        generate(pipe, protocol_of(spec), seeds, steps=spec.steps, batch_size=batch_size)
-    silent = [name for name, recording in recorded.items() if not recording.calls]
-    if silent:
-        raise QuantDMError(f"{', '.join(silent)}: was never called while calibrating; raise the steps of the protocol")
+        generate(pipe, protocol, seeds, steps=spec.steps, batch_size=batch_size)
+    check_called({name: recording.calls for name, recording in recorded.items()}, spec.steps or protocol.steps)
     return {
         part: LazyMoments(denoisers[part], recorded[part].calls, names)
         if folder is None

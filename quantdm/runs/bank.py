@@ -244,10 +244,12 @@ class _Work:
             task = LayerBuild(self.bank.folder, layer, self.bank.options, self.bank.sweeps, before)
             file = None if moments is None else file_of(self.moments, layer.name)
             if self.workers > THREADS and not self.bank._is_small and (moments is None or file is not None):
-                found = task.found(weight, moments)  # what is there needs no process
+                found = task.look(weight, moments)  # what is there needs no process
                 if moments is not None:
                     moments.let_go()
-                return layer, found or self._processes.build(task, weight, file)
+                if isinstance(found, Path):
+                    return layer, found
+                return layer, self._processes.build(task, found, weight, file)
             with self._few:
                 return layer, task.build(weight, moments)
 

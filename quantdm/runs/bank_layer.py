@@ -18,6 +18,14 @@ BANK_VERSION = 3
 
 
 @dataclass(frozen=True)
+class Address:
+    """Where the options of a layer go, and the hash of what they are made of."""
+
+    path: Path
+    of: str
+
+
+@dataclass(frozen=True)
 class LayerBuild:
     """What is to be made of a layer: options in a folder, beside those of the file of an earlier bank, if any."""
 
@@ -42,21 +50,31 @@ class LayerBuild:
         options = tuple(map(Scheme.parse, record["options"]))
         return cls(Path(record["folder"]), layer, options, record["sweeps"], before)
 
-    def found(self, weight: torch.Tensor, moments: Moments | None) -> Path | None:
-        """Return the file that holds every option of a weight with these moments, if there is one."""
-        found = self._look(weight, moments)
-        return found if isinstance(found, Path) else None
+    def look(self, weight: torch.Tensor, moments: Moments | None) -> Path | Address:
+        """Return the file that holds every option of a weight with these moments, or where they are to go."""
+        path = self._path(weight, moments, self.options)
+        if path.is_file():
+            return path
+        of = _digest(self.layer, weight, moments, self.sweeps)
+        errors, _ = self._earlier(of)
+        if not errors:
+            return Address(path, of)
+        missing = self._missing(weight, errors)
+        if not missing:
+            assert self.before is not None
+            return self.before
+        return Address(self._path(weight, moments, [*map(Scheme.parse, errors), *missing]), of)
 
     def build(self, weight: torch.Tensor, moments: Moments | None) -> Path:
         """Return the file of a weight that holds every option; what an earlier one has is taken over."""
-        found = self._look(weight, moments)
-        if isinstance(found, Path):
-            return found
-        path, of, errors, tensors = found
+        found = self.look(weight, moments)
+        return found if isinstance(found, Path) else self.make(weight, moments, found)
+
+    def make(self, weight: torch.Tensor, moments: Moments | None, address: Address) -> Path:
+        """Build what `look` did not find; weight and moments are those that it saw, and are not hashed again."""
+        errors, tensors = self._earlier(address.of)
         outputs = self._earlier_outputs() if errors else {}
         missing = self._missing(weight, errors)
-        if errors:
-            path = self._path(weight, moments, [*map(Scheme.parse, errors), *missing])
         if moments is not None:
             moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
         quantized = quantize_options(
@@ -70,7 +88,7 @@ class LayerBuild:
                 outputs[scheme.label] = output_error(weight, decoded, moments)
         metadata = {
             "version": BANK_VERSION,
-            "of": of,
+            "of": address.of,
             "layer": self.layer.name,
             "shape": list(weight.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
@@ -78,22 +96,8 @@ class LayerBuild:
             "errors": errors,
             "output_errors": outputs,
         }
-        save_tensors(path, tensors, metadata)
-        return path
-
-    def _look(
-        self, weight: torch.Tensor, moments: Moments | None
-    ) -> Path | tuple[Path, str, dict[str, float], dict[str, torch.Tensor]]:
-        """Return the file that holds every option, or where it comes, what it is of, and what an earlier one has."""
-        path = self._path(weight, moments, self.options)
-        if path.is_file():
-            return path
-        of = _digest(self.layer, weight, moments, self.sweeps)
-        errors, tensors = self._earlier(of)
-        if errors and not self._missing(weight, errors):
-            assert self.before is not None
-            return self.before
-        return path, of, errors, tensors
+        save_tensors(address.path, tensors, metadata)
+        return address.path
 
     def _earlier(self, of: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
         """Return the errors and tensors of the file before, if it is of the same weight and moments."""

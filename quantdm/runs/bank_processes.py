@@ -5,11 +5,8 @@ well, but with a dozen cores the threads wait for the lock longer than they work
 done and what came of it as lines of JSON.
 """
 
-import contextlib
 import json
-import os
 import queue
-import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -21,11 +18,10 @@ import torch
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
 from quantdm.quantizers import Moments
-from quantdm.runs.bank_layer import LayerBuild
+from quantdm.runs.bank_layer import Address, LayerBuild
+from quantdm.runs.processes import Process, answering, asked, bury, launch
 
-PACKAGE = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # it works on one core, and never on an accelerator
-Process = subprocess.Popen[str]
 
 
 class BankProcesses:
@@ -40,14 +36,10 @@ class BankProcesses:
         """End the processes, whatever they are at: a file is whole or not there."""
         for process in self._started:
             process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with contextlib.suppress(OSError):  # what was still to be written has no reader any more
-                    assert pipe is not None
-                    pipe.close()
+            bury(process)
         self._folder.cleanup()
 
-    def build(self, task: LayerBuild, weight: torch.Tensor, moments: Path | None) -> Path:
+    def build(self, task: LayerBuild, address: Address, weight: torch.Tensor, moments: Path | None) -> Path:
         """Build a layer in an idle process, or in a new one; as many work as threads call.
 
         Raises:
@@ -56,12 +48,13 @@ class BankProcesses:
         try:
             process = self._idle.get_nowait()
         except queue.Empty:
-            process = _start()
+            process = launch(__name__, environment=ENVIRONMENT)
             self._started.append(process)
         handed = Path(self._folder.name) / f"{process.pid}.safetensors"
         save_tensors(handed, {"weight": weight})
-        job = {"task": task.to_dict(), "weight": str(handed), "moments": None if moments is None else str(moments)}
-        answer = _exchange(process, json.dumps(job))
+        job = {"task": task.to_dict(), "path": str(address.path), "of": address.of}
+        job |= {"weight": str(handed), "moments": None if moments is None else str(moments)}
+        answer = asked(process, json.dumps(job))
         handed.unlink()
         if answer is None:
             raise QuantDMError(
@@ -80,39 +73,16 @@ def file_of(moments: Mapping[str, Moments] | None, name: str) -> Path | None:
     return None if path is None else path(name)
 
 
-def _start() -> Process:
-    path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-        start_new_session=True,  # Ctrl-C is this process's to handle
-    )  # fmt: skip
-
-
-def _exchange(process: Process, line: str) -> dict[str, Any] | None:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(OSError, ValueError):  # it ended
-        process.stdin.write(line + "\n")
-        process.stdin.flush()
-        if answer := process.stdout.readline():
-            return json.loads(answer)
-    return None
-
-
 def main() -> None:
     """Build layers as lines ask for, until there are no more."""
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    answer = answering()
     for line in sys.stdin:
         job = json.loads(line)
         try:
-            answer = {"path": str(_built(job))}
+            answer({"path": str(_built(job))})
         except QuantDMError as error:
-            answer = {"error": str(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+            answer({"error": str(error)})
 
 
 def _built(job: dict[str, Any]) -> Path:
@@ -120,7 +90,7 @@ def _built(job: dict[str, Any]) -> Path:
 
     weight = load_tensors(job["weight"])[0]["weight"]
     moments = None if job["moments"] is None else moments_in(Path(job["moments"]))
-    return LayerBuild.from_dict(job["task"]).build(weight, moments)
+    return LayerBuild.from_dict(job["task"]).make(weight, moments, Address(Path(job["path"]), job["of"]))
 
 
 if __name__ == "__main__":

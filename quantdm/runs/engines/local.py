@@ -1,17 +1,12 @@
 """Run jobs: in this process, or in one single-threaded process per core."""
 
-import contextlib
 import json
-import os
 import queue
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from quantdm.errors import QuantDMError
@@ -20,13 +15,12 @@ from quantdm.pipelines.subject import Subject
 from quantdm.runs.engines.answer import OPEN, result_of
 from quantdm.runs.engines.call import called
 from quantdm.runs.evaluator import Evaluator
+from quantdm.runs.processes import Process, asked, bury, launch
 from quantdm.runs.run import Run
 
 WORKER = "quantdm.runs.engines.worker"
-PACKAGE = Path(__file__).resolve().parents[3]
 # With another busy process a two-threaded forward can slow down thirty-fold, because OpenMP threads spin.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", **KEEP_MEMORY}
-PATIENCE = 5.0  # seconds that a worker may take to end
 SOON = 0.05  # seconds between two questions where there is nothing to do
 WAKE = 1.0  # seconds between two questions whether what is waited for has come from elsewhere
 TRIES = 3  # workers that may end over one job
@@ -65,9 +59,9 @@ class Engine:
         self.workers = 1 if subject.location is None else workers_on(subject, self.devices, workers)
         self._slowest: dict[str, float] = {}  # kind of job -> seconds per unit of its size
         self._closing = False
-        self._opened: set[subprocess.Popen[str]] = set()  # workers that have their pipeline
+        self._opened: set[Process] = set()  # workers that have their pipeline
         self._busy: set[int] = set()  # places whose workers are at a job
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: list[Process] = []
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Engine":
@@ -88,7 +82,7 @@ class Engine:
                     process.kill()
                 thread.join(0.2)
         for process in self._processes:
-            _bury(process)
+            bury(process)
         self._processes, self._threads, self._closing = [], [], False
 
     @property
@@ -153,7 +147,7 @@ class Engine:
             self._processes = [self._start(place) for place in range(self.workers)]
         for place, process in enumerate(self._processes):
             if process.poll() is not None:  # what it did was abandoned
-                _bury(process)
+                bury(process)
                 self._processes[place] = self._start(place)
         self._threads = [
             threading.Thread(target=self._serve, args=(place, source, done), daemon=True)
@@ -186,7 +180,7 @@ class Engine:
                     self._busy.discard(place)
                     if not isinstance(answer, _Ended) or self._closing or source.over:
                         break  # at the end nobody needs a new worker
-                    _bury(self._processes[place])
+                    bury(self._processes[place])
                     self._processes[place] = self._start(place)
                 done.put((index, answer.error() if isinstance(answer, _Ended) else answer))
         except BaseException as error:  # what the source raised is the caller's
@@ -209,40 +203,26 @@ class Engine:
             self._slowest[kind] = max(self._slowest.get(kind, 0.0), (time.monotonic() - start) / size)
         return answer
 
-    def _exchange(self, process: "subprocess.Popen[str]", line: str, patience: float | None) -> Any:
+    def _exchange(self, process: Process, line: str, patience: float | None) -> Any:
         """Return a worker's answer to a line, or `_Ended` if it died, or did not answer within `patience` seconds."""
-        assert process.stdin is not None
-        assert process.stdout is not None
         watch = None if patience is None else threading.Timer(patience, process.kill)
         if watch is not None:
             watch.daemon = True
             watch.start()
         try:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except (OSError, ValueError):  # it ended, or was ended
-            answer = ""
+            answer = asked(process, line)
         finally:
             if watch is not None:
                 watch.cancel()
-        return result_of(json.loads(answer)) if answer else _Ended(process)
+        return _Ended(process) if answer is None else result_of(answer)
 
     def _patience(self, kind: str, size: int) -> float:
         """Return the seconds after which a job counts as hung: many times the slowest one of its kind so far."""
         return max(LEAST_PATIENCE, HANGS_AFTER * size * self._slowest.get(kind, 0.0))
 
-    def _start(self, place: int) -> "subprocess.Popen[str]":
+    def _start(self, place: int) -> Process:
         device = self.devices[place % len(self.devices)]
-        path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
-        return subprocess.Popen(
-            [sys.executable, "-m", WORKER, str(self.run.folder), device, str(self.batch_size)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is this process's to handle
-        )
+        return launch(WORKER, str(self.run.folder), device, str(self.batch_size), environment=ENVIRONMENT)
 
 
 def workers_on(subject: Subject, devices: Sequence[str], workers: int | None) -> int:
@@ -271,24 +251,11 @@ class _Source:
         return index, json.dumps({"method": call.method, "argument": call.record}), *call.effort
 
 
-def _bury(process: "subprocess.Popen[str]") -> None:
-    """Close what leads to a worker, which ends it if it has not ended yet, and wait for that."""
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was still to be written has no reader any more
-            assert pipe is not None
-            pipe.close()
-    try:
-        process.wait(PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 @dataclass(frozen=True)
 class _Ended:
     """A worker that ended in the middle of a job."""
 
-    process: "subprocess.Popen[str]"
+    process: Process
 
     def error(self) -> QuantDMError:
         return QuantDMError(

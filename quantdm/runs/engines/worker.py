@@ -17,6 +17,7 @@ import torch
 
 from quantdm.runs.engines.answer import respond
 from quantdm.runs.evaluator import Evaluator
+from quantdm.runs.processes import answering
 from quantdm.runs.run import Run
 
 
@@ -24,8 +25,7 @@ def main(run_dir: str, device: str, batch_size: str) -> None:
     """Open the run's pipeline on a device and answer jobs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     torch.set_num_threads(1)
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    answer = answering()
     jobs: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(jobs,), daemon=True).start()
 
@@ -37,8 +37,7 @@ def main(run_dir: str, device: str, batch_size: str) -> None:
 
     while True:
         job = json.loads(jobs.get())
-        answers.write(json.dumps(respond(evaluator, job["method"], job["argument"])) + "\n")
-        answers.flush()
+        answer(respond(evaluator, job["method"], job["argument"]))
 
 
 def _listen(jobs: "queue.SimpleQueue[str]") -> None:
