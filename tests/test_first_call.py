@@ -94,3 +94,4 @@ def test_a_denoiser_that_never_works_is_named_before_the_run():
         calibrate(pipe, spec, {"transformer": (), "transformer_2": ()})
     whole = load_pipeline("digits-dit")
     assert fewest_steps(whole, protocol, 3) == 3
+    assert fewest_steps(whole, protocol.model_copy(update={"steps": 2}), 3) == 2  # no more than is asked for

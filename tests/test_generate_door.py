@@ -6,8 +6,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, StableDiffusionInpaintPipeline
 from PIL import Image
 
-from quantdm import QuantDMError, generate, load_protocol, search
-from quantdm.cli.images import generate_grid
+from quantdm import CalibrationSpec, QuantDMError, Recipe, generate, load_protocol, search
+from quantdm.cli.images import generate_grid, protocol_of
 from quantdm.metrics.evaluate import evaluate
 from quantdm.pipelines.generate import check_generates
 from quantdm.pipelines.protocol import Protocol
@@ -35,6 +35,20 @@ TAKEN = (
     "AnimateDiffPipeline", "WanPipeline", "CogVideoXPipeline", "LTXPipeline", "MochiPipeline", "LattePipeline",
     "SanaVideoPipeline", "TextToVideoSDPipeline",
 )  # fmt: skip
+
+
+def test_an_export_of_an_own_model_brings_the_protocol_of_its_search(tmp_path):
+    own = load_protocol("digits-dit").model_copy(update={"steps": 7})
+    recipe = Recipe(
+        model="mine", default="kmeans-channel-3-feedback",
+        calibration=CalibrationSpec(protocol=own.model_dump(mode="json")),
+    )  # fmt: skip
+    recipe.save(tmp_path / "recipe.yaml")
+    assert protocol_of(str(tmp_path), None, None) == own
+    assert protocol_of(str(tmp_path), None, "digits-sd") == load_protocol("digits-sd")  # what is named comes first
+    recipe.model_copy(update={"calibration": None, "default": "kmeans-channel-3"}).save(tmp_path / "recipe.yaml")
+    with pytest.raises(QuantDMError, match="no protocol for model 'mine'"):
+        protocol_of(str(tmp_path), None, None)
 
 
 def bare(name):

@@ -19,7 +19,7 @@ from quantdm.errors import counted
 from quantdm.hub.config import QuantDMConfig
 from quantdm.hub.inspection import inspect_target
 from quantdm.recipe.activations import ActivationScheme
-from quantdm.runs.run import Run
+from quantdm.runs.run import MIN_TRIALS, Run
 from tests.pipeline_kinds import BarePipeline, unet
 
 START = re.compile(r"│ [ *]* *--")
@@ -67,7 +67,7 @@ def test_what_evaluate_is_short_for_is_said_where_it_is_looked_for(narrow):
     ("said", "expected"),
     [
         (["--trials", "abc"], "--trials: got abc, expected a whole number"),
-        (["--trials", "0"], "--trials: got 0, expected 1 or more"),
+        (["--trials", "12"], f"--trials: got 12, expected {MIN_TRIALS} or more"),
         (["--seed", "1.5"], "--seed: got 1.5, expected a whole number"),
         (["--minutes", "soon"], "--minutes: got soon, expected a number"),
         (["--target-bits", "many"], "--target-bits: got many, expected a number"),

@@ -238,6 +238,8 @@ def test_one_draw_has_no_standard_deviation(dit):
     }  # fmt: skip
     assert spread(0.5, None) == "0.5000"
     assert spread(0.5, 0.25, 2) == "0.50 ± 0.25"
+    assert spread(3.31e-6, 2.2e-7) == "3.3e-06 ± 2e-07"  # no perfect score
+    assert spread(1e-12, 2e-12) == "0.0000 ± 0.0000"  # rounding of a distance that is none
     result = evaluate(dit, protocol=DIT, num_images=3, seeds=(4,), steps=2)
     assert set(result["sd"].values()) == {None}
     assert None not in result["mean"].values()
@@ -250,7 +252,10 @@ def test_the_command_line_prints_one_draw_without_a_spread_and_the_counts():
     out = CliRunner().invoke(app, arguments, catch_exceptions=False).output
     assert "fid_real" in out
     assert "±" not in out
-    assert "of 3 images the safety checker flagged 0, and 0 others have one colour only" in out
+    assert "digits-dit: 3 images, 2 steps, on 1 draw of noises (seeds 1)" in out
+    assert "fewer than 2,048 images: compare Frechet distances of equally many only" in out
+    assert "safety checker" not in out  # it flagged nothing
+    assert max(map(len, out.splitlines())) <= 79
 
 
 # ------------------------------------------------------------------------------------------------------ configurations

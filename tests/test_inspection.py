@@ -15,6 +15,7 @@ from quantdm.cli.main import app
 from quantdm.denoisers.inventory import list_layers
 from quantdm.hub.inspection import inspect_target
 from quantdm.modules import packed_layers
+from quantdm.pipelines.known import EMBEDDED
 from quantdm.pipelines.skeleton import open_skeleton
 from quantdm.quantizers import count_bits
 from quantdm.schemes import Scheme
@@ -44,7 +45,12 @@ def export(tmp_path_factory):
         "-o",
         str(folder / "out"),
     ]
-    run("apply", "digits-sd", *arguments)
+    said = run("apply", "digits-sd", *arguments)
+    before, after = (
+        sum(file.stat().st_size for file in place.glob("*/*.safetensors")) / 1e6
+        for place in (EMBEDDED / "digits-sd", folder / "out")
+    )
+    assert f"weights on disk, all parts: {before:.2f} MB before, {after:.2f} MB now" in said
     return folder
 
 

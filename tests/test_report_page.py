@@ -263,6 +263,8 @@ def test_a_run_that_only_searched_says_what_it_knows(pages) -> None:
     assert "Not in this run yet" in page
     assert '<section id="frontier"' in page
     assert '<section id="samples"' not in page
+    assert "quantized, alone" in page  # what the rest weighs in the file is not known yet
+    assert "on disk" not in page.partition("predicted sizes")[2].partition("</table>")[0]
 
 
 def test_other_sizes_fall_with_every_bit_and_hold_what_was_planted(run_dir) -> None:

@@ -56,6 +56,20 @@ def test_a_finished_run_has_its_stages_and_one_in_work_its_rate_and_who_works(co
     assert record["trials"] == 20
 
 
+def test_a_run_at_work_where_nothing_is_claimed_says_when_it_last_wrote_and_one_without_a_recipe_how_to_go_on(
+    copied: Run,
+) -> None:
+    copied.path("recipe.yaml").unlink()
+    for path in (copied.folder, *copied.folder.rglob("*")):
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+    copied.path("bank/new").write_text("")
+    shown = CliRunner().invoke(app, ["status", str(copied.folder)]).output
+    assert "nobody" not in shown
+    assert "being measured; last file 0 s ago" in shown
+    refused = CliRunner().invoke(app, ["tune", "--run-dir", str(copied.folder)]).exception
+    assert "this run has not chosen a recipe yet; run the command that started it again" in str(refused)
+
+
 def test_trials_leave_as_one_file_and_join_those_of_an_equal_run_only(copied: Run, tmp_path: Path) -> None:
     bundle, store = tmp_path / "trials.json", TrialStore(copied.path("trials"))
     before = {path.name: path.read_bytes() for path in store.folder.glob("*.json")}

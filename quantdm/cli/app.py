@@ -106,7 +106,7 @@ TargetPipelineBytes = Annotated[
 EffortName = Annotated[str, typer.Option("--effort", help="quick, normal or thorough.")]
 Trials = Annotated[
     int | None,
-    typer.Option(min=1, help="Measured configurations (default: the effort's).", rich_help_panel=SEARCH),
+    typer.Option(min=30, help="Measured configurations (default: the effort's).", rich_help_panel=SEARCH),
 ]
 Options = Annotated[
     str | None,

@@ -79,6 +79,7 @@ def pipeline(
     `quantdm evaluate MODEL` is short for `quantdm evaluate pipeline MODEL`.
     """
     from quantdm.cli.images import evaluate_model
+    from quantdm.metrics.feature_sets import ENOUGH
     from quantdm.metrics.statistics import spread
 
     draws = numbers(seeds)
@@ -86,13 +87,23 @@ def pipeline(
     if as_json:
         typer.echo(json.dumps(result, indent=1))
         return
-    typer.echo(f"{model}: {result['protocol']}")
+    how = result["protocol"]
+    typer.echo(
+        f"{model}: {counted(images, 'image')}, {counted(how['steps'], 'step')}, on {counted(len(draws), 'draw')} of "
+        f"noises (seeds {seeds})"
+    )
+    typer.echo(f"features: {how['features']} ({how['flavour']})")
     for key, value in result["mean"].items():
         typer.echo(f"  {key:<10} " + ("-" if value is None else spread(value, result["sd"][key])))
-    typer.echo(
-        f"  of {counted(images * len(draws), 'image')} the safety checker flagged {result['flagged']}, and "
-        f"{result['constant']} others have one colour only"
-    )
+    if len(draws) > 1:
+        typer.echo("  mean ± standard deviation over the draws")
+    if result["flagged"] or result["constant"]:
+        typer.echo(
+            f"  of {counted(images * len(draws), 'image')} a safety checker flagged {result['flagged']}, and "
+            f"{result['constant']} others have one colour only"
+        )
+    if images < ENOUGH:
+        typer.echo(f"  fewer than {ENOUGH:,} images: compare Frechet distances of equally many only")
 
 
 @evaluate_app.command(epilog="Example: accelerate launch eval/generate.py digits-dit -o images/fp --images 10000")

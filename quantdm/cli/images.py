@@ -13,6 +13,7 @@ from quantdm.metrics.evaluate import check_draws, evaluate
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.generate import as_pictures, generate
+from quantdm.pipelines.known import known_pipelines
 from quantdm.pipelines.loading import load_pipeline, model_name
 from quantdm.pipelines.protocol import Protocol, default_protocol, load_protocol
 from quantdm.pipelines.sizes import auto_batch
@@ -29,9 +30,13 @@ def protocol_of(model: str, pipe: Any, protocol: str | None) -> Protocol:
         return load_protocol(protocol)
     recipe = Path(model) / "recipe.yaml"
     if recipe.is_file():
+        from quantdm.activations import calibration
         from quantdm.recipe import load_recipe
 
-        return default_protocol(load_recipe(recipe).model)
+        found = load_recipe(recipe)
+        if found.calibration is not None and found.model not in known_pipelines():
+            return calibration.protocol_of(found.calibration)  # what its search asked for
+        return default_protocol(found.model)
     return default_protocol(model_name(pipe))
 
 

@@ -55,7 +55,7 @@ def apply(
     """
     from quantdm.errors import QuantDMError
     from quantdm.hub.export import export_pipeline
-    from quantdm.hub.inspection import left_in
+    from quantdm.hub.inspection import file_bytes, left_in
     from quantdm.hub.model_card import write_card
     from quantdm.hub.replace import check_export_path
     from quantdm.hub.worth import check_worth
@@ -75,6 +75,9 @@ def apply(
         model, chosen, out, example_inputs=inputs, variant=variant, config=config, same_architecture=same_architecture
     )
     typer.echo(f"pipeline: {made}")
+    before, after = file_bytes(model, variant=variant, config=config), file_bytes(made)
+    if before and after:
+        typer.echo(f"weights on disk, all parts: {before / 1e6:,.2f} MB before, {after / 1e6:,.2f} MB now")
     left = left_in(made)
     if left is not None:
         typer.echo(left)

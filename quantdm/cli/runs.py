@@ -39,7 +39,7 @@ def status(run_dir: RunFolder, as_json: AsJson = False) -> None:
         for claim in claims:
             typer.echo(f"{store}: {claim.key} on {claim.host} (process {claim.pid}), seen {duration(claim.age)} ago")
     if not found.working:
-        typer.echo("nobody is measuring")
+        typer.echo(f"no trial, verification or final row is being measured; last file {duration(found.changed)} ago")
     if found.stopped is not None:
         text = f"stopped {duration(found.stopped.age)} ago: {found.stopped.reason}"
         typer.echo("\n".join(textwrap.wrap(text, 79, subsequent_indent="  ")))

@@ -111,6 +111,17 @@ def left_in(export: str | Path) -> str | None:
     return _left(parts, _all_rows(parts, None, str(export), source), source)
 
 
+def file_bytes(target: str | Path, *, variant: str | None = None, config: str | Path | None = None) -> int | None:
+    """Return the size of the weight files of all parts of a pipeline or export; None: they are not on this disk.
+
+    Raises:
+        QuantDMError: nothing there.
+    """
+    source = _open(str(target), None, variant, config)[1]
+    parts = [] if source is None else source.parts.values()
+    return sum(file.stat().st_size for part in parts for file in part.files) or None
+
+
 def _all_rows(
     parts: Mapping[str, nn.Module], rules: Recipe | None, where: str, source: Source | None
 ) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ LIMITS = """\
 - Import quantdm before loading: without it diffusers refuses the checkpoint, and transformers would not understand a
   quantized text encoder.
 - Fewer weight bits make the model smaller, not faster: layers decode their weights when they run.
-- Quantized weights cannot be trained or fused with a LoRA; a LoRA beside them works.
+- Quantized weights cannot be trained; a LoRA works beside them (`quantdm.fuse_lora`).
 - The licence and the terms of use of the original model hold for this one too, and so do its own limits and biases."""
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+ROUNDING = 1e-9  # a distance below is that of equal pictures
+
 # Figures that count images: they add up over draws.
 COUNTS = ("flagged", "constant")
 
@@ -35,5 +37,10 @@ def totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def spread(mean: float, sd: float | None, digits: int = 4) -> str:
-    """Return "0.0453 ± 0.0031", or the mean alone where there is no standard deviation."""
+    """Return "0.0453 ± 0.0031", or the mean alone where there is no standard deviation.
+
+    What these digits would call zero has two that count, "3.3e-06 ± 2e-07", down to ROUNDING.
+    """
+    if ROUNDING < abs(mean) < 0.5 * 10**-digits:
+        return f"{mean:.2g}" if sd is None else f"{mean:.2g} ± {sd:.1g}"
     return f"{mean:.{digits}f}" if sd is None else f"{mean:.{digits}f} ± {sd:.{digits}f}"

@@ -105,7 +105,9 @@ def _check_needed(signature: CallSignature, protocol: Protocol) -> None:
     if "prompt" in signature and not signature.parameters["prompt"].default and not prompts:
         needs = ["prompt", *(name for name in needs if name != "prompt")]
     if needs:
-        raise QuantDMError(f"{signature.kind}: needs {', '.join(needs)}{beside}; give it in call or in rows")
+        raise QuantDMError(
+            f"{signature.kind}: needs {', '.join(needs)}{beside}; give it as argument with values, in call or in rows"
+        )
 
 
 def _check_settings(signature: CallSignature, protocol: Protocol) -> None:

@@ -223,7 +223,8 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise QuantDMError(f"protocol {path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise QuantDMError(f"protocol {path}: got {type(data).__name__}, expected a mapping such as `steps: 20`")
+        given = "an empty file" if data is None else type(data).__name__
+        raise QuantDMError(f"protocol {path}: got {given}, expected a mapping such as `steps: 20`")
     folder = Path(os.path.abspath(path)).parent
     data = {key: item if isinstance(item, str) else placed(item, folder) for key, item in data.items()}
     if data.get("real") not in (None, "digits") and isinstance(data["real"], str):

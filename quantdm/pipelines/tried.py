@@ -56,12 +56,14 @@ def check_called(calls: Mapping[str, Any], steps: int) -> None:
 def fewest_steps(pipe: DiffusionPipeline, protocol: Protocol, least: int) -> int:
     """Return the steps with which a pipeline is measured cheaply: `least`, doubled until it works with so few.
 
-    Pipelines that change a picture a little leave most of the steps out, and some need one for every denoiser.
+    They are never more than the protocol's: pipelines of few steps (LCM, Turbo) are made for these. Pipelines that
+    change a picture a little leave most of the steps out, and some need one for every denoiser.
 
     Raises:
         QuantDMError: it does not work with the protocol's own steps either, see `try_call`.
     """
     try_call(pipe, protocol, protocol.steps)
+    least = min(least, protocol.steps)
     while least < protocol.steps:
         try:
             try_call(pipe, protocol, least)

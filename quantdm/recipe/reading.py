@@ -62,6 +62,10 @@ def _load(path: Path, above: tuple[Path, ...]) -> RecipeFile:
 
 def _read(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
     """Return a file's plain data and the line on which every key stands."""
+    if path.name == "recipe.yaml" and path.with_name("run.json").is_file() and not path.exists():
+        raise QuantDMError(
+            f"{path.parent}: this run has not chosen a recipe yet; run the command that started it again to go on"
+        )
     if not os.path.isfile(path):
         raise QuantDMError(f"recipe: no file {path}; give one of recipes/, or what `quantdm run` or `select` wrote")
     if path.stat().st_size > MAX_BYTES:

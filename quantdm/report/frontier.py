@@ -176,6 +176,7 @@ def _choose(records: Records, sizes: Sequence[Size]) -> str:
         }
         for s in sizes
     ]
+    whole = "recipe" in records.rows
     near = min(range(len(sizes)), key=lambda i: abs(sizes[i].bits - records.settings.target_bits))
     slider = (
         f'<div class="sizes" hidden data-sizes=\'{esc(json.dumps(entries))}\'><label for="size">Another size</label>'
@@ -186,7 +187,12 @@ def _choose(records: Records, sizes: Sequence[Size]) -> str:
         ("", [f"{s.bits:.3f}", esc(megabytes(s.denoiser_bytes)), f"{s.fid:.3g}", f"{s.low:.3g} to {s.high:.3g}"])
         for s in sizes
     ]
-    head = [("Bits", "per weight"), ("Denoiser", "on disk"), ("FID to full", "predicted"), ("Range", "trials scatter")]
+    head = [
+        ("Bits", "per weight"),
+        ("Denoiser", "on disk") if whole else ("Weights", "quantized, alone"),
+        ("FID to full", "predicted"),
+        ("Range", "trials scatter"),
+    ]
     by = "one-layer sensitivities" if reading.name == SENSITIVITY else f"the {reading.name} surrogate's values"
     note = (
         f"Predicted, not measured: the best recipe of each size by {by}, which of all explanations predict the trials "

@@ -134,7 +134,7 @@ def _absent(sections: Sequence[tuple[str, str, str]]) -> str:
 def _take(records: Records) -> str:
     """Return the Markdown to paste and the way to the data."""
     return (
-        "<p>The result as Markdown, and everything on this page as JSON (also: <code>quantdm report --run-dir RUN_DIR "
+        "<p>The result as Markdown, and everything on this page as JSON (also: <code>quantdm report RUN_DIR "
         "--json</code>).</p>"
         '<p class="buttons" hidden><button type="button" class="copy">Copy the Markdown</button> '
         '<button type="button" class="save">Save the data as JSON</button> <span aria-live="polite"></span></p>'

@@ -166,7 +166,10 @@ def other_sizes(records: Records) -> tuple[Size, ...]:
 
 
 def _file_bytes(records: Records, bits: int) -> int:
-    """Return the denoiser's bytes at a number of bits for its weights: the rest is as in the recipe's file."""
+    """Return the denoiser's bytes at a number of bits for its weights: the rest is as in the recipe's file.
+
+    Before the recipe is measured nobody knows the rest: then they are those of the quantized weights alone.
+    """
     recipe, space = records.rows.get("recipe"), records.space
     rest = 0
     if recipe is not None and space is not None:

@@ -36,6 +36,7 @@ class Status:
     last: float | None  # seconds since the last trial was finished
     measurements: dict[str, int]  # store -> finished
     working: dict[str, list[Claim]]  # store -> who has claimed what, the stale left out
+    changed: float  # seconds since a file of the run was written
     stopped: Failure | None = None  # why it stopped last, if it has not gone on since
 
     @property
@@ -71,6 +72,7 @@ def status_of(folder: str | Path) -> Status:
         last=time.time() - recent[-1] if recent else None,
         measurements={name: len(times) for name, times in finished.items()},
         working=working,
+        changed=time.time() - max(path.stat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("*/*"))),
         stopped=last_failure(folder),
     )
 
