@@ -14,6 +14,7 @@ from quantdm.pipelines.known import known_pipelines
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
+NAMES = {"fd:efficientnet-lite0": "ImageNet features"}
 OURS = ("data-free", "recipe")
 QUIET = 1.5  # processes that want a core, up to which times are published
 
@@ -29,7 +30,7 @@ def table(record: Mapping[str, Any]) -> str:
     times = record.get("ms_per_step", {})
     quiet = bool(times) and max(times["load"]) <= QUIET
     head = [f"`{record['model']}`", "MB", "fid_fp", *(f"quantdm, {kind}" for kind in OURS)]
-    head += [f"{key.removeprefix('fd:')}: {who}" for key in rulers for who in ("peer", OURS[1])]
+    head += [f"FD with {NAMES.get(key, key)}: {who}" for key in rulers for who in ("peer", OURS[1])]
     head += ["ms per step: peer", OURS[1]] if quiet else []
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for peer, limit in sorted(record["within"].items(), key=lambda item: rows[item[0]]["bytes"]):
@@ -37,7 +38,7 @@ def table(record: Mapping[str, Any]) -> str:
         best = rows[names[1]]
         cells = [peer, megabytes(rows[peer]), figure(rows[peer])]
         cells += [f"{figure(rows[name])} ({megabytes(rows[name])})" for name in names]
-        cells += [figure(row, key) for key in rulers for row in (rows[peer], best)]
+        cells += [figure(row, key, 3) for key in rulers for row in (rows[peer], best)]
         if quiet:
             both = (times["peers"].get(peer, {}).get("ms"), times[names[1]]["packed"])
             cells += ["-" if ms is None else f"{ms:.1f}" for ms in both]
@@ -45,9 +46,9 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def figure(row: Mapping[str, Any], key: str = "fid_fp") -> str:
+def figure(row: Mapping[str, Any], key: str = "fid_fp", digits: int = 4) -> str:
     """Return a distance to full precision, mean and standard deviation over draws."""
-    return spread(row[key], row[f"{key}_sd"], 4)
+    return spread(row[key], row[f"{key}_sd"], digits)
 
 
 def megabytes(row: Mapping[str, Any]) -> str:
