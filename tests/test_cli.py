@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import quantdm.cli.main as program
 from quantdm.cli.main import app, main
 
 COMMANDS = (
@@ -150,6 +151,24 @@ def test_apply_refuses_a_recipe_for_another_model_and_a_folder_that_is_not_its_o
 def test_the_installed_command_answers():
     out = subprocess.run([sys.executable, "-m", "quantdm.cli", "--help"], capture_output=True, text=True, check=True)
     assert all(command in out.stdout for command in COMMANDS)
+
+
+def test_an_error_that_a_library_makes_of_ctrl_c_is_an_interruption(monkeypatch, capsys):
+    def turned():
+        try:
+            program._interrupt()
+        except program.Interrupted:
+            raise ValueError("could not determine the shape of object type") from None
+
+    monkeypatch.setattr(program, "app", turned)
+    monkeypatch.setattr(program.Interrupted, "asked", False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            program.main()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_how_to_go_on_and_leaves_no_process(tmp_path):

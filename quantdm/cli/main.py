@@ -26,10 +26,13 @@ KEEPS = ("run", "demo", "search", "bank", "fit", "tune", "correct", "apply", "ex
 
 
 class Interrupted(BaseException):
-    """Ctrl-C. typer would swallow a KeyboardInterrupt without a word."""
+    """Ctrl-C. typer would swallow a KeyboardInterrupt without a word, and torch makes errors of its own of others."""
+
+    asked = False
 
 
 def _interrupt(*_: object) -> None:
+    Interrupted.asked = True
     raise Interrupted
 
 
@@ -39,10 +42,12 @@ def main() -> None:
     atexit.register(gc.freeze)  # a process that ends need not look for circles among all that it imported
     try:
         app()
-    except QuantDMError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
-        sys.exit(2)
-    except Interrupted:
+    except (Exception, Interrupted) as error:
+        if isinstance(error, QuantDMError) and not Interrupted.asked:
+            typer.secho(f"error: {error}", err=True, fg="red")
+            sys.exit(2)
+        if not Interrupted.asked:
+            raise
         keeps = len(sys.argv) > 1 and sys.argv[1] in KEEPS
         told = ": what is finished is kept; run the same command again to go on" if keeps else "; nothing was written"
         typer.echo(f"\ninterrupted{told}", err=True)

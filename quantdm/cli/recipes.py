@@ -75,14 +75,16 @@ def apply(
         model, chosen, out, example_inputs=inputs, variant=variant, config=config, same_architecture=same_architecture
     )
     typer.echo(f"pipeline: {made}")
-    before, after = file_bytes(model, variant=variant, config=config), file_bytes(made)
-    if before and after:
-        typer.echo(f"weights on disk, all parts: {before / 1e6:,.2f} MB before, {after / 1e6:,.2f} MB now")
-    left = left_in(made)
-    if left is not None:
-        typer.echo(left)
+    _say_sizes(file_bytes(model, variant=variant, config=config), file_bytes(made), left_in(made))
     if model_card:
         typer.echo(f"model card: {write_card(out, source=model)}")
+
+
+def _say_sizes(before: int | None, after: int | None, left: str | None) -> None:
+    if before and after:  # a hub's files are not on this disk
+        typer.echo(f"weights on disk, all parts: {before / 1e6:,.2f} MB before, {after / 1e6:,.2f} MB now")
+    if left is not None:
+        typer.echo(left)
 
 
 def _told(spec: "CalibrationSpec | None", protocol: str) -> "CalibrationSpec":

@@ -1,18 +1,20 @@
 """The bank: every layer quantized with every option, once; a configuration is swapped in by moving pointers."""
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Semaphore
+from typing import Any
 
 import torch
 from torch import nn
 
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
-from quantdm.files import load_tensors, read_json, write_json
+from quantdm.files import load_tensors, open_tensors, read_json, write_json
 from quantdm.machine import BYTES_PER_WEIGHT, IN_FLIGHT, Gate, cores, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight
 from quantdm.quantizers.options import SWEEPS
@@ -52,8 +54,7 @@ class WeightBank:
         self.sweeps = sweeps
         self._files: dict[str, Path] = {}
         self._loaded: dict[str, dict[str, QuantizedWeight]] = {}
-        self._errors: dict[str, dict[str, float]] = {}
-        self._output_errors: dict[str, dict[str, float]] = {}
+        self._metadata: dict[str, dict[str, Any]] = {}
         self._dense: OrderedDict[tuple[str, Scheme, torch.dtype, torch.device], torch.Tensor] = OrderedDict()
         self._dense_bytes = 0
 
@@ -143,9 +144,7 @@ class WeightBank:
 
     def _open(self, name: str) -> dict[str, QuantizedWeight]:
         if name not in self._loaded:
-            if name not in self._files:
-                raise QuantDMError(f"bank: no layer {name!r} in {self.folder}; build the bank first")
-            tensors, meta = load_tensors(self._files[name])
+            tensors, meta = load_tensors(self._file(name))
             shape, dtype = tuple(meta["shape"]), getattr(torch, meta["dtype"])
             self._loaded[name] = {
                 scheme.label: QuantizedWeight.from_tensors(
@@ -158,8 +157,18 @@ class WeightBank:
                 for scheme in self.options
                 if f"{scheme.label}/codes" in tensors or f"{scheme.label}/codes.0" in tensors
             }
-            self._errors[name], self._output_errors[name] = meta["errors"], meta.get("output_errors", {})
         return self._loaded[name]
+
+    def _file(self, name: str) -> Path:
+        if name not in self._files:
+            raise QuantDMError(f"bank: no layer {name!r} in {self.folder}; build the bank first")
+        return self._files[name]
+
+    def _told(self, name: str) -> dict[str, Any]:
+        if name not in self._metadata:
+            with open_tensors(self._file(name)) as file:  # of its tensors none is opened
+                self._metadata[name] = json.loads((file.metadata() or {})["quantdm"])
+        return self._metadata[name]
 
     def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
         """Return one layer under one scheme, memory-mapped."""
@@ -173,16 +182,14 @@ class WeightBank:
 
     def weight_error(self, name: str, scheme: Scheme) -> float:
         """Return mean|w - ŵ|^2.4 / mean|w|^2.4 of one layer under one scheme."""
-        self._open(name)
-        return self._errors[name][scheme.label]
+        return self._told(name)["errors"][scheme.label]
 
     def output_error(self, name: str, scheme: Scheme) -> float | None:
         """Return the mean squared error of one layer's output under one scheme, relative to its mean square.
 
         None: nobody gathered its inputs, or the bank is of a version that did not keep it.
         """
-        self._open(name)
-        return self._output_errors[name].get(scheme.label)
+        return self._told(name).get("output_errors", {}).get(scheme.label)
 
     def dense(self, name: str, scheme: Scheme, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the decoded weight on a device; decoded there, and kept while `cache_bytes` allow."""
