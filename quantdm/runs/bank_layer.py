@@ -56,7 +56,7 @@ class LayerBuild:
         if path.is_file():
             return path
         of = _digest(self.layer, weight, moments, self.sweeps)
-        errors, _ = self._earlier(of)
+        errors = self._earlier(of)[0].get("errors", {})
         if not errors:
             return Address(path, of)
         missing = self._missing(weight, errors)
@@ -72,8 +72,8 @@ class LayerBuild:
 
     def make(self, weight: torch.Tensor, moments: Moments | None, address: Address) -> Path:
         """Build what `look` did not find; weight and moments are those that it saw, and are not hashed again."""
-        errors, tensors = self._earlier(address.of)
-        outputs = self._earlier_outputs() if errors else {}
+        before, tensors = self._earlier(address.of)
+        errors, outputs = before.get("errors", {}), before.get("output_errors", {})  # banks before 0.3 lack the latter
         missing = self._missing(weight, errors)
         if moments is not None:
             moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
@@ -99,18 +99,13 @@ class LayerBuild:
         save_tensors(address.path, tensors, metadata)
         return address.path
 
-    def _earlier(self, of: str) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-        """Return the errors and tensors of the file before, if it is of the same weight and moments."""
+    def _earlier(self, of: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Return metadata and tensors of the file before, if it is of the same weight and moments."""
         if self.before is not None and self.before.is_file():
-            old, meta = load_tensors(self.before)
+            tensors, meta = load_tensors(self.before)
             if meta.get("of") == of:
-                return dict(meta["errors"]), dict(old)
+                return meta, tensors
         return {}, {}
-
-    def _earlier_outputs(self) -> dict[str, float]:
-        """Return the output errors that the file before holds: banks before 0.3 do not."""
-        assert self.before is not None
-        return dict(load_tensors(self.before)[1].get("output_errors", {}))
 
     def _missing(self, weight: torch.Tensor, errors: dict[str, float]) -> list[Scheme]:
         return [s for s in self.options if s.label not in errors and fits_rank(weight.shape, s)]

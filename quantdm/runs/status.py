@@ -72,7 +72,7 @@ def status_of(folder: str | Path) -> Status:
         last=time.time() - recent[-1] if recent else None,
         measurements={name: len(times) for name, times in finished.items()},
         working=working,
-        changed=time.time() - max(path.stat().st_mtime for path in (folder, *folder.glob("*"), *folder.glob("*/*"))),
+        changed=time.time() - max(place.stat().st_mtime for place in (folder, *folder.glob("*/"))),  # files may vanish
         stopped=last_failure(folder),
     )
 
