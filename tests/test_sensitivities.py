@@ -1,118 +1,203 @@
-"""One-layer errors: measured for all options, or told from one of them by the errors of the layer's output."""
+"""One-layer errors from backward passes, against the errors themselves."""
 
-import math
+import logging
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from torch import nn
 
 from quantdm import QuantDMError, Scheme
+from quantdm.denoisers.calls import Call, record_calls
+from quantdm.denoisers.propagation import propagated_errors
+from quantdm.errors import QuantDMError as Refused
 from quantdm.files import read_json
+from quantdm.metrics import relative_error
 from quantdm.pipelines.subject import look_at
-from quantdm.quantizers import Moments
-from quantdm.quantizers.objective import output_error
 from quantdm.runs.engines.local import Engine
+from quantdm.runs.evaluator import Evaluator
 from quantdm.runs.search import start_run
-from quantdm.runs.sensitivities import completed, probed
-from quantdm.runs.settings import QUICK, Effort
+from quantdm.runs.sensitivities import PASSES
+from quantdm.runs.settings import FULL, QUICK, Effort
 from quantdm.runs.stages import build_bank, measure_space
+from quantdm.runs.store import TrialStore
 from quantdm.surrogates.ranking import spearman
 
-LABELS = ("kmeans-channel-2-feedback", "kmeans-channel-3-feedback", "kmeans-channel-4-feedback", "uniform-channel-5")
+LABELS = ("kmeans-channel-2", "kmeans-channel-3", "kmeans-channel-4", "uniform-channel-5")
 OPTIONS = tuple(map(Scheme.parse, LABELS))
-EFFORT = Effort(label_images=2, label_steps=4, verify_images=2, noise_images=4, calibration_images=8, sweeps=0)
+EFFORT = Effort(label_images=2, label_steps=4, verify_images=2, noise_images=4, noise_signs=256)
 
 
-@pytest.mark.parametrize("groups", [1, 3])
-def test_the_output_error_is_that_of_the_outputs_themselves(groups):
-    torch.manual_seed(0)
-    inputs = torch.randn(groups, 50, 8) @ torch.randn(groups, 8, 8)
-    weight = torch.randn(6 * groups, 2, 4)
-    changed = weight + 0.1 * torch.randn_like(weight)
-    released = []
-    moments = Moments(inputs.mT @ inputs / 50, 50, lambda: released.append(1))
+class Net(nn.Module):
+    """Every kind of layer on its way to one number a sample: its error is then told by a single backward pass."""
 
-    def outputs(w):
-        return inputs.double() @ w.double().view(groups, 6, 8).mT
+    def __init__(self, wide: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.grouped = nn.Conv2d(4, 8, 3, padding=1, groups=2)
+        self.twice = nn.Linear(8, 8)
+        self.out = nn.Linear(8, wide, bias=False)
+        self.idle = nn.Linear(8, 8)
 
-    expected = (outputs(changed) - outputs(weight)).square().sum() / outputs(weight).square().sum()
-    assert output_error(weight, changed, moments) == pytest.approx(float(expected), rel=1e-5)
-    assert released  # the memory of a file is let go of
-    assert output_error(weight, weight, moments) == 0
-    assert output_error(torch.zeros_like(weight), torch.zeros_like(weight), moments) == 0
-
-
-def test_rows_of_wide_moments_add_up(monkeypatch):
-    torch.manual_seed(0)
-    inputs, weight = torch.randn(1, 40, 30), torch.randn(5, 30)
-    moments, changed = Moments(inputs.mT @ inputs, 40), weight.round()
-    whole = output_error(weight, changed, moments)
-    monkeypatch.setattr("quantdm.quantizers.objective.ROWS", 7)
-    assert output_error(weight, changed, moments) == pytest.approx(whole, rel=1e-5)
+    def forward(self, x):
+        y = self.grouped(x).flatten(2).mT  # [B, places, 8]
+        y += 1  # in place, behind a layer
+        y = self.twice(self.twice(y))
+        with torch.no_grad():
+            self.idle(y)
+        return self.out(y).sum(dim=1)
 
 
-@given(
-    st.dictionaries(st.integers(2, 99), st.floats(1e-8, 1.0), min_size=1, max_size=9),
-    st.floats(1e-3, 1e3),
-    st.floats(0.3, 2.0),
-    st.integers(1, 9),
-)
-def test_a_power_of_the_output_error_is_found_between_what_was_measured(outputs, factor, power, count):
-    truth = {label: factor * output**power for label, output in outputs.items()}
-    measured = {label: truth[label] for label in probed(outputs, count)}
-    found = completed(measured, outputs)
-    assert found.keys() == outputs.keys()
-    xs = [outputs[label] for label in measured]
-    for label, output in outputs.items():
-        if label in measured:
-            assert found[label] == measured[label]
-        elif min(xs) <= output <= max(xs):
-            assert found[label] == pytest.approx(truth[label], rel=1e-6)
-        else:  # in proportion, from the nearest that was measured
-            edge = min(measured, key=lambda each: abs(math.log(outputs[each] / output)))
-            assert found[label] == pytest.approx(truth[edge] * output / outputs[edge], rel=1e-6)
+def recorded(net, samples=5):
+    x = torch.randn(samples, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return Call((x,), {}, net(x))
 
 
-def test_no_error_of_the_output_is_no_error_at_the_end_and_a_chance_dip_is_not_believed():
-    outputs = {"none": 0.0, "little": 0.01, "some": 0.1, "middle": 0.03, "much": 1.0}
-    found = completed({"little": 2e-3, "some": 1e-3, "much": 5e-2}, outputs)
-    assert found["none"] == 0
-    assert found["some"] == 1e-3
-    assert found["middle"] == pytest.approx(2e-3)
+def measured(net, call, name, error):
+    weight = net.get_submodule(name).weight
+    with torch.no_grad():
+        weight += error
+        changed = net(*call.args)
+        weight -= error
+    return relative_error(changed, call.output)
 
 
-def test_options_are_probed_evenly_over_their_errors_and_all_where_one_is_unknown():
-    outputs = {"e": 5.0, "a": 1.0, "c": 3.0, "b": 2.0, "d": 4.0}
-    assert probed(outputs, 1) == ["c"]
-    assert sorted(probed(outputs, 2)) == ["b", "d"]
-    assert probed(outputs, None) == probed(outputs, 5) == probed(outputs, 9) == [*outputs]
-    assert probed(outputs | {"b": None}, 1) == [*outputs]
+def small_errors(net, name, scales=(1e-4, 2e-4)):
+    shape = net.get_submodule(name).weight.shape
+    return [scale * torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) for scale in scales]
 
 
-def test_one_measured_option_of_every_layer_ranks_all_of_them_as_measuring_them_does(dit, tmp_path):
-    spaces = []
-    for count in (1, None):
-        folder = tmp_path / str(count)
-        run, subject = start_run(
-            look_at(dit), folder, target_bits=3.0, trials=30, options=OPTIONS,
-            effort=replace(EFFORT, noise_options=count),
-        )  # fmt: skip
-        if count is None:
-            shutil.copytree(tmp_path / "1" / "bank", folder / "bank")
-        with Engine(run, subject, workers=1) as engine:
-            spaces.append(measure_space(run, engine, subject, build_bank(run, subject)))
-        rows = read_json(folder / "sensitivity.json", version=1)["noise_error"]
-        assert {len(row) for row in rows.values()} == {count or len(OPTIONS)}
-    told, measured = (np.log(space.noise_error).ravel() for space in spaces)
-    assert (told == measured).sum() >= len(subject.layers)
-    assert spearman(told, measured) > 0.93 > spearman(np.log(spaces[0].weight_error).ravel(), measured)
+@pytest.mark.parametrize("name", ["grouped", "twice", "out"])
+def test_of_one_number_a_sample_a_single_pass_tells_the_error_itself(name):
+    net = Net()
+    call = recorded(net)
+    found = propagated_errors(net, call, [name], partial(small_errors, net), seed=0)
+    expected = [measured(net, call, name, error) for error in small_errors(net, name)]
+    assert found[name] == pytest.approx(expected, rel=2e-2)  # `twice` is not linear in its error
 
 
-def test_the_quick_level_measures_one_option_a_layer_and_none_is_no_number_of_them():
-    assert QUICK.noise_options == 1
-    with pytest.raises(QuantDMError, match=r"noise_options: got 0, expected 1 or more"):
-        Effort(noise_options=0)
+def test_of_many_numbers_the_mean_over_signs_comes_as_near_as_it_should():
+    net, seeds = Net(wide=24), 200
+    call = recorded(net)
+    names = ["grouped", "twice", "out"]
+    runs = [propagated_errors(net, call, names, partial(small_errors, net), seed=seed) for seed in range(seeds)]
+    for name in names:
+        values = np.array([run[name][0] for run in runs])
+        expected = measured(net, call, name, small_errors(net, name)[0])
+        assert abs(values.mean() / expected - 1) < 4 * values.std() / values.mean() / seeds**0.5
+        assert values.std() / values.mean() < 2 * (2 / len(call.output)) ** 0.5  # samples are squared apart
+    assert runs[0] == propagated_errors(net, call, names, partial(small_errors, net), seed=0)
+
+
+def test_layers_without_gradients_are_missing_and_the_network_is_left_as_it_was():
+    net = Net()
+    call, before = recorded(net), {key: value.clone() for key, value in net.state_dict().items()}
+    net.twice.weight.requires_grad_(False)
+    found = propagated_errors(net, call, ["grouped", "twice", "idle"], partial(small_errors, net), seed=0)
+    assert found.keys() == {"grouped", "twice"}
+    assert [p.requires_grad for p in net.parameters()] == [True, True, False, True, True, True, True]
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not net.twice._forward_hooks
+    silent = Call(call.args, {}, torch.zeros_like(call.output))
+    assert propagated_errors(net, silent, ["out"], partial(small_errors, net), seed=0) == {}
+
+
+def test_what_blocks_compute_anew_is_what_they_computed_and_they_stop_doing_so(dit, monkeypatch):
+    denoiser = dit.transformer
+    with record_calls(denoiser, steps=[1]) as recording:
+        dit([1, 2], num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np")
+    names = [layer.name for layer in look_at(dit).layers]
+    found = []
+    for supported in (True, False):
+        monkeypatch.setattr(type(denoiser), "_supports_gradient_checkpointing", supported)
+        ask = partial(small_errors, denoiser)
+        found.append(propagated_errors(denoiser, recording.calls[0], names, ask, seed=3))
+        assert not denoiser.is_gradient_checkpointing
+    assert found[0].keys() == found[1].keys() == set(names)
+    assert [found[0][name] for name in names] == [pytest.approx(found[1][name], rel=1e-3) for name in names]
+
+
+def opened(folder, dit, **changed):
+    return start_run(
+        look_at(dit), folder, target_bits=3.0, trials=30, options=OPTIONS, effort=replace(EFFORT, **changed)
+    )
+
+
+def spaces_of(tmp_path, dit, signs):
+    run, subject = opened(tmp_path / str(signs), dit, noise_signs=signs)
+    if (tmp_path / "bank").exists():
+        shutil.copytree(tmp_path / "bank", run.path("bank"))
+    bank = build_bank(run, subject)
+    if not (tmp_path / "bank").exists():
+        shutil.copytree(run.path("bank"), tmp_path / "bank")
+    with Engine(run, subject, workers=1) as engine:
+        return run, measure_space(run, engine, subject, bank)
+
+
+def test_backward_passes_rank_options_as_measuring_them_does(dit, tmp_path):
+    run, told = spaces_of(tmp_path, dit, 256)
+    _, measured_space = spaces_of(tmp_path, dit, None)
+    x, y = np.log(told.noise_error).ravel(), np.log(measured_space.noise_error).ravel()
+    assert spearman(x, y) > 0.98 > spearman(np.log(told.weight_error).ravel(), y)
+    assert abs((x - y).mean()) < 0.1
+    assert (x - y).std() < 0.4
+    assert len(TrialStore(run.path(PASSES)).keys()) == 11  # of 4 images, twice each under guidance, at 3 of 4 steps
+
+
+def test_passes_are_kept_and_only_new_options_are_asked_for(dit, tmp_path, monkeypatch):
+    run, subject = opened(tmp_path / "run", dit, noise_signs=64)
+    bank = build_bank(run, subject)
+    asked = []
+    monkeypatch.setattr(Evaluator, "propagate", counted_propagate(asked, Evaluator.propagate, stop_at=2))
+    with pytest.raises(Refused, match="stop here"), Engine(run, subject, workers=1) as engine:
+        measure_space(run, engine, subject, bank)
+    assert [each.seed for each in asked] == [0, 1]
+    asked.clear()
+    monkeypatch.setattr(Evaluator, "propagate", counted_propagate(asked, Evaluator.propagate.inner))
+    with Engine(run, subject, workers=1) as engine:
+        first = measure_space(run, engine, subject, bank)
+    assert [each.seed for each in asked] == [1, 2]  # the first pass was there
+    again = tmp_path / "again"
+    run, subject = opened(again, dit, noise_signs=64)
+    shutil.copytree(tmp_path / "run" / "bank", again / "bank")
+    with Engine(run, subject, workers=1) as engine:
+        second = measure_space(run, engine, subject, build_bank(run, subject))
+    assert np.array_equal(first.noise_error, second.noise_error)
+
+
+def counted_propagate(asked, inner, stop_at=None):
+    def propagate(self, each):
+        asked.append(each)
+        if len(asked) == stop_at:
+            raise QuantDMError("stop here")
+        return inner(self, each)
+
+    propagate.inner = inner
+    return propagate
+
+
+def test_a_network_without_a_way_back_is_measured_layer_by_layer_and_told_so(dit, tmp_path, monkeypatch, caplog):
+    run, subject = opened(tmp_path / "run", dit, noise_images=1, label_steps=1)
+    bank = build_bank(run, subject)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("derivative of this is not implemented\nmore of it")
+
+    monkeypatch.setattr("quantdm.runs.propagated.propagated_errors", refuse)
+    with caplog.at_level(logging.WARNING), Engine(run, subject, workers=1) as engine:
+        space = measure_space(run, engine, subject, bank)
+    assert "transformer: has no backward pass here (derivative of this is not implemented)" in caplog.text
+    assert "measured one by one" in caplog.text
+    assert (space.noise_error > 0).all()
+    assert read_json(run.path("sensitivity.json"), version=1)["noise_error"].keys() == set(space.layer_names)
+
+
+def test_levels_say_over_how_many_signs_errors_are_averaged():
+    assert FULL.noise_signs == 512 > QUICK.noise_signs == 128
+    with pytest.raises(QuantDMError, match=r"noise_signs: got 0, expected 1 or more"):
+        Effort(noise_signs=0)

@@ -14,6 +14,7 @@ from quantdm.activations.distinct import DistinctVectors
 from quantdm.denoisers.calls import Call, layer_input, replay
 from quantdm.errors import QuantDMError, counted, nearest
 from quantdm.files import digest, save_tensors
+from quantdm.machine import give_back_freed
 from quantdm.pipelines.sketch import sketch_of
 from quantdm.pipelines.tensor_files import map_tensor
 from quantdm.quantizers import Moments
@@ -69,6 +70,8 @@ def gather_moments(
     for group in _groups(missing, budget_bytes):
         for name, found in _gather(group, denoiser, calls):
             save_tensors(stored.path(name), {"second": found.second}, {"count": found.count})
+            del found  # gigabytes of the widest layers, while the next group is gathered
+        give_back_freed()
     return stored
 
 

@@ -1,5 +1,6 @@
 """What a run will take, before anything starts: time, memory and disk of every stage, from a few images."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,9 @@ TRIED = 8  # corrections, each on two of four draws where it does not help
 UNLEARNED = RANDOM_SHARE + FRONTIER_SHARE  # of the trials: those that get cheap labels
 NO_ACCELERATOR = "gpu_hours (--gpu-hours): no accelerator works here; give minutes (--minutes) instead"
 CHEAP = f"Trials: if cheap labels rank like full ones; else they take up to {EVERY} times as long."
+
+GUIDED = 2  # samples of an image that a denoiser sees: with and without its prompt
+AROUND = 4  # forward passes that a backward pass costs beside the products of the options: forward twice, and back
 
 PARALLEL = ("sensitivities", "other parts", "trials", "verification", "final rows")
 
@@ -192,7 +196,7 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
     full, cheap = (s.trials, 0.0) if s.fidelity == "full" else (s.trials / EVERY, s.trials * UNLEARNED)
     return {
         "bank": calibrated * here.exact + _bank_seconds(subject, s) / cores(),
-        "sensitivities": layers * min(len(s.options), s.noise_options or len(s.options)) * probe / many,
+        "sensitivities": _sensitivity_seconds(s, layers, there.exact, many),
         **({} if room is None else {"other parts": shared * label / many}),
         "trials": (full * label + cheap * probe) / many,
         "surrogates": 2 + s.trials * layers * 5e-4,
@@ -202,6 +206,15 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
         "final rows": rows * level.final_images * steps * there.fast / many,
         "export, report": 10.0,
     }
+
+
+def _sensitivity_seconds(s: RunSettings, layers: int, exact: float, workers: int) -> float:
+    """Return the seconds of the one-layer errors: of a backward pass a sample, or one by one."""
+    samples = NOISE_CALLS * s.noise_images
+    if s.noise_signs is None:
+        return layers * len(s.options) * samples * exact / workers
+    passes = math.ceil(s.noise_signs / samples / GUIDED)
+    return passes * samples * (AROUND + len(s.options)) * exact / min(workers, passes)
 
 
 def _disk(subject: Subject, settings: RunSettings) -> dict[str, int]:

@@ -36,7 +36,6 @@ from quantdm.runs.engines.local import Engine
 from quantdm.runs.engines.means import look_at_means
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.failure import told_why
-from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.run import Run, RunSettings
 from quantdm.runs.search import look_for_run, start_run
 from quantdm.runs.settings import check_given, make_settings
@@ -241,7 +240,6 @@ class _Way:
         """Find the recipe, stage by stage."""
         run, engine, say = self.run, self.engine, self.say
         say(f"[4/10] measure {run.settings.trials} sampled configurations (processes: {engine.workers})")
-        measure_gradients(run, engine.local, space)
         run_trials(run, engine, space, most=self.most)
         if (cheap := cheap_verdict(run)) is not None:
             say(f"       {told(cheap)}")

@@ -8,8 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantdm.quantizers.moments import ROWS, Moments
-
 
 class Objective(Protocol):
     """What a quantized weight is judged by, row by row."""
@@ -71,24 +69,3 @@ class OutputError:
         groups, n, _ = self.second.shape
         diagonal = self.second.diagonal(dim1=1, dim2=2).clamp_min(0)
         return diagonal[:, None].expand(groups, len(self.matrix) // groups, n).reshape(len(self.matrix), n)
-
-
-def output_error(weight: Tensor, dequantized: Tensor, moments: Moments) -> float:
-    """Return tr(E H E^T) / tr(W H W^T), E the error of a weight W: the mean squared error of its layer's output.
-
-    Relative to the mean square of the output. H is read some rows at a time, and let go of where it is a file's.
-
-    Args:
-        weight, dequantized: of one shape [C_out, ...].
-        moments: of the layer's inputs.
-    """
-    groups, n, _ = moments.second.shape
-    both = torch.stack([dequantized.float() - weight.float(), weight.float()]).view(2, groups, -1, n)
-    sums = torch.zeros(2, dtype=torch.float64)
-    for first in range(0, n, ROWS):
-        rows = slice(first, first + ROWS)
-        weighed = torch.matmul(both[..., rows], moments.second[:, rows].float())
-        sums += (weighed * both).sum(dim=(1, 2, 3), dtype=torch.float64)
-        moments.let_go()
-    error, power = sums.clamp_min(0).tolist()
-    return error / power if power > 0 else 0.0

@@ -14,7 +14,6 @@ MARKS = {
     "uniform-next-width": "best uniform",
     "least-weight-error": "least weight error",
     "sensitivity-same-size": "sensitivities alone",
-    "gradient-same-size": "gradients alone",
     "recipe": "recipe",
 }
 

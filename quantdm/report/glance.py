@@ -22,7 +22,6 @@ RIVALS = {
     "uniform-next-width": "best uniform",
     "least-weight-error": "least weight error",
     "sensitivity-same-size": "sensitivities alone",
-    "gradient-same-size": "gradients alone",
 }
 UNIFORM = "uniform-next-width"
 MOST_BARS = 160  # layers of the small picture; more are summed up by neighbours

@@ -18,7 +18,6 @@ SAME_SIZE = 1e-3  # sizes that differ by less count as equal in words
 # Rows of the recipe's size that need no search -> what their knapsack is on; and how a verdict reads.
 MIXES = {
     "sensitivity-same-size": "one-layer noise errors",
-    "gradient-same-size": "gradient sensitivities",
     "least-weight-error": "weight errors",
 }
 WORDS = {"better": "better than", "worse": "worse than", "tie": "within noise of", "unknown": "to be compared with"}

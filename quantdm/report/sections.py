@@ -21,7 +21,6 @@ ROW_NAMES = {
     "uniform-next-width": "One scheme everywhere, next width",
     "least-weight-error": "Least weight error, same size",
     "sensitivity-same-size": "One-layer sensitivities, same size",
-    "gradient-same-size": "Gradient sensitivities, same size",
     "recipe-untuned": "Recipe before tuning",
     "recipe": "Recipe",
     "recipe+a6": "Recipe, A6",
@@ -169,12 +168,6 @@ def actions(records: Records) -> str:
     return f'<ol class="insights">{"".join(lines)}</ol>' + paragraph(note, "caption")
 
 
-def told_by_outputs(measured: int | None) -> str:
-    """Return what is to be said where not all options of a layer were measured."""
-    told = f"; {measured} of each layer's options measured, the others told by the error of its output"
-    return "" if measured is None else told
-
-
 def protocol(records: Records) -> str:
     """Return how everything was measured: settings, seeds, versions."""
     s, summary = records.settings, records.summary or {}
@@ -191,7 +184,7 @@ def protocol(records: Records) -> str:
         (
             "Sensitivities",
             f"{s.noise_images} images, {s.noise_steps or s.label_steps} steps, draw {base + 1}, float32"
-            + told_by_outputs(s.noise_options),
+            + ("" if s.noise_signs is None else f", from backward passes with {s.noise_signs} random signs"),
         ),
         (
             "Verification",

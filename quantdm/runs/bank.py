@@ -184,13 +184,6 @@ class WeightBank:
         """Return mean|w - ŵ|^2.4 / mean|w|^2.4 of one layer under one scheme."""
         return self._told(name)["errors"][scheme.label]
 
-    def output_error(self, name: str, scheme: Scheme) -> float | None:
-        """Return the mean squared error of one layer's output under one scheme, relative to its mean square.
-
-        None: nobody gathered its inputs, or the bank is of a version that did not keep it.
-        """
-        return self._told(name).get("output_errors", {}).get(scheme.label)
-
     def dense(self, name: str, scheme: Scheme, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Return the decoded weight on a device; decoded there, and kept while `cache_bytes` allow."""
         key = (name, scheme, dtype, torch.device(device))

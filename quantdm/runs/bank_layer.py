@@ -11,7 +11,6 @@ from quantdm.denoisers.inventory import LayerRecord
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.quantizers import Moments, quantize_options, weight_error
 from quantdm.quantizers.branches import fits_rank
-from quantdm.quantizers.objective import output_error
 from quantdm.schemes import Scheme
 
 BANK_VERSION = 3
@@ -73,7 +72,7 @@ class LayerBuild:
     def make(self, weight: torch.Tensor, moments: Moments | None, address: Address) -> Path:
         """Build what `look` did not find; weight and moments are those that it saw, and are not hashed again."""
         before, tensors = self._earlier(address.of)
-        errors, outputs = before.get("errors", {}), before.get("output_errors", {})  # banks before 0.3 lack the latter
+        errors = before.get("errors", {})
         missing = self._missing(weight, errors)
         if moments is not None:
             moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
@@ -82,10 +81,7 @@ class LayerBuild:
         )
         for scheme, item in zip(missing, quantized, strict=True):
             tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
-            decoded = item.dequantize(dtype=torch.float32)
-            errors[scheme.label] = weight_error(weight, decoded)
-            if moments is not None:
-                outputs[scheme.label] = output_error(weight, decoded, moments)
+            errors[scheme.label] = weight_error(weight, item.dequantize(dtype=torch.float32))
         metadata = {
             "version": BANK_VERSION,
             "of": address.of,
@@ -94,7 +90,6 @@ class LayerBuild:
             "dtype": str(weight.dtype).removeprefix("torch."),
             "split": self.layer.split,
             "errors": errors,
-            "output_errors": outputs,
         }
         save_tensors(address.path, tensors, metadata)
         return address.path

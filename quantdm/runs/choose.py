@@ -15,7 +15,6 @@ from quantdm.pipelines.seen import Seen
 from quantdm.recipe import Provenance, Recipe, joint_rules, load_recipe
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import is_current
-from quantdm.runs.gradients import load_gradients
 from quantdm.runs.labels import calibration_of, label_bits, labels_of, tables_of
 from quantdm.runs.run import Run
 from quantdm.runs.split import load_split, notes_of, rules_in
@@ -27,7 +26,6 @@ from quantdm.surrogates import Attribution, BlockScores, GraphSurrogate, SearchS
 # Standard deviations over folds by which scores of whole blocks are lowered: of 0 to 4 the best on planted truths of
 # four kinds (eval/results/planted_kinds.json); the best of thousands of assignments is else the luckiest.
 CAUTION = 0.5
-GRADIENTS = "gradient sensitivity"
 
 
 def choose(
@@ -164,9 +162,6 @@ def candidate_choices(
     found = {name: select(space, a.values, target_bits=budget, forbidden=barred) for name, a in attributions.items()}
     sensitivity = select(space, -space.noise_error, target_bits=budget)
     found["sensitivity"] = sensitivity
-    gradients = load_gradients(run, space)
-    if gradients is not None:
-        found[GRADIENTS] = select(space, -gradients, target_bits=budget)
     fits = np.flatnonzero(space.avg_bits(choices) <= budget)
     if len(fits):
         found["best sampled"] = choices[fits[np.argmax(y[fits])]]

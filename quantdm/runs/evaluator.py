@@ -25,6 +25,7 @@ from quantdm.pipelines.tried import check_called
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers, split_name
 from quantdm.runs.bank import WeightBank, pointed
 from quantdm.runs.other_weights import OtherWeights, Tables
+from quantdm.runs.propagated import Pass, propagated
 from quantdm.runs.proposals import Proposal, answer
 from quantdm.runs.run import Run
 from quantdm.runs.tuned import TunedWeights
@@ -194,6 +195,10 @@ class Evaluator:
                 pairs = zip(outputs, calls, strict=True)
                 errors.append(sum(relative_error(out, call.output) for out, call in pairs) / len(calls))
         return errors
+
+    def propagate(self, asked: Pass) -> dict[str, Any]:
+        """Return estimates of the same errors, of all layers at once; see `propagated`."""
+        return propagated(self.subject, self.bank, self.recorded_calls(), asked)
 
     def noise_error(self, job: Job) -> dict[str, float]:
         """Return the same error with the whole configuration of a job: the cheapest label, tens of times cheaper."""

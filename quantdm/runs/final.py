@@ -17,7 +17,6 @@ from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import mean_and_sd, totals
 from quantdm.progress import bar
 from quantdm.recipe import ActivationSpec, Recipe
-from quantdm.runs.choose import GRADIENTS
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Job
 from quantdm.runs.jobs import measure_jobs
@@ -52,8 +51,8 @@ def final_jobs(
     """Return row name -> (job without its draw, note) of the result table.
 
     "uniform-next-width" is one scheme everywhere, the best by verification of those that are no smaller than the target
-    (the note names it); "least-weight-error", "sensitivity-same-size" and
-    "gradient-same-size" are mixes of the target's size.
+    (the note names it); "least-weight-error" and "sensitivity-same-size"
+    are mixes of the target's size.
 
     Raises:
         QuantDMError: the recipe does not fit the denoiser, or quantizes further parts of the pipeline.
@@ -67,9 +66,6 @@ def final_jobs(
     spec = activations.model_dump(mode="json")
     note += "" if tuned is None else ", tuned"
     corrected = Job(draw, chosen, spec, correction, tuned), "6-bit activations, corrected sampler"
-    gradients = {}
-    if GRADIENTS in configs:  # which runs before 0.4 have not
-        gradients = {"gradient-same-size": (Job(draw, configs[GRADIENTS]), "knapsack on gradient sensitivities")}
     untuned = {} if tuned is None else {"recipe-untuned": (Job(draw, chosen), "before tuning")}
     jobs = {
         "fp": (Job(draw), f"{ORIGINAL_BITS}-bit weights"),
@@ -78,7 +74,6 @@ def final_jobs(
         "uniform-next-width": (Job(draw, configs[uniform]), uniform.removeprefix(BASELINE)),
         "least-weight-error": (Job(draw, configs[LEAST_WEIGHT_ERROR]), "knapsack on weight errors"),
         "sensitivity-same-size": (Job(draw, configs["sensitivity"]), "knapsack on one-layer noise errors"),
-        **gradients,
         **untuned,
         "recipe": (Job(draw, chosen, tuned=tuned), note),
         "recipe+a6": (Job(draw, chosen, spec, tuned=tuned), "6-bit activations"),

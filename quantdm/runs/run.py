@@ -54,7 +54,7 @@ class RunSettings(BaseModel):
     verify_draws: int = 2  # what runs before 0.3 had
     noise_images: int
     noise_steps: int | None = None  # of the trajectories of one-layer errors; None: those of the trials
-    noise_options: int | None = None  # whose one-layer errors are measured in every layer; None: all
+    noise_signs: int | None = None  # that one-layer errors are averages over; None: each is measured, as before 0.3
     calibration_images: int = 16  # what runs before 0.3 had, whose manifests do not say
     sweeps: int = 0
     calibration_steps: int | None = None  # None: those of the trials, as runs before 0.3 had
@@ -69,7 +69,7 @@ class RunSettings(BaseModel):
         """Leave out what runs before 0.4 did not have, so that what they have recorded stays theirs."""
         absent: dict[str, Any] = {
             "embeddings": None, "verify_draws": 2, "learned": None, "fidelity": "full", "noise_steps": None,
-            "target_pipeline_bytes": None, "noise_options": None,
+            "target_pipeline_bytes": None, "noise_signs": None,
         }  # fmt: skip
         return {key: value for key, value in dump(self).items() if key not in absent or value != absent[key]}
 

@@ -16,7 +16,6 @@ from quantdm.runs.engines.choice import check_engine, open_engine
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.failure import told_why
-from quantdm.runs.gradients import measure_gradients
 from quantdm.runs.learned import check_donors, learn_from
 from quantdm.runs.run import MANIFEST, Run, RunSettings
 from quantdm.runs.settings import FULL, FULL_TRIALS, Effort, check_dtype, check_given, make_settings
@@ -192,7 +191,6 @@ def find_recipe(run: Run, engine: Engine, subject: Subject) -> Recipe:
     bank = build_bank(run, subject, batch_size=engine.batch_size)
     space = measure_space(run, engine, subject, bank)
     run = settle(run, engine, space)
-    measure_gradients(run, engine.local, space)
     run_trials(run, engine, space)
     fitted = fit_surrogates(run, space, *load_labels(run, space))
     recipe = choose(run, engine, space, explain(run, fitted), fitted["graph"])

@@ -33,10 +33,10 @@ class Effort:
     """How much is measured in a search.
 
     `label_images` at `label_steps` per trial, `verify_images` on up to `verify_draws` draws for each of the best
-    candidates, `noise_images` along `noise_steps` (None: `label_steps`) for the one-layer noise errors of
-    `noise_options` options of every layer (None: of all); the others follow from these and the errors of the layer's
-    output. Calibrated options see the inputs of `calibration_images` trajectories of the protocol's steps and are
-    refined in up to `sweeps` rounds.
+    candidates, `noise_images` along `noise_steps` (None: `label_steps`) for the one-layer noise errors. These come from
+    backward passes, averaged over `noise_signs` random signs (None: every option of every layer is measured, tens to
+    hundreds of times as long). Calibrated options see the inputs of `calibration_images` trajectories of the protocol's
+    steps and are refined in up to `sweeps` rounds.
     """
 
     label_images: int = 300
@@ -47,18 +47,18 @@ class Effort:
     sweeps: int = SWEEPS
     verify_draws: int = 3
     noise_steps: int | None = None
-    noise_options: int | None = None
+    noise_signs: int | None = 512
 
     def __post_init__(self) -> None:
         least = {"label_images": 2, "label_steps": 1, "verify_images": 2, "noise_images": 1}
         least |= {"calibration_images": 1, "sweeps": 0, "verify_draws": 1}
-        least |= {name: 1 for name in ("noise_steps", "noise_options") if getattr(self, name) is not None}
+        least |= {name: 1 for name in ("noise_steps", "noise_signs") if getattr(self, name) is not None}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
 
 
-FULL, QUICK = Effort(), Effort(48, 4, 64, 2, 8, 1, 2, noise_options=1)
+FULL, QUICK = Effort(), Effort(48, 4, 64, 2, 8, 1, 2, noise_signs=128)
 
 
 def make_settings(

@@ -63,7 +63,7 @@ def measure_space(run: Run, engine: Engine, subject: Subject, bank: WeightBank) 
     if path.is_file() and tuple((known := SearchSpace.load(path)).labels) == labels:
         return known
     layers = subject.layers
-    errors = one_layer_errors(run, engine, layers, bank)
+    errors = one_layer_errors(run, engine, layers)
     options = run.settings.schemes
     rows = [
         {

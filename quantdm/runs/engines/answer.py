@@ -7,12 +7,14 @@ from typing import Any
 from quantdm.errors import QuantDMError
 from quantdm.metrics.samples import Draw
 from quantdm.runs.evaluator import Evaluator, Job, Probe
+from quantdm.runs.propagated import Pass
 from quantdm.runs.proposals import Proposal
 
 ARGUMENTS: dict[str, Any] = dict.fromkeys(("measure", "measure_paired", "measure_final", "noise_error"), Job.from_dict)
 ARGUMENTS |= {"prepare": lambda record: Draw(**record)}
 ARGUMENTS |= {"propose": lambda record: Proposal(**record)}
 ARGUMENTS |= {"sensitivity": lambda record: Probe(record["layer"], tuple(record["options"]))}
+ARGUMENTS |= {"propagate": lambda record: Pass(record["seed"], tuple(record["options"]))}
 
 OPEN = "open"  # in place of a method: the evaluator is opened, and nothing else
 
