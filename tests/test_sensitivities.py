@@ -18,9 +18,9 @@ from quantdm.files import read_json
 from quantdm.metrics import relative_error
 from quantdm.pipelines.subject import look_at
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import Evaluator
+from quantdm.runs.evaluator import Evaluator, Probe
 from quantdm.runs.search import start_run
-from quantdm.runs.sensitivities import PASSES
+from quantdm.runs.sensitivities import PASSES, needed_passes
 from quantdm.runs.settings import FULL, QUICK, Effort
 from quantdm.runs.stages import build_bank, measure_space
 from quantdm.runs.store import TrialStore
@@ -140,13 +140,13 @@ def spaces_of(tmp_path, dit, signs):
 
 
 def test_backward_passes_rank_options_as_measuring_them_does(dit, tmp_path):
-    run, told = spaces_of(tmp_path, dit, 256)
+    run, told = spaces_of(tmp_path, dit, 192)
     _, measured_space = spaces_of(tmp_path, dit, None)
     x, y = np.log(told.noise_error).ravel(), np.log(measured_space.noise_error).ravel()
     assert spearman(x, y) > 0.98 > spearman(np.log(told.weight_error).ravel(), y)
     assert abs((x - y).mean()) < 0.1
     assert (x - y).std() < 0.4
-    assert len(TrialStore(run.path(PASSES)).keys()) == 11  # of 4 images, twice each under guidance, at 3 of 4 steps
+    assert len(TrialStore(run.path(PASSES)).keys()) == 8  # of 4 images, twice each under guidance, at 3 of 4 steps
 
 
 def test_passes_are_kept_and_only_new_options_are_asked_for(dit, tmp_path, monkeypatch):
@@ -195,6 +195,18 @@ def test_a_network_without_a_way_back_is_measured_layer_by_layer_and_told_so(dit
     assert "measured one by one" in caplog.text
     assert (space.noise_error > 0).all()
     assert read_json(run.path("sensitivity.json"), version=1)["noise_error"].keys() == set(space.layer_names)
+
+
+def test_what_few_layers_or_many_passes_would_take_is_measured_instead(dit, tmp_path):
+    assert needed_passes(32, 512, layers=100, options=4) == 16
+    assert needed_passes(1000, 512, layers=100, options=4) == 1
+    assert needed_passes(32, 512, layers=32, options=4) is None  # 16 x 8 forward passes, or 32 x 4
+    run, subject = opened(tmp_path / "run", dit, noise_images=1, label_steps=1, noise_signs=10_000)
+    bank = build_bank(run, subject)
+    with Engine(run, subject, workers=1) as engine:
+        space = measure_space(run, engine, subject, bank)
+        name = space.layer_names[5]
+        assert space.noise_error[5].tolist() == pytest.approx(engine.local.sensitivity(Probe(name, LABELS)), rel=1e-3)
 
 
 def test_levels_say_over_how_many_signs_errors_are_averaged():

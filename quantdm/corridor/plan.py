@@ -1,6 +1,5 @@
 """What a run will take, before anything starts: time, memory and disk of every stage, from a few images."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ from quantdm.runs.engines.means import Means
 from quantdm.runs.evaluator import NOISE_CALLS
 from quantdm.runs.room import Room, room_of
 from quantdm.runs.run import RunSettings
+from quantdm.runs.sensitivities import AROUND, needed_passes
 from quantdm.runs.shares import SIZES
 from quantdm.runs.trials import FRONTIER_SHARE, RANDOM_SHARE
 
@@ -36,7 +36,6 @@ NO_ACCELERATOR = "gpu_hours (--gpu-hours): no accelerator works here; give minut
 CHEAP = f"Trials: if cheap labels rank like full ones; else they take up to {EVERY} times as long."
 
 GUIDED = 2  # samples of an image that a denoiser sees: with and without its prompt
-AROUND = 4  # forward passes that a backward pass costs beside the products of the options: forward twice, and back
 
 PARALLEL = ("sensitivities", "other parts", "trials", "verification", "final rows")
 
@@ -210,11 +209,12 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
 
 def _sensitivity_seconds(s: RunSettings, layers: int, exact: float, workers: int) -> float:
     """Return the seconds of the one-layer errors: of a backward pass a sample, or one by one."""
-    samples = NOISE_CALLS * s.noise_images
-    if s.noise_signs is None:
-        return layers * len(s.options) * samples * exact / workers
-    passes = math.ceil(s.noise_signs / samples / GUIDED)
-    return passes * samples * (AROUND + len(s.options)) * exact / min(workers, passes)
+    samples, options = NOISE_CALLS * s.noise_images, len(s.options)
+    signs = s.noise_signs
+    passes = None if signs is None else needed_passes(GUIDED * samples, signs, layers=layers, options=options)
+    if passes is None:
+        return layers * options * samples * exact / workers
+    return passes * samples * (AROUND + options) * exact / min(workers, passes)
 
 
 def _disk(subject: Subject, settings: RunSettings) -> dict[str, int]:

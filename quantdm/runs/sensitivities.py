@@ -1,4 +1,4 @@
-"""One-layer noise errors of a search: all at once from backward passes, one by one where no gradient reaches.
+"""One-layer noise errors of a search: all at once from backward passes, one by one where these do not serve.
 
 The noise error of an option is how far the denoiser's output is from full precision when this layer alone takes it.
 """
@@ -28,6 +28,7 @@ _log = logging.getLogger("quantdm")
 
 VERSION = 1
 SENSITIVITY_FILE, PASSES = "sensitivity.json", "passes"
+AROUND = 4  # forward passes that a backward pass costs beside the products of the options: forward twice, and back
 Errors = dict[str, dict[str, float]]  # layer -> label -> error
 
 
@@ -39,15 +40,14 @@ def one_layer_errors(run: Run, engine: Engine, layers: Sequence[LayerRecord]) ->
     todo = _left(run, layers, errors)
     if todo and run.settings.noise_signs is not None:
         missing = {label for probe in todo for label in probe.options}
-        found = _propagated(run, engine, tuple(label for label in run.settings.options if label in missing))
-        for name, row in errors.items():
-            errors[name] = found.get(name, {}) | row
-        _write(run, errors)
-        todo = _left(run, layers, errors)
-        if todo:
-            _log.warning(
-                "no gradient reaches %s, first %s: measured one by one", counted(len(todo), "layer"), todo[0].layer
-            )
+        options = tuple(label for label in run.settings.options if label in missing)
+        found = _propagated(run, engine, options, len(layers))
+        if found is not None:
+            for name, row in errors.items():
+                errors[name] = found.get(name, {}) | row
+            _write(run, errors)
+            todo = _left(run, layers, errors)
+            _warn(todo)
     return _measured(run, engine, errors, todo, len(layers)) if todo else errors
 
 
@@ -61,25 +61,50 @@ def _left(run: Run, layers: Sequence[LayerRecord], errors: Mapping[str, Collecti
     return [Probe(name, labels) for name, labels in left.items() if labels]
 
 
-def _propagated(run: Run, engine: Engine, options: tuple[str, ...]) -> Errors:
-    """Return the mean over as many backward passes as give `noise_signs` draws; the first says how many one gives."""
+def _warn(todo: Sequence[Probe]) -> None:
+    if todo:
+        _log.warning(
+            "no gradient reaches %s, first %s: measured one by one", counted(len(todo), "layer"), todo[0].layer
+        )
+
+
+def needed_passes(draws: int, signs: int, *, layers: int, options: int) -> int | None:
+    """Return how many backward passes of so many draws give all signs; None: measuring each layer takes no longer.
+
+    So it is with few layers, or few images.
+    """
+    needed = max(math.ceil(signs / draws), 1)
+    return needed if needed * (AROUND + options) < layers * options else None
+
+
+def _propagated(run: Run, engine: Engine, options: tuple[str, ...], layers: int) -> Errors | None:
+    """Return the mean over as many backward passes as give `noise_signs` draws; None: they would take too long.
+
+    The first one says how many draws a pass gives.
+    """
     wanted, store = run.settings.noise_signs, TrialStore(run.path(PASSES))
     assert wanted is not None
+
+    def needed(record: Mapping[str, Any]) -> int | None:
+        return needed_passes(record["draws"], wanted, layers=layers, options=len(options)) if record["draws"] else 1
 
     def items(first: int, last: int) -> dict[str, Item]:
         passes = [Pass(seed, options) for seed in range(first, last)]
         return {each.key: Item(Call("propagate", each), store) for each in passes}
 
     def follow(_key: str, record: Mapping[str, Any], progress: Bar) -> Mapping[str, Item]:
-        progress.total = needed = math.ceil(wanted / record["draws"]) if record["draws"] else 1
-        return items(1, needed)
+        progress.total = needed(record) or 1
+        return items(1, progress.total)
 
     with bar(1, "sensitivity: all layers") as progress:
         claims = Claims(run.path(PASSES) / CLAIMS)
         records = work_through(
             engine, items(0, 1), progress=progress, claims=claims, follow=lambda k, r: follow(k, r, progress)
         )
-    for part, reason in next(iter(records.values()))["without"].items():
+    first = records[Pass(0, options).key]
+    if needed(first) is None:
+        return None
+    for part, reason in first["without"].items():
         _log.warning("%s: has no backward pass here (%s); its layers are measured one by one", part, reason)
     return _mean([records[key]["errors"] for key in sorted(records)])
 
