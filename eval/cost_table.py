@@ -9,10 +9,13 @@ one core; here fifteen, and twice as long with calibration: assumed).
 """
 
 import datetime
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from quantdm.files import read_json, write_json
+from quantdm.runs.sensitivities import AROUND
+from quantdm.runs.settings import FULL
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FLOPS = 0.4 * 989e12
@@ -20,6 +23,7 @@ GPUS = (1, 8, 64)
 OPTIONS, CALLS, TRIALS = 15, 4, 160
 CANDIDATES, SURVIVORS, DRAWS, ROWS = 13, 5, 3, 23  # of the verification; rows x draws of the final table
 CORES = 16  # per GPU, for the bank
+SIGNS = FULL.noise_signs or 0  # that one-layer errors are averaged over
 STRAGGLE = 0.93  # efficiency on many workers, simulated: docs/cluster.md
 
 
@@ -83,7 +87,9 @@ def main() -> None:
 def cost(model: Model, bank_ns: float) -> dict:
     trial = model.label(model.images, model.label_steps) * 1e12 / FLOPS
     verified = (CANDIDATES + SURVIVORS * (DRAWS - 1)) * model.label(model.verify_images, model.steps) * 1e12 / FLOPS
-    probes = model.layers * OPTIONS * CALLS * model.noise_images * model.step * 1e12 / FLOPS
+    samples = CALLS * model.noise_images * (2 if model.guided else 1)  # of a backward pass
+    passes = math.ceil(SIGNS / samples)
+    probes = passes * samples * (AROUND + OPTIONS) * model.forward * 1e12 / FLOPS
     final = ROWS * model.label(model.verify_images, model.steps) * 1e12 / FLOPS
     shared = TRIALS * trial + verified + probes + final
     bank = 2 * model.weights * OPTIONS * bank_ns * 1e-9 / CORES  # on processors; the more GPUs, the more cores
