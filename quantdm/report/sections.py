@@ -184,7 +184,11 @@ def protocol(records: Records) -> str:
         (
             "Sensitivities",
             f"{s.noise_images} images, {s.noise_steps or s.label_steps} steps, draw {base + 1}, float32"
-            + ("" if s.noise_signs is None else f", from backward passes with {s.noise_signs} random signs"),
+            + (
+                ""
+                if s.noise_signs is None
+                else f"; by backward passes of {s.noise_signs} random signs where they serve"
+            ),
         ),
         (
             "Verification",
