@@ -42,6 +42,7 @@ class Model:
     verify_images: int
     steps: int
     noise_images: int
+    denoisers: int = 1  # a backward pass runs all
 
     @property
     def step(self) -> float:
@@ -64,7 +65,7 @@ MODELS = (
     # a token meets its stream's half of the 19 double blocks
     Model("FLUX.1-dev, 1024 px", 11.9e9, 504, forward(8.7e9, 4608, 57, 3072), False, 5.0, 128, 8, 128, 28, 2),
     # two denoisers, of which one works at a time; a sample is a video of 81 frames at 480 x 832
-    Model("Wan 2.2 T2V A14B, 480p", 28.6e9, 800, forward(14.3e9, 32_760, 40, 5120), True, 100.0, 16, 8, 16, 40, 1),
+    Model("Wan 2.2 T2V A14B, 480p", 28.6e9, 800, forward(14.3e9, 32_760, 40, 5120), True, 100.0, 16, 8, 16, 40, 1, 2),
 )
 
 
@@ -89,7 +90,7 @@ def cost(model: Model, bank_ns: float) -> dict:
     verified = (CANDIDATES + SURVIVORS * (DRAWS - 1)) * model.label(model.verify_images, model.steps) * 1e12 / FLOPS
     samples = CALLS * model.noise_images * (2 if model.guided else 1)  # of a backward pass
     passes = math.ceil(SIGNS / samples)
-    probes = passes * samples * (AROUND + OPTIONS) * model.forward * 1e12 / FLOPS
+    probes = passes * samples * model.denoisers * (AROUND + OPTIONS) * model.forward * 1e12 / FLOPS
     final = ROWS * model.label(model.verify_images, model.steps) * 1e12 / FLOPS
     shared = TRIALS * trial + verified + probes + final
     bank = 2 * model.weights * OPTIONS * bank_ns * 1e-9 / CORES  # on processors; the more GPUs, the more cores

@@ -27,7 +27,7 @@ from quantdm.files import read_json, write_json
 from quantdm.machine import cores, memory_gb, versions
 
 OUT, VERSION = Path(__file__).parent / "results" / "search_sdxl.json", 1
-OPTIONS = [Scheme.parse(f"kmeans-channel-{bits}-feedback") for bits in (2, 3, 4)]
+OPTIONS = [Scheme.parse(label) for label in ("kmeans-channel-3-feedback", "uniform-channel-4", "kmeans-channel-4")]
 EFFORT = Effort(
     label_images=2,
     label_steps=1,
@@ -43,7 +43,7 @@ PROTOCOL = Protocol(
     version=2, argument="prompt", values=["a red barn", "two owls"], steps=2, features="pyramid", resolution=128,
     guidance_scale=1.0,
 )  # fmt: skip
-TARGET_BITS, TRIALS = 3.0, 30
+TARGET_BITS, TRIALS = 3.5, 30
 # The record that a stage ends with.
 STAGES = {"bank": "bank/index.json", "sensitivities": "space.json", "trials": "trials.json", "choice": "recipe.yaml"}
 LOOK = 0.5  # seconds

@@ -110,6 +110,7 @@ def test_fewer_and_more_options_keep_bank_sensitivities_and_trials_that_still_ex
     with Counting(more, subject) as engine:
         space = measure_space(more, engine, subject, build_bank(more, subject))
         assert {each.options for each in engine.jobs("propagate")} == {(NEW.label,)}
+        assert not engine.jobs("sensitivity")
     assert (space.noise_error[:, :-1] == old.noise_error).all()
     assert len(load_trials(more, space)[0]) == TRIALS
     layer = subject.layers[3]

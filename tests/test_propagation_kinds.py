@@ -11,7 +11,7 @@ from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import look_at
 from tests.walk_kinds import KINDS, make, protocol_of
 
-SEEDS, EVERY = 6, 4  # layers that are measured as well
+SEEDS, EVERY = 12, 4  # layers that are measured as well
 CERTAIN = 1e-11  # smaller errors drown in the rounding of float32
 UNREACHED = {"hunyuan-dit": 4, "qwen-image": 3}  # read by an attention pooler, or of no influence on the output
 
@@ -41,5 +41,5 @@ def test_backward_passes_reach_the_layers_of_every_kind_and_tell_their_errors(ki
                 ratios.append(np.log(np.mean([run[name][0] for run in runs]) / measured))
     assert unreached == UNREACHED.get(kind, 0)
     assert ratios
-    assert abs(np.mean(ratios)) < 0.6
-    assert np.std(ratios) < 1.0
+    assert abs(np.mean(ratios)) < 0.35
+    assert np.std(ratios) < 0.8

@@ -103,6 +103,7 @@ def test_running_a_finished_search_again_measures_nothing(finished, monkeypatch)
 
     monkeypatch.setattr(Evaluator, "samples", fail)
     monkeypatch.setattr(Evaluator, "propagate", fail)
+    monkeypatch.setattr(Evaluator, "sensitivity", fail)
     assert run_search(folder, workers=1) == recipe
 
 
@@ -126,7 +127,7 @@ def test_sensitivity_is_the_error_of_one_layer(finished, dit):
     evaluator = Evaluator(Run.open(folder), look_at(dit))
     name = space.layer_names[10]
     measured = evaluator.sensitivity(Probe(name, space.labels))
-    assert space.noise_error[10].tolist() == pytest.approx(measured, rel=0.5)  # by backward passes: sd .09
+    assert space.noise_error[10].tolist() == pytest.approx(measured, rel=0.8)  # from 64 signs
     assert (space.noise_error[:, 0] > space.noise_error[:, 1]).all()  # 2 bits hurt every layer more than 4
 
 

@@ -11,24 +11,35 @@ import torch
 from torch import nn
 
 from quantdm import QuantDMError, Scheme
-from quantdm.denoisers.calls import Call, record_calls
+from quantdm.denoisers.calls import Call, record_calls, replay
 from quantdm.denoisers.propagation import propagated_errors
-from quantdm.errors import QuantDMError as Refused
 from quantdm.files import read_json
 from quantdm.metrics import relative_error
+from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import look_at
+from quantdm.quantizers.branches import fits_rank
+from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Evaluator, Probe
+from quantdm.runs.propagated import Pass, propagated
 from quantdm.runs.search import start_run
 from quantdm.runs.sensitivities import PASSES, needed_passes
 from quantdm.runs.settings import FULL, QUICK, Effort
 from quantdm.runs.stages import build_bank, measure_space
 from quantdm.runs.store import TrialStore
 from quantdm.surrogates.ranking import spearman
+from tests.walk_kinds import make, protocol_of
 
 LABELS = ("kmeans-channel-2", "kmeans-channel-3", "kmeans-channel-4", "uniform-channel-5")
 OPTIONS = tuple(map(Scheme.parse, LABELS))
 EFFORT = Effort(label_images=2, label_steps=4, verify_images=2, noise_images=4, noise_signs=256)
+
+
+class Scaled(nn.Linear):
+    """A layer whose product is not the one that its kind has."""
+
+    def forward(self, input):
+        return 3 * super().forward(input)
 
 
 class Net(nn.Module):
@@ -40,7 +51,7 @@ class Net(nn.Module):
         self.grouped = nn.Conv2d(4, 8, 3, padding=1, groups=2)
         self.twice = nn.Linear(8, 8)
         self.out = nn.Linear(8, wide, bias=False)
-        self.idle = nn.Linear(8, 8)
+        self.idle, self.scaled = nn.Linear(8, 8), Scaled(8, 8)
 
     def forward(self, x):
         y = self.grouped(x).flatten(2).mT  # [B, places, 8]
@@ -48,7 +59,7 @@ class Net(nn.Module):
         y = self.twice(self.twice(y))
         with torch.no_grad():
             self.idle(y)
-        return self.out(y).sum(dim=1)
+        return self.out(self.scaled(y)).sum(dim=1)
 
 
 def recorded(net, samples=5):
@@ -97,12 +108,16 @@ def test_layers_without_gradients_are_missing_and_the_network_is_left_as_it_was(
     net = Net()
     call, before = recorded(net), {key: value.clone() for key, value in net.state_dict().items()}
     net.twice.weight.requires_grad_(False)
-    found = propagated_errors(net, call, ["grouped", "twice", "idle"], partial(small_errors, net), seed=0)
+    found = propagated_errors(net, call, ["grouped", "twice", "idle", "scaled"], partial(small_errors, net), seed=0)
     assert found.keys() == {"grouped", "twice"}
-    assert [p.requires_grad for p in net.parameters()] == [True, True, False, True, True, True, True]
+    assert [p.requires_grad for p in net.parameters()] == [True, True, False] + 6 * [True]
     assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert not net.twice._forward_hooks
+    other = Call(call.args, {}, call.output * 1.1)
+    with pytest.raises(RuntimeError, match="its output is another where gradients are wanted"):
+        propagated_errors(net, other, ["out"], partial(small_errors, net), seed=0)
+    nn.init.zeros_(net.out.weight)
     silent = Call(call.args, {}, torch.zeros_like(call.output))
     assert propagated_errors(net, silent, ["out"], partial(small_errors, net), seed=0) == {}
 
@@ -149,12 +164,12 @@ def test_backward_passes_rank_options_as_measuring_them_does(dit, tmp_path):
     assert len(TrialStore(run.path(PASSES)).keys()) == 8  # of 4 images, twice each under guidance, at 3 of 4 steps
 
 
-def test_passes_are_kept_and_only_new_options_are_asked_for(dit, tmp_path, monkeypatch):
+def test_passes_are_kept_and_two_runs_of_equal_settings_end_alike(dit, tmp_path, monkeypatch):
     run, subject = opened(tmp_path / "run", dit, noise_signs=64)
     bank = build_bank(run, subject)
     asked = []
     monkeypatch.setattr(Evaluator, "propagate", counted_propagate(asked, Evaluator.propagate, stop_at=2))
-    with pytest.raises(Refused, match="stop here"), Engine(run, subject, workers=1) as engine:
+    with pytest.raises(QuantDMError, match="stop here"), Engine(run, subject, workers=1) as engine:
         measure_space(run, engine, subject, bank)
     assert [each.seed for each in asked] == [0, 1]
     asked.clear()
@@ -192,7 +207,7 @@ def test_a_network_without_a_way_back_is_measured_layer_by_layer_and_told_so(dit
     with caplog.at_level(logging.WARNING), Engine(run, subject, workers=1) as engine:
         space = measure_space(run, engine, subject, bank)
     assert "transformer: has no backward pass here (derivative of this is not implemented)" in caplog.text
-    assert "measured one by one" in caplog.text
+    assert f"{len(space.layers)} layers not told by backward passes" in caplog.text
     assert (space.noise_error > 0).all()
     assert read_json(run.path("sensitivity.json"), version=1)["noise_error"].keys() == set(space.layer_names)
 
@@ -205,8 +220,68 @@ def test_what_few_layers_or_many_passes_would_take_is_measured_instead(dit, tmp_
     bank = build_bank(run, subject)
     with Engine(run, subject, workers=1) as engine:
         space = measure_space(run, engine, subject, bank)
+        assert len(TrialStore(run.path(PASSES)).keys()) == 1
         name = space.layer_names[5]
         assert space.noise_error[5].tolist() == pytest.approx(engine.local.sensitivity(Probe(name, LABELS)), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["wan-2.2", "pixart-sigma"])
+def test_several_denoisers_and_halves_of_a_call_tell_the_same_errors(kind, tmp_path, monkeypatch):
+    subject, protocol = look_at(make(kind)), protocol_of(kind)
+    options = (OPTIONS[1], Scheme.parse("uniform-channel-5-lowrank-12"))  # the second is too much for narrow layers
+    bank = WeightBank(tmp_path / "bank", subject.layers, options).build(subject.weights)
+    with subject.recording(subject.pipe, dict.fromkeys(subject.part_names, (0, 1))) as seen:
+        generate(subject.pipe, protocol, [1, 2], steps=protocol.steps)
+    calls = {part: recording.calls for part, recording in seen.items()}
+    labels = tuple(option.label for option in options)
+
+    def mean():
+        passes = [propagated(subject, bank, calls, Pass(seed, labels)) for seed in range(40)]
+        assert not any(each["without"] for each in passes)
+        assert passes[0]["draws"] == min(sum(len(call.output) for call in own) for own in calls.values())
+        return {
+            name: {label: np.mean([each["errors"][name][label] for each in passes]) for label in own}
+            for name, own in passes[0]["errors"].items()
+        }
+
+    whole = mean()
+    assert whole.keys() == {layer.name for layer in subject.layers}
+    for layer in subject.layers[::3]:
+        assert whole[layer.name].keys() == {o.label for o in options if fits_rank(layer.shape, o)}
+        part = subject.part_of(layer.name)
+        with bank.applied(subject.weights, {layer.name: options[0]}):
+            outputs = replay(subject.denoisers[part], calls[part])
+        pairs = zip(outputs, calls[part], strict=True)
+        measured = sum(relative_error(out, call.output) for out, call in pairs) / len(calls[part])
+        assert whole[layer.name][options[0].label] == pytest.approx(measured, rel=1.0)
+
+    def scarce(denoiser, call, *args, **settings):
+        if len(call.output) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return propagated_errors(denoiser, call, *args, **settings)
+
+    monkeypatch.setattr("quantdm.runs.propagated.propagated_errors", scarce)
+    halves = mean()
+    ratios = [np.log(halves[name][label] / whole[name][label]) for name in whole for label in whole[name]]
+    assert abs(np.mean(ratios)) < 0.25
+    assert np.std(ratios) < 0.6
+
+
+def test_a_run_begun_before_goes_on_measuring(dit, tmp_path):
+    run, _ = opened(tmp_path / "run", dit, noise_signs=None)
+    again, _ = opened(tmp_path / "run", dit, noise_signs=512)
+    assert again.settings == run.settings
+    assert again.settings.noise_signs is None
+
+
+def test_an_error_that_is_not_finite_is_left_out(dit, tmp_path, monkeypatch):
+    run, subject = opened(tmp_path / "run", dit, noise_signs=64)
+    evaluator = Evaluator(run, subject) if build_bank(run, subject) else None
+    names = [layer.name for layer in subject.layers]
+    broken = {name: [float("nan"), 1.0, 2.0, 3.0] for name in names}
+    monkeypatch.setattr("quantdm.runs.propagated.propagated_errors", lambda *_, **__: broken)
+    found = evaluator.propagate(Pass(0, LABELS))["errors"]
+    assert {tuple(own) for own in found.values()} == {LABELS[1:]}
 
 
 def test_levels_say_over_how_many_signs_errors_are_averaged():

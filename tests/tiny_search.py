@@ -7,7 +7,7 @@ from quantdm.runs.settings import Effort
 
 OPTIONS = tuple(Scheme(method=m, bits=b) for m, b in (("uniform", 2), ("uniform", 4), ("kmeans", 3), ("kmeans", 4)))
 TRIALS = 30
-EFFORT = Effort(label_images=24, label_steps=3, verify_images=24, noise_images=2)
+EFFORT = Effort(label_images=24, label_steps=3, verify_images=24, noise_images=2, noise_signs=64)
 
 
 def run_search(run_dir, *, pipe=None, workers=None, seed=0, target_bits=3.2, engine="local", ray_address=None):

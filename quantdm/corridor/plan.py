@@ -1,5 +1,6 @@
 """What a run will take, before anything starts: time, memory and disk of every stage, from a few images."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,7 @@ from quantdm.runs.run import RunSettings
 from quantdm.runs.sensitivities import AROUND, needed_passes
 from quantdm.runs.shares import SIZES
 from quantdm.runs.trials import FRONTIER_SHARE, RANDOM_SHARE
+from quantdm.schemes import ORIGINAL
 
 PROBE_ROWS = 64
 CANDIDATES, SURVIVORS = 13, 5  # of the verification: those of a usual run, and how many run further draws
@@ -195,7 +197,7 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
     full, cheap = (s.trials, 0.0) if s.fidelity == "full" else (s.trials / EVERY, s.trials * UNLEARNED)
     return {
         "bank": calibrated * here.exact + _bank_seconds(subject, s) / cores(),
-        "sensitivities": _sensitivity_seconds(s, layers, there.exact, many),
+        "sensitivities": _sensitivity_seconds(subject, s, there.exact, many),
         **({} if room is None else {"other parts": shared * label / many}),
         "trials": (full * label + cheap * probe) / many,
         "surrogates": 2 + s.trials * layers * 5e-4,
@@ -207,14 +209,14 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
     }
 
 
-def _sensitivity_seconds(s: RunSettings, layers: int, exact: float, workers: int) -> float:
-    """Return the seconds of the one-layer errors: of a backward pass a sample, or one by one."""
-    samples, options = NOISE_CALLS * s.noise_images, len(s.options)
-    signs = s.noise_signs
-    passes = None if signs is None else needed_passes(GUIDED * samples, signs, layers=layers, options=options)
+def _sensitivity_seconds(subject: Subject, s: RunSettings, exact: float, workers: int) -> float:
+    """Return the seconds of the one-layer errors: of backward passes, the first of which runs alone, or one by one."""
+    samples, options = NOISE_CALLS * s.noise_images, sum(scheme != ORIGINAL for scheme in s.schemes)
+    layers, parts, signs = len(subject.layers), len(subject.denoisers), s.noise_signs
+    passes = None if signs is None else needed_passes(GUIDED * samples, signs, layers=layers / parts, options=options)
     if passes is None:
         return layers * options * samples * exact / workers
-    return passes * samples * (AROUND + options) * exact / min(workers, passes)
+    return (1 + math.ceil((passes - 1) / workers)) * samples * parts * (AROUND + options) * exact
 
 
 def _disk(subject: Subject, settings: RunSettings) -> dict[str, int]:

@@ -20,6 +20,8 @@ from quantdm.denoisers.calls import Call, first_tensor, layer_input
 
 WeightErrors = Callable[[str], Iterable[Tensor]]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PLAIN = {kind.forward for kind in (nn.Linear, *CONVOLUTIONS)}  # what their product is known of
+SAME = 1e-3  # the relative error up to which an output counts as the recorded one
 
 
 def propagated_errors(
@@ -28,7 +30,7 @@ def propagated_errors(
     """Estimate, per layer and error of its weight, |output - reference|^2 / |reference|^2 where it alone has the error.
 
     To first order in the error: where that is large the output changes less, or more. The standard deviation of the
-    logarithm is about sqrt(2 / d), d the samples of all calls and seeds that estimates are averaged over.
+    logarithm is at least sqrt(2 / d), d the samples of all calls and seeds that estimates are averaged over.
 
     Args:
         denoiser: in full precision; it is left as it was.
@@ -39,10 +41,11 @@ def propagated_errors(
         seed: of the signs.
 
     Returns:
-        Only layers that the call runs and gradients reach: not those whose weights are read by others.
+        Only layers that the call runs and gradients reach: not those whose weights are read by others, nor those with
+        a forward pass of their own kind.
 
     Raises:
-        RuntimeError: the network has no backward pass, or there is no memory for it.
+        RuntimeError: the network has no backward pass, there is no memory for it, or its output is another with it.
     """
     samples, reference = len(call.output), call.output
     signs = torch.randint(0, 2, reference.shape, generator=torch.Generator().manual_seed(seed)).mul_(2).sub_(1)
@@ -55,6 +58,8 @@ def propagated_errors(
 
     with _checkpointed(denoiser), _tapped(denoiser, layer_names, told), torch.enable_grad():
         output = first_tensor(denoiser(*call.args, **call.kwargs))
+        if not (output.detach().double() - reference.double()).norm().item() <= SAME**0.5 * norm:
+            raise RuntimeError("its output is another where gradients are wanted")
         if norm and output.requires_grad:
             output.backward(signs.to(output))
     return {name: _mean_square(found, samples, norm) for name, found in parts.items()}
@@ -93,6 +98,8 @@ def _tapped(
             stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)
         for name in layer_names:
+            if type(denoiser.get_submodule(name)).forward not in PLAIN:
+                continue
             handle = denoiser.get_submodule(name).register_forward_hook(partial(hook, name), with_kwargs=True)
             stack.callback(handle.remove)
         yield
@@ -122,7 +129,8 @@ def _product(module: nn.Module, x: Tensor, error: Tensor) -> Tensor:
 def _by_sample(product: Tensor, gradient: Tensor, samples: int) -> Tensor:
     """Return the sum of product * gradient of every sample, or of all [1] where the first dimension is not theirs.
 
-    Frames and places that networks move to the first dimension follow their sample.
+    Frames and places that networks move to the first dimension are taken to follow their sample, as in those of
+    diffusers. What samples share in truth would be told too small: by half, of two.
     """
     whole = product.float() * gradient.float()
     return whole.reshape(samples if len(whole) % samples == 0 else 1, -1).sum(dim=1)

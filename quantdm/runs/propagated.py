@@ -1,21 +1,30 @@
 """One-layer noise errors of every layer and option at once, from backward passes over recorded calls."""
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quantdm.denoisers.calls import Call
 from quantdm.denoisers.propagation import propagated_errors
+from quantdm.errors import QuantDMError
 from quantdm.files import digest
+from quantdm.pipelines.sizes import is_out_of_memory
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers.branches import fits_rank
 from quantdm.recipe.joint import joint_prefix
 from quantdm.runs.bank import WeightBank
 from quantdm.schemes import Scheme
+from quantdm.tuning.train import take_rows
+
+# What a network raises that cannot be gone back through, or does other things where gradients are wanted.
+NO_WAY_BACK = (RuntimeError, MemoryError, ValueError, TypeError)
+OfCall = Callable[[Call, str], dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,8 @@ def propagated(subject: Subject, bank: WeightBank, calls: Mapping[str, Sequence[
     """Return estimates of the one-layer noise errors: "errors", layer -> label -> relative squared error.
 
     "draws" is over how many independent ones they are averages, in the denoiser that has fewest. A layer that no
-    gradient reaches is missing; a denoiser that has no backward pass, or no memory for it, is named under "without",
-    with the reason.
+    gradient reaches is missing, and an error that is not finite; a denoiser that has no backward pass is named under
+    "without", with the reason. Where memory runs out, the samples of a call are taken in halves.
     """
     schemes = tuple(map(Scheme.parse, asked.options))
     errors: dict[str, dict[str, float]] = {}
@@ -45,11 +54,14 @@ def propagated(subject: Subject, bank: WeightBank, calls: Mapping[str, Sequence[
     for number, (part, own) in enumerate(calls.items()):
         try:
             found = _of_part(subject, bank, part, joint_prefix(part, number), own, schemes, asked.seed)
-        except (RuntimeError, NotImplementedError) as error:
-            without[part] = str(error).strip().partition("\n")[0]
+        except NO_WAY_BACK as error:
+            if isinstance(error, QuantDMError):
+                raise
+            without[part] = str(error).strip().partition("\n")[0] or type(error).__name__
             continue
-        errors |= found
-        draws.append(sum(len(call.output) for call in own))
+        if found:
+            errors |= found
+            draws.append(sum(len(call.output) for call in own))
     return {"errors": errors, "draws": min(draws, default=0), "without": without}
 
 
@@ -58,18 +70,50 @@ def _of_part(
     seed: int,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     layers = {layer.name: [s for s in schemes if fits_rank(layer.shape, s)] for layer in subject.part_layers[part]}
+    names = [name for name, own in layers.items() if own]
 
-    def weight_errors(name: str) -> Iterator[Tensor]:
+    def weight_errors(name: str) -> Iterable[Tensor]:
         weight = subject.weights.get_parameter(f"{prefix}{name}.weight").detach().float()
-        for scheme in layers[name]:
-            yield bank.dense(prefix + name, scheme, torch.float32, weight.device) - weight
+        return (bank.dense(prefix + name, scheme, torch.float32, weight.device) - weight for scheme in layers[name])
+
+    def of_call(call: Call, place: str) -> dict[str, list[float]]:
+        signs = int(digest("signs", seed, place)[:12], 16)
+        return propagated_errors(subject.denoisers[part], call, names, weight_errors, seed=signs)
 
     sums: dict[str, Counter[str]] = {}
-    for place, call in enumerate(calls):
-        found = propagated_errors(
-            subject.denoisers[part], call, list(layers), weight_errors, seed=seed * len(calls) + place
-        )
-        for name, values in found.items():
+    for number, call in enumerate(calls):
+        for name, values in _halved(of_call, call, str(number)).items():
             labels = [scheme.label for scheme in layers[name]]
             sums.setdefault(prefix + name, Counter()).update(dict(zip(labels, values, strict=True)))
-    return {name: {label: total / len(calls) for label, total in own.items()} for name, own in sums.items()}
+    return {
+        name: {label: total / len(calls) for label, total in own.items() if math.isfinite(total)}
+        for name, own in sums.items()
+    }
+
+
+def _halved(of_call: OfCall, call: Call, place: str) -> dict[str, list[float]]:
+    """Return the errors of a call; where memory runs out, those of both halves of its samples put together."""
+    count = len(call.output)
+    try:
+        return of_call(call, place)
+    except (RuntimeError, MemoryError) as error:
+        if count == 1 or not is_out_of_memory(error):
+            raise
+    found = [(_halved(of_call, half, f"{place}.{n}"), _power(half)) for n, half in enumerate(_halves(call))]
+    whole = _power(call)
+    return {
+        name: np.sum([np.array(own[name]) * power / whole for own, power in found], axis=0).tolist()
+        for name in found[0][0]
+        if name in found[1][0]
+    }
+
+
+def _halves(call: Call) -> Iterator[Call]:
+    count = len(call.output)
+    for rows in torch.arange(count, device=call.output.device).tensor_split(2):
+        args, kwargs = take_rows((call.args, call.kwargs), rows, count)
+        yield Call(args, kwargs, call.output[rows])
+
+
+def _power(call: Call) -> float:
+    return call.output.double().square().sum().item()

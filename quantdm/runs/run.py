@@ -151,6 +151,7 @@ class Run:
                 settings = settings.model_copy(update={"dtype": run.settings.dtype})
             if settings.embeddings == TABLE_SCHEME.label:  # the default, which runs before 0.4 had not
                 settings = settings.model_copy(update={"embeddings": run.settings.embeddings})
+            settings = settings.model_copy(update={"noise_signs": run.settings.noise_signs})  # None, before 0.3
             differing = _differences(run.settings, settings)
             if differing:
                 raise QuantDMError(

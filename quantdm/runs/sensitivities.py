@@ -41,13 +41,14 @@ def one_layer_errors(run: Run, engine: Engine, layers: Sequence[LayerRecord]) ->
     if todo and run.settings.noise_signs is not None:
         missing = {label for probe in todo for label in probe.options}
         options = tuple(label for label in run.settings.options if label in missing)
-        found = _propagated(run, engine, options, len(layers))
+        found = _propagated(run, engine, options, len(todo))
         if found is not None:
             for name, row in errors.items():
                 errors[name] = found.get(name, {}) | row
             _write(run, errors)
             todo = _left(run, layers, errors)
-            _warn(todo)
+            if todo:
+                _log.warning("%s not told by backward passes, first %s", counted(len(todo), "layer"), todo[0].layer)
     return _measured(run, engine, errors, todo, len(layers)) if todo else errors
 
 
@@ -61,17 +62,14 @@ def _left(run: Run, layers: Sequence[LayerRecord], errors: Mapping[str, Collecti
     return [Probe(name, labels) for name, labels in left.items() if labels]
 
 
-def _warn(todo: Sequence[Probe]) -> None:
-    if todo:
-        _log.warning(
-            "no gradient reaches %s, first %s: measured one by one", counted(len(todo), "layer"), todo[0].layer
-        )
-
-
-def needed_passes(draws: int, signs: int, *, layers: int, options: int) -> int | None:
+def needed_passes(draws: int, signs: int, *, layers: float, options: int) -> int | None:
     """Return how many backward passes of so many draws give all signs; None: measuring each layer takes no longer.
 
     So it is with few layers, or few images.
+
+    Args:
+        draws: of a pass, which runs every denoiser.
+        layers: of a denoiser, on average.
     """
     needed = max(math.ceil(signs / draws), 1)
     return needed if needed * (AROUND + options) < layers * options else None
@@ -86,14 +84,20 @@ def _propagated(run: Run, engine: Engine, options: tuple[str, ...], layers: int)
     assert wanted is not None
 
     def needed(record: Mapping[str, Any]) -> int | None:
-        return needed_passes(record["draws"], wanted, layers=layers, options=len(options)) if record["draws"] else 1
+        each = layers / len(run.settings.seen.denoisers)
+        return needed_passes(record["draws"], wanted, layers=each, options=len(options)) if record["draws"] else 1
 
     def items(first: int, last: int) -> dict[str, Item]:
         passes = [Pass(seed, options) for seed in range(first, last)]
         return {each.key: Item(Call("propagate", each), store) for each in passes}
 
-    def follow(_key: str, record: Mapping[str, Any], progress: Bar) -> Mapping[str, Item]:
+    probe = Pass(0, options).key
+
+    def follow(key: str, record: Mapping[str, Any], progress: Bar) -> Mapping[str, Item]:
+        if key != probe:
+            return {}
         progress.total = needed(record) or 1
+        progress.refresh()
         return items(1, progress.total)
 
     with bar(1, "sensitivity: all layers") as progress:
@@ -101,22 +105,25 @@ def _propagated(run: Run, engine: Engine, options: tuple[str, ...], layers: int)
         records = work_through(
             engine, items(0, 1), progress=progress, claims=claims, follow=lambda k, r: follow(k, r, progress)
         )
-    first = records[Pass(0, options).key]
-    if needed(first) is None:
+    if needed(records[probe]) is None:
         return None
-    for part, reason in first["without"].items():
+    without = {part: reason for record in records.values() for part, reason in record["without"].items()}
+    for part, reason in without.items():
         _log.warning("%s: has no backward pass here (%s); its layers are measured one by one", part, reason)
     return _mean([records[key]["errors"] for key in sorted(records)])
 
 
 def _mean(found: Sequence[Errors]) -> Errors:
-    """Return the mean of what every pass has; what is not finite is left out: measuring it says what is wrong."""
-    mean: Errors = {}
-    for name, own in found[0].items():
-        if all(name in each for each in found):
-            values = {label: math.fsum(each[name][label] for each in found) / len(found) for label in own}
-            mean[name] = {label: value for label, value in values.items() if math.isfinite(value)}
-    return mean
+    """Return the mean of every error over the passes that tell it; what none tells is missing."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for each in found:
+        for name, own in each.items():
+            for label, value in own.items():
+                values.setdefault(name, {}).setdefault(label, []).append(value)
+    return {
+        name: {label: math.fsum(several) / len(several) for label, several in own.items()}
+        for name, own in values.items()
+    }
 
 
 def _measured(run: Run, engine: Engine, errors: Errors, todo: Sequence[Probe], layers: int) -> Errors:
