@@ -168,6 +168,11 @@ def actions(records: Records) -> str:
     return f'<ol class="insights">{"".join(lines)}</ol>' + paragraph(note, "caption")
 
 
+def by_passes(signs: int | None) -> str:
+    """Return how one-layer errors were found, beside measuring them."""
+    return "" if signs is None else f"; by backward passes of {signs} random signs where they serve"
+
+
 def protocol(records: Records) -> str:
     """Return how everything was measured: settings, seeds, versions."""
     s, summary = records.settings, records.summary or {}
@@ -184,11 +189,7 @@ def protocol(records: Records) -> str:
         (
             "Sensitivities",
             f"{s.noise_images} images, {s.noise_steps or s.label_steps} steps, draw {base + 1}, float32"
-            + (
-                ""
-                if s.noise_signs is None
-                else f"; by backward passes of {s.noise_signs} random signs where they serve"
-            ),
+            + by_passes(s.noise_signs),
         ),
         (
             "Verification",
