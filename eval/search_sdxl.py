@@ -22,27 +22,17 @@ import bench_search
 import bench_streaming
 import psutil
 
-from quantdm import Effort, Protocol, Scheme, search
+from quantdm import Effort, Scheme, search
 from quantdm.files import read_json, write_json
 from quantdm.machine import cores, memory_gb, versions
 
 OUT, VERSION = Path(__file__).parent / "results" / "search_sdxl.json", 1
 OPTIONS = [Scheme.parse(label) for label in ("kmeans-channel-3-feedback", "uniform-channel-4", "kmeans-channel-4")]
 EFFORT = Effort(
-    label_images=2,
-    label_steps=1,
-    verify_images=2,
-    noise_images=1,
-    noise_steps=1,
-    noise_signs=8,
-    calibration_images=1,
-    sweeps=0,
-    verify_draws=1,
-)
-PROTOCOL = Protocol(
-    version=2, argument="prompt", values=["a red barn", "two owls"], steps=2, features="pyramid", resolution=128,
-    guidance_scale=1.0,
+    label_images=2, label_steps=1, verify_images=2, verify_draws=1, noise_images=1, noise_steps=1, noise_signs=8,
+    calibration_images=1, sweeps=0,
 )  # fmt: skip
+PROTOCOL = bench_search.PROTOCOL.model_copy(update={"steps": 2})
 TARGET_BITS, TRIALS = 3.5, 30
 # The record that a stage ends with.
 STAGES = {"bank": "bank/index.json", "sensitivities": "space.json", "trials": "trials.json", "choice": "recipe.yaml"}

@@ -269,8 +269,12 @@ def load_tensors(path: str | Path) -> "tuple[dict[str, torch.Tensor], dict[str, 
         QuantDMError: the file is missing or damaged.
     """
     with open_tensors(path) as file:
-        header = file.metadata() or {}
-        return {k: file.get_tensor(k) for k in file.keys()}, json.loads(header.get("quantdm", "{}"))  # noqa: SIM118
+        return {k: file.get_tensor(k) for k in file.keys()}, metadata_of(file)  # noqa: SIM118
+
+
+def metadata_of(file: Any) -> dict[str, Any]:
+    """Return the metadata that `save_tensors` put into the header of a file that `open_tensors` opened."""
+    return json.loads((file.metadata() or {}).get("quantdm", "{}"))
 
 
 def tensors_digest(path: str | Path) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantdm.activations.distinct import DistinctVectors
 from quantdm.denoisers.calls import Call, layer_input, replay
+from quantdm.denoisers.weights import CONVOLUTIONS
 from quantdm.errors import QuantDMError, counted, nearest
 from quantdm.files import digest, save_tensors
 from quantdm.machine import give_back_freed
@@ -27,7 +28,6 @@ ROWS = 2**13  # input vectors that are multiplied at a time
 # Columns from which sums are kept in float32 and made piece by piece: the widest of SDXL, 23,040, would take 4 GB in
 # float64, and half as much again for every product. A thousand sums of float32 are good to five digits.
 WIDE, PIECE = 2**13, 2**11
-_CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def gather_moments(
@@ -58,7 +58,7 @@ def gather_moments(
         raise QuantDMError("calls: got none, expected at least one; record them with calibration_calls")
     modules = dict(denoiser.named_modules())
     for name in layer_names:
-        if not isinstance(modules.get(name), (nn.Linear, *_CONV)):
+        if not isinstance(modules.get(name), (nn.Linear, *CONVOLUTIONS)):
             raise QuantDMError(f"layer_names: {name!r} is no Linear or Conv layer; {nearest(name, modules)}")
     layers = {name: modules[name] for name in layer_names}
     if folder is None:
@@ -169,7 +169,7 @@ def input_vectors(module: nn.Module, x: Tensor) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    assert isinstance(module, _CONV)
+    assert isinstance(module, CONVOLUTIONS)
     dims = len(module.kernel_size)
     if module.padding_mode == "zeros":
         x = nn.functional.pad(x, module._reversed_padding_repeated_twice)
@@ -257,7 +257,7 @@ def _unseen(module: nn.Module) -> Moments:
 
 def _batch(module: nn.Module, x: Tensor) -> int:
     """Return how many samples to unfold at a time: patches take kernel-size times the room of their image."""
-    if not isinstance(module, _CONV):
+    if not isinstance(module, CONVOLUTIONS):
         return len(x)
     return int(2**24 / max(x[0].numel() * math.prod(module.kernel_size), 1))
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from quantdm.denoisers.calls import Call, first_tensor, layer_input
+from quantdm.denoisers.weights import CONVOLUTIONS
 
 WeightErrors = Callable[[str], Iterable[Tensor]]
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PLAIN = {kind.forward for kind in (nn.Linear, *CONVOLUTIONS)}  # what their product is known of
 SAME = 1e-3  # the relative error up to which an output counts as the recorded one
 

@@ -12,6 +12,7 @@ WEIGHT_KINDS: tuple[tuple[type[nn.Module], WeightKind], ...] = (
     (nn.Conv2d, "conv2d"),
     (nn.Conv3d, "conv3d"),
 )
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from quantdm.denoisers.weights import CONVOLUTIONS
 from quantdm.modules import PackedLayer
 from quantdm.pipelines.stored import SUFFIX
 
@@ -36,7 +37,7 @@ def _kind(model: nn.Module, key: str) -> str:
         return key
     if isinstance(owner, nn.Embedding):
         return TABLES
-    if name == "weight" and isinstance(owner, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+    if name == "weight" and isinstance(owner, (nn.Linear, *CONVOLUTIONS)):
         return LAYERS
     return NORMS if "norm" in type(owner).__name__.lower() and not isinstance(owner, PackedLayer) else key
 

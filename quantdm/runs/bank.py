@@ -1,6 +1,5 @@
 """The bank: every layer quantized with every option, once; a configuration is swapped in by moving pointers."""
 
-import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,7 +13,7 @@ from torch import nn
 
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
-from quantdm.files import load_tensors, open_tensors, read_json, write_json
+from quantdm.files import load_tensors, metadata_of, open_tensors, read_json, write_json
 from quantdm.machine import BYTES_PER_WEIGHT, IN_FLIGHT, Gate, cores, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight
 from quantdm.quantizers.options import SWEEPS
@@ -167,7 +166,7 @@ class WeightBank:
     def _told(self, name: str) -> dict[str, Any]:
         if name not in self._metadata:
             with open_tensors(self._file(name)) as file:  # of its tensors none is opened
-                self._metadata[name] = json.loads((file.metadata() or {})["quantdm"])
+                self._metadata[name] = metadata_of(file)
         return self._metadata[name]
 
     def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:

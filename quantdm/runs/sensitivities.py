@@ -34,9 +34,9 @@ Errors = dict[str, dict[str, float]]  # layer -> label -> error
 
 def one_layer_errors(run: Run, engine: Engine, layers: Sequence[LayerRecord]) -> Errors:
     """Return layer -> label -> one-layer noise error; what sensitivity.json has is not found out again."""
-    errors, options = _known_errors(run), run.settings.schemes
+    errors = _known_errors(run)
     for layer in layers:
-        errors.setdefault(layer.name, {}).update({ORIGINAL.label: 0.0} if ORIGINAL in options else {})
+        errors.setdefault(layer.name, {}).update({ORIGINAL.label: 0.0} if ORIGINAL in run.settings.schemes else {})
     todo = _left(run, layers, errors)
     if todo and run.settings.noise_signs is not None:
         missing = {label for probe in todo for label in probe.options}
