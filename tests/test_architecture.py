@@ -17,7 +17,7 @@ ROOT = PROJECT / "quantdm"
 # Rooms from the bottom to the top: a room may import from itself and from any lower row.
 ROWS = (
     ("errors", "progress", "registration"),
-    ("files", "machine"),
+    ("files", "machine", "checked"),
     ("schemes",),
     ("recipe", "quantizers"),
     ("denoisers",),

@@ -12,7 +12,7 @@ from quantdm import QuantDMError, Recipe, apply_recipe, get_denoiser, load_pipel
 from quantdm.denoisers.inventory import list_layers
 from quantdm.hub import QuantDMConfig
 from quantdm.modules import packed_layers
-from quantdm.recipe import Provenance, recipe_schema
+from quantdm.recipe import ActivationScheme, ActivationSpec, CalibrationSpec, Provenance, recipe_schema
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,23 @@ def test_a_bad_file_is_refused_with_the_line_and_the_remedy(name, tmp_path):
     with pytest.raises(QuantDMError, match=rf"line {line}\b.*{re.escape(expected)}") as error:
         load_recipe(path)
     assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("write", "expected"),
+    [
+        (lambda: Recipe(model="m", default="uniform-chanel-4"), "Recipe: default: scheme: got 'uniform-chanel-4'"),
+        (lambda: Recipe(model="m", **{"defualt": K4}), "Recipe: defualt: unknown key; nearest: default"),
+        (lambda: Recipe(model="m", **{"activations": {"deflt": "token-6"}}), "activations.deflt: .*nearest: default"),
+        (lambda: ActivationSpec(default="token-1"), "ActivationSpec: default: "),
+        (lambda: ActivationScheme(bits=99), "ActivationScheme: got 99 bits"),
+        (lambda: CalibrationSpec(protocol="p", images=0), "CalibrationSpec: images: .* got 0"),
+    ],
+)
+def test_a_bad_model_written_in_python_is_one_clear_error_too(write, expected):
+    with pytest.raises(QuantDMError, match=expected) as error:
+        write()
+    assert "\n" not in str(error.value)
 
 
 def test_files_that_extend_each_other_are_refused(tmp_path):

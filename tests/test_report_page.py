@@ -28,6 +28,7 @@ from quantdm.report.plot import Scale, around
 from quantdm.report.records import read_records
 from quantdm.report.sizes import fit_curve, front, other_sizes, read_values
 from quantdm.report.theme import mirrored, themed, variables
+from quantdm.runs.explain import leading, load_attributions
 from quantdm.runs.resize import select_recipe
 from quantdm.runs.run import Run
 from tests.report_run import ROWS, make_run, make_space, row
@@ -283,6 +284,24 @@ def test_other_sizes_fall_with_every_bit_and_hold_what_was_planted(run_dir) -> N
     recipe = records.rows["recipe"]
     rest = recipe["denoiser_bytes"] - round(recipe["avg_bits"] * int(space.num_weights.sum()) / 8)
     assert sizes[0].denoiser_bytes == rest + int(sizes[0].bits * space.num_weights.sum() / 8 + 1e-6)
+
+
+def test_what_won_the_verification_counts_most_and_else_what_ranks_best() -> None:
+    names, folds = ("additive", "tree", "graph"), {"additive": [0.9, 0.7], "tree": [0.8, 0.9], "graph": [0.8, 0.8]}
+    surrogate = {"held_out_spearman": folds}
+    assert leading(names, {"chosen": "additive"}, surrogate) == "additive"
+    assert leading(names, {"chosen": "lambda mode"}, surrogate) == "tree"
+    assert leading(names, None, surrogate) == "tree"
+    assert leading((*names, "sensitivity"), {"chosen": "sensitivity"}, surrogate) == "sensitivity"
+    assert leading(names, None, None) in names
+
+
+def test_another_size_is_chosen_by_what_counts_most_in_the_run(run_dir) -> None:
+    run = Run.open(run_dir)
+    best = leading(load_attributions(run), read_json(run.path("selection.json")), None)
+    said = select_recipe(run, target_bits=4.0).provenance.source
+    assert said == select_recipe(run, target_bits=4.0, by=best).provenance.source
+    assert best in said
 
 
 def test_an_explanation_that_saturates_makes_no_flat_prediction() -> None:

@@ -22,7 +22,9 @@ def explain(
     run_dir: RunDir,
     recipe: Annotated[str | None, typer.Option(help="Explain this recipe file (or a scheme everywhere)...")] = None,
     against: Annotated[str | None, typer.Option(help="...held against this one.")] = None,
-    by: Annotated[str, typer.Option(help="Whose prediction: graph, additive or tree.")] = "graph",
+    by: Annotated[
+        str | None, typer.Option(help="Whose prediction: graph, additive or tree; default: what won the run.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many layers to list.")] = 12,
     paths: Annotated[bool, typer.Option("--paths", help="Measure which edges carry a recipe's damage.")] = False,
     as_json: AsJson = False,
@@ -32,7 +34,7 @@ def explain(
     With --paths: which edges of the denoiser's data flow carry the damage of the run's recipe (or of --recipe).
     """
     from quantdm.cli.tables import show_attribution
-    from quantdm.runs.explain import SURROGATES, fit_surrogates
+    from quantdm.runs.explain import SURROGATES, fit_surrogates, leading_of
     from quantdm.runs.explain import explain as explain_run
     from quantdm.runs.run import Run
     from quantdm.runs.stages import load_space
@@ -46,7 +48,7 @@ def explain(
             "explain: give both --recipe and --against, or neither; a recipe is explained by a difference. --paths "
             "goes with --recipe alone"
         )
-    if by not in SURROGATES:
+    if by is not None and by not in SURROGATES:
         raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(SURROGATES)}")
     run = Run.open(run_dir)
     space = load_space(run)
@@ -55,7 +57,7 @@ def explain(
         show_attribution(space, explain_run(run, fitted))
         _show_advice(run_dir)
         return
-    _explain_recipe(run, fitted[by], recipe, against, top=top, as_json=as_json)
+    _explain_recipe(run, fitted[by or leading_of(run, fitted)], recipe, against, top=top, as_json=as_json)
 
 
 def _show_paths(run_dir: Path, recipe: str | None, *, top: int, as_json: bool) -> None:

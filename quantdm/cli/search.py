@@ -152,7 +152,9 @@ def select(
     target_pipeline_bytes: Annotated[
         int | None, typer.Option(help="Bytes of all weight files: text encoders and VAE are in the budget as well.")
     ] = None,
-    by: Annotated[str, typer.Option(help="What chooses: additive, tree, graph or sensitivity.")] = "additive",
+    by: Annotated[
+        str | None, typer.Option(help="What chooses: additive, tree, graph, sensitivity; default: what won the run.")
+    ] = None,
 ) -> None:
     """Choose a recipe of another size from a run's attributions (predicted, not measured).
 

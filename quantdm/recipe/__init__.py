@@ -7,13 +7,12 @@ from quantdm.recipe.calibration import CalibrationSpec
 from quantdm.recipe.joint import joint_config, joint_rules, split_name
 from quantdm.recipe.matching import match_weights
 from quantdm.recipe.operations import bit_operations, factor_bits
+from quantdm.recipe.provenance import PUBLISHED_INSIGHT, Provenance
 from quantdm.recipe.reading import load_recipe
 from quantdm.recipe.rules import Layer, check_names, pattern_matcher
 from quantdm.recipe.schema import (
     ORIGINAL,
-    PUBLISHED_INSIGHT,
     RECIPE_VERSION,
-    Provenance,
     Recipe,
     Rules,
     check_recipe_path,

@@ -5,8 +5,9 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from quantdm.checked import CheckedModel
 from quantdm.errors import QuantDMError, reason_of
 from quantdm.recipe.rules import Layer, check_pattern, resolve_rules
 
@@ -23,7 +24,7 @@ _EXPONENTS = re.compile("[a-y]+")
 _OLD_KEYS = ("bits", "keep_8bit")
 
 
-class ActivationScheme(BaseModel, frozen=True, extra="forbid"):
+class ActivationScheme(CheckedModel, frozen=True, extra="forbid"):
     """How the input of one layer is quantized: `ActivationScheme(bits=6)`.
 
     `granularity` says which values share a scale, and a scale may only vary where an integer product can factor it
@@ -133,7 +134,7 @@ Label = Annotated[str | None, AfterValidator(_check_label)]
 Ranges = dict[str, tuple[tuple[float, float], ...]]
 
 
-class ActivationSpec(BaseModel):
+class ActivationSpec(CheckedModel):
     """Which scheme the input of each layer takes: exact name > first matching pattern > operation type > default.
 
     `attention` quantizes queries, keys and values as they enter their products, `probabilities` what the softmax

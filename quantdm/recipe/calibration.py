@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from quantdm.checked import CheckedModel
 
 
-class CalibrationSpec(BaseModel):
+class CalibrationSpec(CheckedModel):
     """Which full-precision trajectories give the inputs of the layers, and how far weights are refined on them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

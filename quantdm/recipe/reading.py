@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from quantdm.errors import QuantDMError, nearest
+from quantdm.checked import described
+from quantdm.errors import QuantDMError
 from quantdm.recipe.schema import Recipe, RecipeFile, extended
 
 MAX_BYTES = 2**20  # an exact recipe of the biggest public denoiser takes 60 kB
@@ -154,26 +155,5 @@ def _explain(error: ValidationError, what: str, lines: Lines) -> str:
     for problem in error.errors()[:3]:
         loc = tuple(str(part) for part in problem["loc"])
         known = next((loc[:end] for end in range(len(loc), -1, -1) if loc[:end] in lines), ())
-        message = str(problem.get("ctx", {}).get("error", problem["msg"]))
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown key; {nearest(loc[-1], _keys(loc))}"
-        elif problem["type"] not in ("value_error", "missing"):
-            message += f", got {_short(problem['input'])}"
-        problems.append(f"line {lines.get(known, 1)}: {'.'.join(loc)}: {message}")
+        problems.append(f"line {lines.get(known, 1)}: {'.'.join(loc)}: {described(problem, RecipeFile)}")
     return f"{what}, " + "; ".join(problems)
-
-
-def _keys(loc: tuple[str, ...]) -> list[str]:
-    """Return the keys that may stand where `loc` stands."""
-    model: Any = RecipeFile
-    for part in loc[:-1]:
-        field = model.model_fields.get(part) if hasattr(model, "model_fields") else None
-        kinds = [field.annotation] if field is not None else []
-        kinds += [a for kind in kinds for a in getattr(kind, "__args__", ())]
-        model = next((kind for kind in kinds if hasattr(kind, "model_fields")), model)
-    return list(model.model_fields)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator
 
+from quantdm.checked import CheckedModel
 from quantdm.errors import QuantDMError
 from quantdm.files import YAML_COMMENT, check_output, check_replaceable, digest, write_text
 from quantdm.recipe.activations import ActivationSpec
 from quantdm.recipe.calibration import CalibrationSpec
+from quantdm.recipe.provenance import Provenance
 from quantdm.recipe.rules import Layer, check_pattern, pattern_matcher, resolve_rules
 from quantdm.recipe.tables import is_table, split_rules
 from quantdm.schemes import QuantConfig, Scheme
 
 RECIPE_VERSION = 1
 ORIGINAL = "original"  # the word for "stays in its original precision"; null says the same in a mapping
-PUBLISHED_INSIGHT = "published insight, not measured here"
 
 
 def _check_label(label: str | None) -> str | None:
@@ -36,26 +37,7 @@ Label = Annotated[str | None, AfterValidator(_check_label)]
 Labels = dict[str, Label]
 
 
-class Provenance(BaseModel):
-    """Where a recipe comes from: measured here, or taken from a published insight."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str = "written by hand, not measured"
-    reference: str | None = Field(default=None, description="what was published, and where")
-    quantdm: str | None = None
-    seed: int | None = None
-    trials: int | None = None
-    target: str | None = None
-    tuning: str | None = Field(default=None, description="hash of the tuned weights that an export holds")
-    weights: dict[str, tuple[str, ...]] = Field(
-        default_factory=dict, description="hashes of the weights that it was found on, by denoiser"
-    )
-    notes: tuple[str, ...] = ()
-    measured: dict[str, float] = Field(default_factory=dict)
-
-
-class Rules(BaseModel):
+class Rules(CheckedModel):
     """Which scheme each layer of one model takes: exact name > first matching pattern > operation type > default.
 
     A scheme is a label such as `kmeans-channel-4`; `original` (or null) leaves a layer in its original precision.

@@ -12,6 +12,7 @@ from quantdm.correction.record import Correction, is_current, load_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
 from quantdm.recipe import Recipe, load_recipe
+from quantdm.runs.explain import leading
 from quantdm.runs.labels import weights_of
 from quantdm.runs.paths import PATHS_FILE
 from quantdm.runs.run import Run, RunSettings
@@ -80,12 +81,8 @@ class Records:
         """The attribution that the recipe was chosen by, else that of the best surrogate, with its name."""
         if not self.attributions:
             return None
-        chosen = (self.selection or {}).get("chosen")
-        if chosen in self.attributions:
-            return chosen, self.attributions[chosen]
-        folds = (self.surrogate or {}).get("held_out_spearman", {})
-        best = max(self.attributions, key=lambda name: float(np.mean(folds.get(name, [-1.0]))))
-        return best, self.attributions[best]
+        name = leading(self.attributions, self.selection, self.surrogate)
+        return name, self.attributions[name]
 
 
 def read_records(run_dir: str | Path) -> Records:

@@ -12,6 +12,7 @@ from quantdm.report.markup import dotted, esc, missing, paragraph, table
 from quantdm.report.published import compare_published
 from quantdm.report.records import Records
 from quantdm.report.wording import percent
+from quantdm.runs.explain import leading
 from quantdm.surrogates import Attribution, SearchSpace
 
 Ints = NDArray[np.int64]
@@ -24,7 +25,7 @@ def why(records: Records) -> str:
     if records.why is None:
         return missing("why.json", "No comparison with a rival")
     found = records.why["explanations"]
-    name = "graph" if "graph" in found else next(iter(found))
+    name = leading(found, records.selection, records.surrogate)
     layers = found[name]["layers"]
     whole = sum(abs(row["contribution"]) for row in layers)
     if not layers or whole == 0:

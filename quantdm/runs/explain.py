@@ -1,5 +1,6 @@
 """Surrogates and their explanations as stages of a run."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,29 @@ def explain(run: Run, fitted: dict[str, Any]) -> dict[str, Attribution]:
         run.path("attribution.json"), {"version": RECORD_VERSION, "inputs": inputs, "attributions": attributions}
     )
     return found
+
+
+def leading(names: Collection[str], selection: Mapping[str, Any] | None, surrogate: Mapping[str, Any] | None) -> str:
+    """Return which explanation of a run counts most.
+
+    The one whose choice won the verification; where none of them did, the surrogate that ranks held-out trials best.
+
+    Args:
+        names: explanations to choose from.
+        selection: content of the run's selection.json, if there is one.
+        surrogate: content of its surrogate.json, if there is one.
+    """
+    chosen: str | None = (selection or {}).get("chosen")
+    if chosen is not None and chosen in names:
+        return chosen
+    folds = (surrogate or {}).get("held_out_spearman", {})
+    return max(names, key=lambda name: float(np.mean(folds.get(name, [-1.0]))))
+
+
+def leading_of(run: Run, names: Collection[str]) -> str:
+    """Return which of some explanations counts most in a run (see `leading`)."""
+    paths = [run.path("selection.json"), run.path("surrogate.json")]
+    return leading(names, *(read_json(path, version=RECORD_VERSION) if path.is_file() else None for path in paths))
 
 
 def load_attributions(run: Run) -> dict[str, Attribution]:

@@ -6,7 +6,7 @@ from quantdm.errors import QuantDMError
 from quantdm.files import read_json
 from quantdm.machine import versions
 from quantdm.recipe import Provenance, Recipe, joint_rules
-from quantdm.runs.explain import load_attributions
+from quantdm.runs.explain import leading_of, load_attributions
 from quantdm.runs.labels import calibration_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import RECORD_VERSION, load_space
@@ -14,10 +14,18 @@ from quantdm.runs.stages import RECORD_VERSION, load_space
 SENSITIVITY = "sensitivity"  # what one-layer noise errors choose, beside the explanations
 
 
-def select_recipe(run: Run, *, target_bits: float, by: str) -> Recipe:
-    """Choose a recipe of another size from a run's attributions or sensitivities; it is not measured, and says so."""
+def select_recipe(run: Run, *, target_bits: float, by: str | None = None) -> Recipe:
+    """Choose a recipe of another size from a run's attributions or sensitivities; it is not measured, and says so.
+
+    Args:
+        run: with attributions.
+        target_bits: average bits per weight, overhead included.
+        by: the explanation that chooses: additive, tree, graph or sensitivity; None: the one that counts most in the
+            run (`quantdm.runs.explain.leading`).
+    """
     space, attributions = load_space(run), load_attributions(run)
     values = {name: each.values for name, each in attributions.items()} | {SENSITIVITY: -space.noise_error}
+    by = leading_of(run, values) if by is None else by
     if by not in values:
         raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(values)}")
     source = "one-layer sensitivities" if by == SENSITIVITY else f"the {by} surrogate"

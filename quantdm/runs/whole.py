@@ -9,7 +9,7 @@ import numpy as np
 from quantdm.errors import QuantDMError
 from quantdm.recipe import Provenance, Recipe, joint_rules
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.explain import load_attributions
+from quantdm.runs.explain import leading_of, load_attributions
 from quantdm.runs.labels import calibration_of
 from quantdm.runs.run import Run
 from quantdm.runs.shares import Shares, choose_within, share_out
@@ -36,11 +36,12 @@ class Split:
         return "\n".join([*lines, f"{'pipeline':<24} {total:>14,} bytes"])
 
 
-def select_pipeline(run: Run, *, target_bytes: int, by: str = "additive") -> Split:
+def select_pipeline(run: Run, *, target_bytes: int, by: str | None = None) -> Split:
     """Choose a recipe for a whole pipeline whose weight files take `target_bytes` at most.
 
     The losses are Frechet distances to the full-precision images: of every other part under each of its options alone,
-    and of the denoisers at some sizes, each the choice of the explanation `by`. Losses of parts add up to first order,
+    and of the denoisers at some sizes, each the choice of the explanation `by` (None: the one that counts most in the
+    run, `quantdm.runs.explain.leading`). Losses of parts add up to first order,
     and of all splits within the budget that with the least sum is taken. Files that are no weights are not counted.
 
     Raises:
@@ -48,6 +49,7 @@ def select_pipeline(run: Run, *, target_bytes: int, by: str = "additive") -> Spl
             split meets (the least is stated).
     """
     space, attributions = load_space(run), load_attributions(run)
+    by = leading_of(run, attributions) if by is None else by
     if by not in attributions:
         raise QuantDMError(f"by: got {by!r}, expected one of {', '.join(attributions)}")
     if not run.settings.location:
