@@ -42,6 +42,14 @@ def reason_of(error: Exception, *above: str) -> str:
     return ": ".join(filter(None, (".".join(map(str, (*above, *problem["loc"]))), message_of(problem))))
 
 
+def not_yaml(what: str, error: Exception) -> QuantDMError:
+    """Return what is said of a file that YAML cannot read: its line where the parser knows it."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return QuantDMError(f"{what}: not YAML ({' '.join(str(error).split())}); save it as UTF-8 text")
+    return QuantDMError(f"{what}, line {mark.line + 1}: not YAML ({getattr(error, 'problem', '')}); correct this line")
+
+
 def message_of(problem: Any) -> str:
     """Return the message of one of the problems that a pydantic ValidationError lists.
 

@@ -8,7 +8,9 @@ from PIL import Image
 
 from quantdm import CalibrationSpec, QuantDMError, Recipe, generate, load_protocol, search
 from quantdm.cli.images import generate_grid, protocol_of
+from quantdm.corridor.run import run
 from quantdm.metrics.evaluate import evaluate
+from quantdm.metrics.sampled import first_made
 from quantdm.pipelines.generate import check_generates
 from quantdm.pipelines.protocol import Protocol
 from quantdm.runs.settings import Effort
@@ -67,6 +69,23 @@ def test_a_pipeline_that_makes_no_images_from_this_protocol_is_refused(expected,
 @pytest.mark.parametrize("name", TAKEN)
 def test_text_to_image_and_text_to_video_pipelines_are_taken(name):
     check_generates(bare(name), PROMPT)
+
+
+def test_a_video_pipeline_says_how_many_frames_it_is_asked_for():
+    fewer = Protocol(**{**PROMPT.model_dump(), "version": 2, "call": {"num_frames": 9}})
+    assert first_made(bare("LTXPipeline"), PROMPT) == (
+        "the first video, 161 frames (num_frames in the protocol's `call` asks for fewer)"
+    )
+    assert first_made(bare("LTXPipeline"), fewer) == "the first video, 9 frames"
+    assert first_made(bare("StableDiffusionPipeline"), PROMPT) == "the first image"
+
+
+@pytest.mark.parametrize("asked", [{"features": "incption"}, {"metrics": ("clp_score",)}])
+def test_unknown_features_are_refused_before_a_pipeline_is_opened(asked, tmp_path):
+    protocol = PROMPT.model_copy(update=asked)
+    for call in (search, run):
+        with pytest.raises(QuantDMError, match=r"incption|clp_score"):
+            call(tmp_path / "no pipeline here", target_bits=3.0, run_dir=tmp_path / "run", protocol=protocol)
 
 
 def test_an_inpainting_pipeline_is_refused_by_every_stage_before_it_runs(sd, tmp_path):

@@ -153,7 +153,12 @@ def test_a_file_of_records_that_lacks_them_is_one_clear_error(text, pattern, tmp
 @pytest.mark.parametrize("text", ["- 1\n", "3\n", "", "{1: 2}\n", "a: [\n"])
 def test_what_is_no_mapping_is_one_clear_error(text, tmp_path):
     (tmp_path / "p.yaml").write_text(text)
-    refused("p.yaml: (not YAML|got)", lambda: load_protocol(tmp_path / "p.yaml"))
+    refused("p.yaml(, line 2)?: (not YAML|got)", lambda: load_protocol(tmp_path / "p.yaml"))
+
+
+def test_a_file_that_is_not_yaml_is_told_with_its_line(tmp_path):
+    (tmp_path / "p.yaml").write_text("version: 2\n  argument: x\nsteps: 1\n")
+    refused(r"p\.yaml, line 2: not YAML \(mapping values", lambda: load_protocol(tmp_path / "p.yaml"))
 
 
 # ------------------------------------------------------------------------------------------------------------ version 1

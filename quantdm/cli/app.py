@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from quantdm.cli.given import options_given, pipeline_given, protocol_given, run_given
 from quantdm.cli.group import Commands
 from quantdm.errors import QuantDMError
-from quantdm.schemes import Scheme, parse_option
+from quantdm.schemes import Scheme
 
 OLDER_NAMES = {  # of options, and longer ones, which help does not show twice
     "target-bytes": "target-size", "target-pipeline-size": "pipeline-size",
@@ -80,9 +81,15 @@ def size_in_bytes(text: str) -> int:
 
 
 Model = Annotated[
-    str, typer.Argument(help="Embedded pipeline (digits-dit, digits-flow, digits-sd), directory or hub id.")
+    str,
+    typer.Argument(
+        callback=pipeline_given, help="Embedded pipeline (digits-dit, digits-flow, digits-sd), directory or hub id."
+    ),
 ]
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run directory: every stage leaves its record there.")]
+BegunRun = Annotated[
+    Path, typer.Option("--run-dir", callback=run_given, help="Run directory: every stage leaves its record there.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 TargetBits = Annotated[float | None, typer.Option(help="Average bits per weight, overhead included.")]
 TargetBytes = Annotated[
@@ -111,7 +118,10 @@ Trials = Annotated[
 Options = Annotated[
     str | None,
     typer.Option(
-        metavar="A,B,...", help="Schemes that every layer may take (default: the effort's).", rich_help_panel=SEARCH
+        callback=options_given,
+        metavar="A,B,...",
+        help="Schemes that every layer may take (default: the effort's).",
+        rich_help_panel=SEARCH,
     ),
 ]
 Workers = Annotated[
@@ -169,6 +179,7 @@ ProtocolFile = Annotated[
     str | None,
     typer.Option(
         "--protocol",
+        callback=protocol_given,
         metavar="FILE",
         help="What images to measure on: YAML file, or e.g. text-to-image-64 (docs/protocol.md).",
     ),
@@ -213,11 +224,6 @@ Embeddings = Annotated[
 def table_scheme(label: str) -> Scheme | None:
     """Read the scheme of `--embeddings`."""
     return None if label == "original" else Scheme.parse(label)
-
-
-def schemes_of(labels: str | None) -> list[Scheme] | None:
-    """Read `--options`, if it is given."""
-    return None if labels is None else [parse_option(label.strip()) for label in labels.split(",")]
 
 
 def given_inputs(path: Path | None) -> dict[str, Any] | None:

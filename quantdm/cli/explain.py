@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from quantdm.cli.app import AsJson, RunDir, app
+from quantdm.cli.app import AsJson, BegunRun, app
 from quantdm.errors import QuantDMError, counted
 
 WIDTH = 79
@@ -19,7 +19,7 @@ WIDTH = 79
 
 @app.command(epilog="Example: quantdm explain --run-dir runs/mine --recipe r.yaml --against uniform-channel-4")
 def explain(
-    run_dir: RunDir,
+    run_dir: BegunRun,
     recipe: Annotated[str | None, typer.Option(help="Explain this recipe file (or a scheme everywhere)...")] = None,
     against: Annotated[str | None, typer.Option(help="...held against this one.")] = None,
     by: Annotated[

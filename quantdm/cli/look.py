@@ -8,16 +8,23 @@ from typing import Annotated
 import typer
 
 from quantdm.cli.app import AsJson, Config, ExampleInputs, Overrides, Variant, app, given_inputs, uncollected
+from quantdm.cli.given import recipe_given, run_given, runs_given, source_given
 from quantdm.errors import QuantDMError
 
 
 @app.command(epilog="Example: quantdm inspect digits-dit --scheme kmeans-channel-4 --set 'proj_out*=uniform-channel-8'")
 def inspect(
     target: Annotated[
-        str, typer.Argument(help="Pipeline, export, lone denoiser or its file, hub id, or a recipe file (*.yaml).")
+        str,
+        typer.Argument(
+            callback=source_given,
+            help="Pipeline, export, lone denoiser or its file, hub id, or a recipe file (*.yaml).",
+        ),
     ],
     scheme: Annotated[str | None, typer.Option(help="Show bits and SQNR of every layer under this scheme.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Or under the schemes of this recipe.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(callback=recipe_given, help="Or under the schemes of this recipe.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The model of a recipe file, if not the one that it names.")] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
@@ -49,8 +56,12 @@ def inspect(
 
 @app.command(epilog="Examples: quantdm report runs/mine, or two to compare: quantdm report runs/3bit runs/4bit")
 def report(
-    runs: Annotated[list[Path] | None, typer.Argument(help="One run directory, or two to compare.")] = None,
-    run_dir: Annotated[Path | None, typer.Option("--run-dir", help="The same as the argument, for one run.")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(callback=runs_given, help="One run directory, or two to compare.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option("--run-dir", callback=run_given, help="The same as the argument, for one run.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="HTML file (default: report.html there, comparison.html here).")
     ] = None,

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from quantdm.cli.app import AsJson, BatchSize, Device, Model, Out, ProtocolFile, RunDir, app, batch_size_of
+from quantdm.cli.app import AsJson, BatchSize, BegunRun, Device, Model, Out, ProtocolFile, app, batch_size_of
+from quantdm.cli.given import recipe_given
 
 
 @app.command(epilog="Example: quantdm generate digits-sd -o digits.png --images 40")
@@ -30,7 +31,7 @@ def generate(
 def bench(
     model: Model,
     scheme: Annotated[str | None, typer.Option(help="Weights of every layer (default: kmeans-channel-4).")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="Or those of this recipe.")] = None,
+    recipe: Annotated[Path | None, typer.Option(callback=recipe_given, help="Or those of this recipe.")] = None,
     activations: Annotated[
         str | None, typer.Option(help="Inputs of every layer (default: the model's or recipe's, else token-8).")
     ] = None,
@@ -56,7 +57,7 @@ def bench(
 
 @app.command(epilog="Example: quantdm correct --run-dir runs/mine --bits 6")
 def correct(
-    run_dir: RunDir,
+    run_dir: BegunRun,
     bits: Annotated[int, typer.Option(help="Activation bits: 3 to 8, or 16 (not quantized).")] = 6,
     images: Annotated[int, typer.Option(help="Trajectories for the noise statistics.")] = 128,
     batch_size: BatchSize = "auto",

@@ -7,24 +7,29 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quantdm.cli.app import (
+    BegunRun,
     Config,
     ExampleInputs,
     ModelCard,
     Out,
     Overrides,
     ProtocolFile,
-    RunDir,
     Variant,
     app,
     given_inputs,
 )
+from quantdm.cli.given import recipe_given, source_given
 from quantdm.errors import counted
 
 if TYPE_CHECKING:
     from quantdm.recipe import CalibrationSpec
 
 Source = Annotated[
-    str, typer.Argument(help="Embedded pipeline, directory of a pipeline or denoiser, safetensors file or hub id.")
+    str,
+    typer.Argument(
+        callback=source_given,
+        help="Embedded pipeline, directory of a pipeline or denoiser, safetensors file or hub id.",
+    ),
 ]
 
 Insist = Annotated[
@@ -38,7 +43,7 @@ SameArchitecture = Annotated[
 @app.command(epilog="Example: quantdm apply digits-dit --recipe recipe.yaml -o digits-dit-3bit")
 def apply(
     model: Source,
-    recipe: Annotated[Path, typer.Option(help="Recipe file.")],
+    recipe: Annotated[Path, typer.Option(callback=recipe_given, help="Recipe file.")],
     out: Out,
     overrides: Overrides = None,
     model_card: ModelCard = False,
@@ -98,7 +103,7 @@ def _told(spec: "CalibrationSpec | None", protocol: str) -> "CalibrationSpec":
 
 @app.command(epilog="Example: quantdm export --run-dir runs/mine -o digits-dit-3bit --model-card")
 def export(
-    run_dir: RunDir,
+    run_dir: BegunRun,
     out: Out,
     model_card: ModelCard = False,
     corrected: Annotated[

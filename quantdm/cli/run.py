@@ -8,6 +8,7 @@ import typer
 from quantdm.cli.app import (
     SEARCH,
     BatchSize,
+    BegunRun,
     Device,
     Dtype,
     EffortName,
@@ -20,7 +21,6 @@ from quantdm.cli.app import (
     Options,
     ProtocolFile,
     RayAddress,
-    RunDir,
     Seed,
     TargetBits,
     TargetBytes,
@@ -30,9 +30,9 @@ from quantdm.cli.app import (
     app,
     batch_size_of,
     given_inputs,
-    schemes_of,
     table_scheme,
 )
+from quantdm.cli.given import schemes_of
 from quantdm.schemes import TABLE_SCHEME
 
 Minutes = Annotated[
@@ -120,7 +120,7 @@ def run(
 
 @app.command(epilog="Example: quantdm tune --run-dir runs/mine --steps 1000")
 def tune(
-    run_dir: RunDir,
+    run_dir: BegunRun,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 400,
     images: Annotated[int, typer.Option(min=1, help="Full-precision trajectories to train on.")] = 128,
     rows: Annotated[int, typer.Option(min=1, help="Samples per step.")] = 32,

@@ -6,6 +6,7 @@ import typer
 
 from quantdm.cli.app import (
     BatchSize,
+    BegunRun,
     Device,
     Dtype,
     EffortName,
@@ -29,9 +30,9 @@ from quantdm.cli.app import (
     app,
     batch_size_of,
     given_inputs,
-    schemes_of,
     table_scheme,
 )
+from quantdm.cli.given import schemes_of
 from quantdm.schemes import TABLE_SCHEME
 
 
@@ -119,7 +120,7 @@ def search(
 
 
 @app.command(epilog="Example: quantdm fit --run-dir runs/mine")
-def fit(run_dir: RunDir) -> None:
+def fit(run_dir: BegunRun) -> None:
     """Fit the surrogates on a run's trials and print how well they rank held-out configurations."""
     from quantdm.files import read_json
     from quantdm.runs.explain import fit_surrogates
@@ -143,7 +144,7 @@ def fit(run_dir: RunDir) -> None:
 
 @app.command(epilog="Example: quantdm select --run-dir runs/mine --target-bits 3.5 -o recipe-3.5.yaml")
 def select(
-    run_dir: RunDir,
+    run_dir: BegunRun,
     out: Out,
     target_bits: Annotated[float | None, typer.Option(help="Average bits per weight, overhead included.")] = None,
     target_bops: Annotated[

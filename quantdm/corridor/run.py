@@ -19,9 +19,10 @@ from quantdm.hub.replace import check_export_path
 from quantdm.hub.size import ExportSize, denoiser_bytes, weight_bytes
 from quantdm.machine import best_device
 from quantdm.metrics.door import check_measures
+from quantdm.metrics.sampled import first_made
 from quantdm.pipelines.loading import DiffusionPipeline, model_name
 from quantdm.pipelines.planning import example_call
-from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.protocol import Protocol, default_protocol
 from quantdm.pipelines.subject import Subject
 from quantdm.recipe import Recipe
 from quantdm.report import write_report
@@ -94,11 +95,11 @@ def run(
     Raises:
         QuantDMError: as `search`; an unknown effort; places of the results that hold something else.
     """
-    start, level = time.monotonic(), _level(effort, trials, options, dtype, fidelity)
+    start, level = time.monotonic(), _level(effort, trials, options, protocol, dtype, fidelity)
     check_one_target(target_bits, target_bytes, target_pipeline_bytes)
     _check_means(engine, ray_address, minutes, gpu_hours, device or device_of(pipe))
     folder = run_dir or default_folder(pipe, target_bits, target_bytes, effort, target_pipeline_bytes)
-    subject = _look(pipe, folder, example_inputs, device, dtype, learned_from, say)
+    subject = _look(pipe, folder, example_inputs, device, dtype, learned_from, protocol, say)
     given: dict[str, Any] = {
         "target_bits": target_bits, "target_bytes": target_bytes, "target_pipeline_bytes": target_pipeline_bytes,
         "trials": level.trials, "seed": seed, "dtype": dtype, "options": options or level.options,
@@ -136,11 +137,12 @@ def _planned(
 
 
 def _level(
-    effort: str, trials: int | None, options: Sequence[Scheme] | None, dtype: str | None, fidelity: str | None
-) -> Level:
+    effort: str, trials: int | None, options: Sequence[Scheme] | None, protocol: Protocol | None, dtype: str | None,
+    fidelity: str | None,
+) -> Level:  # fmt: skip
     """Return the level of an effort; what can be refused before anything is opened is refused."""
     level = level_of(effort, trials=trials)
-    check_given(level.trials, options or level.options, dtype, fidelity)
+    check_given(level.trials, options or level.options, protocol, dtype, fidelity)
     return level
 
 
@@ -151,25 +153,23 @@ def _look(
     device: str | None,
     dtype: str | None,
     learned_from: Sequence[str | Path],
+    protocol: Protocol | None,
     say: Say,
 ) -> Subject:
     say(f"[1/10] look at {pipe if isinstance(pipe, (str, Path)) else type(pipe).__name__}")
     subject = look_for_run(
         pipe, folder, example_inputs=example_inputs, device=device, dtype=dtype, learned_from=learned_from
     )
-    say("       try its call: the first image, one step of it")
+    made = first_made(subject.pipe, protocol or default_protocol(subject.name))
+    say(f"       try its call: {made}, one step")
     return subject
 
 
 def _begin(started: Run, subject: Subject, say: Say) -> None:
     """Check, before anything is computed, that results have a place, and say what is made small."""
     check_places(started)
-    say(f"       {_counted(subject)}; run directory {started.folder}")
-
-
-def _counted(subject: Subject) -> str:
-    weights = sum(layer.num_weights for layer in subject.layers)
-    return f"{counted(len(subject.layers), 'layer')}, {weights:,} quantizable weights"
+    layers, weights = counted(len(subject.layers), "layer"), sum(layer.num_weights for layer in subject.layers)
+    say(f"       {layers}, {weights:,} quantizable weights; run directory {started.folder}")
 
 
 def _check_means(

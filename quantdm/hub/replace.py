@@ -7,7 +7,7 @@ from pathlib import Path
 from quantdm.correction.record import is_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import check_output, is_sealed
-from quantdm.pipelines.loading import pipeline_path
+from quantdm.pipelines.known import pipeline_path
 from quantdm.pipelines.source import local_path
 from quantdm.pipelines.stored import METHOD, read_object
 from quantdm.recipe import load_recipe

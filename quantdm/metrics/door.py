@@ -12,6 +12,16 @@ FRAMES = 2  # of a video, at least: each counts as an image
 OF_LATENTS = "pyramid"  # the only features that latents have
 
 
+def check_named(protocol: Protocol) -> None:
+    """Check, before any pipeline is opened, that there are the features and metrics that a protocol names.
+
+    Raises:
+        QuantDMError: there are not, or their weights are missing.
+    """
+    check_extractor(protocol.features)
+    check_chosen(protocol)
+
+
 def check_measures(pipe: DiffusionPipeline, protocol: Protocol, *, images: int | None = None) -> None:
     """Check, before anything is computed, that a pipeline can be measured by a protocol.
 
@@ -21,8 +31,7 @@ def check_measures(pipe: DiffusionPipeline, protocol: Protocol, *, images: int |
         QuantDMError: it makes no such images (see `check_generates`), there are no such features or metrics, or they
             are not of what is made.
     """
-    check_extractor(protocol.features)
-    check_chosen(protocol)
+    check_named(protocol)
     check_generates(pipe, protocol)
     if protocol.output == "latent" and protocol.features != OF_LATENTS:
         raise QuantDMError(

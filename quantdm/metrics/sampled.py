@@ -64,8 +64,28 @@ def frames_of(pipe: DiffusionPipeline, protocol: Protocol) -> int:
     signature = CallSignature.of(pipe)
     if output_of(signature, protocol) != "video":
         return 1
-    names = [name for name in FRAME_COUNTS if name in signature]
-    given = [protocol.of_image(0).get(name, signature.parameters[name].default) for name in names]
-    if not given or not isinstance(given[0], int):
+    found = _frame_count(signature, protocol)
+    if found is None:
         raise QuantDMError(f"{signature.kind}: how many frames its videos have is not known; give num_frames in call")
-    return given[0]
+    return found[1]
+
+
+def first_made(pipe: DiffusionPipeline, protocol: Protocol) -> str:
+    """Return in words what the first call makes; of a video with how many frames, and how to have fewer."""
+    signature = CallSignature.of(pipe)
+    if output_of(signature, protocol) != "video":
+        return "the first image"
+    found = _frame_count(signature, protocol)
+    if found is None:
+        return "the first video"
+    name, frames = found
+    left = "" if name in protocol.of_image(0) else f" ({name} in the protocol's `call` asks for fewer)"
+    return f"the first video, {frames} frames{left}"
+
+
+def _frame_count(signature: CallSignature, protocol: Protocol) -> tuple[str, int] | None:
+    """Return what the call names its frames, and how many: the protocol's, else the default; None: nobody says."""
+    given = ((name, protocol.of_image(0).get(name, signature.parameters[name].default)) for name in signature.names
+             if name in FRAME_COUNTS)  # fmt: skip
+    name, frames = next(given, ("", None))
+    return (name, frames) if isinstance(frames, int) else None

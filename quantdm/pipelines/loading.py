@@ -13,45 +13,12 @@ from diffusers.utils import logging as diffusers_logging
 from packaging.version import Version
 from transformers.utils import logging as transformers_logging
 
-from quantdm.errors import QuantDMError, nearest
-from quantdm.pipelines.known import EMBEDDED, known_pipelines
+from quantdm.errors import QuantDMError
+from quantdm.pipelines.known import EMBEDDED, known_pipelines, pipeline_path
 from quantdm.pipelines.stored import check_opened, check_stored, read_object, stored_variant
 
 # diffusers renamed the argument in 0.42 and warns about the old name
 DTYPE_ARGUMENT = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-_LONE = "a lone denoiser or a file of its weights can be inspected and applied a recipe to"
-
-
-def pipeline_path(name_or_path: str | Path) -> str:
-    """Return where a pipeline lies: an embedded name, a directory, or a hub id (OWNER/NAME) as it is.
-
-    Raises:
-        QuantDMError: neither; the message lists the embedded names.
-    """
-    name = str(name_or_path)
-    if name in known_pipelines():
-        return str(EMBEDDED / name)
-    path = Path(name).expanduser()
-    if os.path.isdir(path):  # unlike Path.is_dir, it is quiet about names that are too long or may not be looked at
-        if not (path / "model_index.json").is_file():
-            raise QuantDMError(
-                f"pipeline: {path} has no model_index.json; expected a directory of save_pretrained"
-                + (f" ({_LONE})" if (path / "config.json").is_file() else "")
-            )
-        return str(path)
-    if os.path.isfile(path):
-        raise QuantDMError(f"pipeline: {path} is a file, expected the directory of a pipeline ({_LONE})")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not os.path.isfile(path.parent):
-        return name
-    if name.startswith((".", "/", "~")):
-        raise QuantDMError(
-            f"pipeline: there is no {name}; expected a directory, a hub id OWNER/NAME or an embedded one: "
-            + ", ".join(known_pipelines())
-        )
-    raise QuantDMError(
-        f"pipeline: got {name!r}, expected a directory, a hub id OWNER/NAME or an embedded pipeline; "
-        + nearest(name, known_pipelines())
-    )
 
 
 def load_pipeline(

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from quantdm.errors import QuantDMError, message_of, nearest
+from quantdm.errors import QuantDMError, message_of, nearest, not_yaml
 from quantdm.pipelines.inputs import Column, Constant, JsonLines, Several, Value, pictures_in, placed, resolve
 from quantdm.pipelines.known import known_pipelines
 
@@ -221,7 +221,7 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise QuantDMError(f"protocol {path}: not YAML ({' '.join(str(error).split())})") from None
+        raise not_yaml(f"protocol {path}", error) from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         given = "an empty file" if data is None else type(data).__name__
         raise QuantDMError(f"protocol {path}: got {given}, expected a mapping such as `steps: 20`")

@@ -13,8 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from quantdm.errors import QuantDMError
 from quantdm.pipelines.exported import exported
-from quantdm.pipelines.known import known_pipelines
-from quantdm.pipelines.loading import pipeline_path
+from quantdm.pipelines.known import known_pipelines, pipeline_path
 from quantdm.pipelines.parts import DENOISER_NAMES
 from quantdm.pipelines.stored import read_object
 

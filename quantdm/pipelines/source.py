@@ -15,8 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from quantdm.errors import QuantDMError
-from quantdm.pipelines.known import known_pipelines
-from quantdm.pipelines.loading import fetch_pipeline, open_files, pipeline_path, unopened
+from quantdm.pipelines.known import known_pipelines, pipeline_path
+from quantdm.pipelines.loading import fetch_pipeline, open_files, unopened
 from quantdm.pipelines.single_file import open_single_file
 from quantdm.pipelines.skeleton import model_skeleton, part_skeleton
 from quantdm.pipelines.stored import METHOD, check_stored, read_object, stored_variant, weight_files

@@ -21,7 +21,8 @@ from quantdm.denoisers.tables import TableRecord, list_tables
 from quantdm.errors import QuantDMError
 from quantdm.machine import best_device
 from quantdm.pipelines.casting import in_dtype
-from quantdm.pipelines.loading import load_pipeline, model_name, pipeline_path
+from quantdm.pipelines.known import pipeline_path
+from quantdm.pipelines.loading import load_pipeline, model_name
 from quantdm.pipelines.parts import DENOISER_NAMES, find_denoisers, inputs_by_part
 from quantdm.pipelines.seen import Seen, differences, see
 from quantdm.pipelines.stored import stored_variant, weight_files

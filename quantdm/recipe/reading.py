@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from quantdm.checked import described
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, not_yaml
 from quantdm.recipe.schema import Recipe, RecipeFile, extended
 
 MAX_BYTES = 2**20  # an exact recipe of the biggest public denoiser takes 60 kB
@@ -78,13 +78,8 @@ def _read(path: Path, what: str) -> tuple[dict[str, Any], Lines]:
         loader = _Loader(text)
         node = loader.get_single_node()
         record = None if node is None else _build(loader, node, (), lines, what)
-    except (UnicodeDecodeError, OSError) as error:
-        raise QuantDMError(f"{what}: not YAML ({error}); save it as UTF-8 text") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise QuantDMError(f"{what}{line}: not YAML ({problem}); correct this line") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise not_yaml(what, error) from None
     if not isinstance(record, dict):
         raise QuantDMError(f"{what}: got a {type(record).__name__}, expected keys such as 'model' and 'layers'")
     return record, lines

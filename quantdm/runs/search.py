@@ -86,7 +86,7 @@ def search(
     """
     check_engine(engine, ray_address)
     check_one_target(target_bits, target_bytes, target_pipeline_bytes)
-    check_given(trials, options, dtype, fidelity)
+    check_given(trials, options, protocol, dtype, fidelity)
     subject = look_for_run(
         pipe, run_dir, example_inputs=example_inputs, device=device, dtype=dtype, learned_from=learned_from
     )

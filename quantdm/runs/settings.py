@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from quantdm.errors import QuantDMError, nearest
 from quantdm.hub.export import lossless_dtype
 from quantdm.machine import fast_dtype
-from quantdm.metrics.door import check_measures
+from quantdm.metrics.door import check_measures, check_named
 from quantdm.modules import packed_layers
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.parts import find_denoisers
@@ -79,7 +79,7 @@ def make_settings(
     The pipeline's call is tried: it costs one step of one image, and what it refuses is known before anything is left.
     """
     options = fitting_options(options, subject.pipe)
-    check_given(trials, options, dtype, fidelity)
+    check_given(trials, options, protocol, dtype, fidelity)
     _check_can_be_quantized(subject, options)
     own = _free_dtype(subject) if subject.dtype_is_free else str(subject.dtype).removeprefix("torch.")
     embeddings = _table_scheme(subject, embeddings)
@@ -137,12 +137,17 @@ def _check_can_be_quantized(subject: Subject, options: Sequence[Scheme]) -> None
             )
 
 
-def check_given(trials: int, options: Sequence[Scheme], dtype: str | None, fidelity: str | None = None) -> None:
+def check_given(
+    trials: int, options: Sequence[Scheme], protocol: Protocol | None, dtype: str | None, fidelity: str | None = None
+) -> None:
     """Check what can be checked before a pipeline is opened.
 
     Raises:
-        QuantDMError: an unknown fidelity, too few trials for these options, or an unknown number format.
+        QuantDMError: an unknown fidelity, too few trials for these options, an unknown number format, or features or
+            metrics that are not there.
     """
+    if protocol is not None:
+        check_named(protocol)
     if fidelity is not None and fidelity not in FIDELITIES:
         raise QuantDMError(f"fidelity: got {fidelity!r}; {nearest(fidelity, FIDELITIES)}")
     if all(scheme == ORIGINAL for scheme in options):
