@@ -211,6 +211,11 @@ class Gate:
                 self.changed.notify_all()
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return how many bytes of an accelerator's memory nobody uses; 0 where it does not tell."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def give_back_freed() -> None:
     """Give the system what was freed and the C library keeps for later: after much of it, hundreds of megabytes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None  # glibc's

@@ -277,13 +277,16 @@ def test_two_names_of_one_parameter_are_both_put_back(dit, layers, built):
 def test_decoded_weights_are_kept_up_to_a_number_of_bytes(built, layers):
     sizes = {layer.name: 4 * layer.num_weights for layer in layers}
     small = sorted(layers, key=lambda layer: layer.num_weights)[:3]
-    limit = sizes[small[1].name] + sizes[small[2].name]
+    limit = sum(sizes.values())
     bank = WeightBank.open(built.folder, layers, OPTIONS, cache_bytes=limit)
-    first = {layer.name: bank.dense(layer.name, OPTIONS[0], torch.float32) for layer in small}
+    first = {layer.name: bank.dense(layer.name, OPTIONS[0], torch.float32) for layer in [*small, *layers]}
+    assert bank._dense_bytes == limit
+    assert bank.dense(small[0].name, OPTIONS[0], torch.float32) is first[small[0].name]
+    bank.dense(small[0].name, OPTIONS[1], torch.float32)
     assert bank._dense_bytes <= limit
-    assert bank.dense(small[2].name, OPTIONS[0], torch.float32) is first[small[2].name]
-    assert bank.dense(small[0].name, OPTIONS[0], torch.float32) is not first[small[0].name]  # the oldest was dropped
-    none = WeightBank.open(built.folder, layers, OPTIONS, cache_bytes=0)
+    oldest = next(layer for layer in layers if layer not in small)
+    assert bank.dense(oldest.name, OPTIONS[0], torch.float32) is not first[oldest.name]  # it was dropped
+    none = WeightBank.open(built.folder, layers, OPTIONS, cache_bytes=limit - 1)
     assert none.dense(small[0].name, OPTIONS[0], torch.float32) is not none.dense(
         small[0].name, OPTIONS[0], torch.float32
     )

@@ -14,17 +14,18 @@ from torch import nn
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import load_tensors, metadata_of, open_tensors, read_json, write_json
-from quantdm.machine import BYTES_PER_WEIGHT, IN_FLIGHT, Gate, cores, one_torch_thread
+from quantdm.machine import BYTES_PER_WEIGHT, IN_FLIGHT, Gate, cores, free_bytes, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight
 from quantdm.quantizers.options import SWEEPS
 from quantdm.quantizers.weight import halves
 from quantdm.runs.bank_layer import BANK_VERSION, LayerBuild
 from quantdm.runs.bank_processes import BankProcesses, file_of
+from quantdm.runs.pointed import pointed
 from quantdm.runs.weights import weight_reader
 from quantdm.schemes import Scheme
 
 INDEX = "index.json"
-CACHE_BYTES = 2**31
+CACHE_BYTES = 2**30
 THREADS = 2  # that share one interpreter well
 SMALL = 2**23  # weights times options that are quantized in a few seconds
 
@@ -33,8 +34,9 @@ class WeightBank:
     """All options of all layers of one denoiser, packed on disk, one safetensors file per layer.
 
     Files are addressed by the content of the weight, the options and the moments, so building again costs a hash and a
-    changed weight is never confused with an old one. They are memory-mapped when a layer is asked for. Decoded weights
-    are kept up to `cache_bytes`, the least recently used ones are dropped first.
+    changed weight is never confused with an old one. They are memory-mapped when a layer is asked for. Where
+    `cache_bytes` hold the decoded weights of a whole configuration they are kept, and the least recently used ones are
+    dropped first; of larger denoisers none is, since each would be dropped before it is asked for again.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class WeightBank:
         self._metadata: dict[str, dict[str, Any]] = {}
         self._dense: OrderedDict[tuple[str, Scheme, torch.dtype, torch.device], torch.Tensor] = OrderedDict()
         self._dense_bytes = 0
+        self._num_weights = sum(layer.num_weights for layer in layers)
 
     def build(
         self,
@@ -184,24 +187,35 @@ class WeightBank:
         return self._told(name)["errors"][scheme.label]
 
     def dense(self, name: str, scheme: Scheme, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Return the decoded weight on a device; decoded there, and kept while `cache_bytes` allow."""
+        """Return the decoded weight on a device; decoded there, and kept as long as `cache_bytes` allow."""
         key = (name, scheme, dtype, torch.device(device))
         if key in self._dense:
             self._dense.move_to_end(key)
             return self._dense[key]
         weight = self.get(name, scheme).to(torch.device(device)).dequantize(dtype=dtype)
-        if weight.nbytes <= self.cache_bytes:
+        if dtype.itemsize * self._num_weights <= self.cache_bytes:
             self._dense[key] = weight
             self._dense_bytes += weight.nbytes
             while self._dense_bytes > self.cache_bytes:
                 self._dense_bytes -= self._dense.popitem(last=False)[1].nbytes
         return weight
 
+    def room_beside(self, denoiser: nn.Module) -> int:
+        """Return how many bytes of decoded weights are held beside a denoiser's own.
+
+        `cache_bytes` on a processor, where a process may be one of several; half of an accelerator's free memory.
+        """
+        device = next(denoiser.parameters()).device
+        return max(self.cache_bytes, free_bytes(device) // 2)
+
     @contextmanager
     def applied(self, denoiser: nn.Module, config: Mapping[str, Scheme | None]) -> Iterator[nn.Module]:
-        """Point the denoiser's weights at the bank's while the context is open; only pointers move."""
+        """Give the denoiser the bank's weights while the context is open; only pointers move.
+
+        What `room_beside` it does not hold is decoded whenever it is read.
+        """
         quantized = ((name, scheme) for name, scheme in config.items() if scheme is not None)
-        with pointed(denoiser) as point:
+        with pointed(denoiser, room=self.room_beside(denoiser)) as point:
             for name, scheme in quantized:
                 point(f"{name}.weight", lambda dtype, device, n=name, s=scheme: self.dense(n, s, dtype, device))
             yield denoiser
@@ -251,20 +265,3 @@ class _Work:
                 return layer, self._processes.build(task, found, weight, file)
             with self._few:
                 return layer, task.build(weight, moments)
-
-
-@contextmanager
-def pointed(module: nn.Module) -> Iterator[Callable[[str, Callable[[torch.dtype, torch.device], torch.Tensor]], None]]:
-    """Yield a function that points a parameter at other values, made in its dtype and on its device, until the end."""
-    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
-
-    def point(name: str, make: Callable[[torch.dtype, torch.device], torch.Tensor]) -> None:
-        parameter = module.get_parameter(name)
-        originals.append((parameter, parameter.data))
-        parameter.data = make(parameter.dtype, parameter.device)
-
-    try:
-        yield point
-    finally:
-        for parameter, data in reversed(originals):  # two names may share one parameter
-            parameter.data = data

@@ -23,8 +23,9 @@ from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
 from quantdm.pipelines.tried import check_called
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers, split_name
-from quantdm.runs.bank import WeightBank, pointed
+from quantdm.runs.bank import WeightBank
 from quantdm.runs.other_weights import OtherWeights, Tables
+from quantdm.runs.pointed import pointed
 from quantdm.runs.propagated import Pass, propagated
 from quantdm.runs.proposals import Proposal, answer
 from quantdm.runs.run import Run
@@ -272,7 +273,8 @@ def configured(pipe: DiffusionPipeline, bank: WeightBank, job: Job, tables: Tabl
             else:
                 tuned = TunedWeights.load(job.tuned)
                 tuned.check(job.labels)
-                stack.enter_context(tuned.applied(join_weights(denoisers)))
+                whole = join_weights(denoisers)
+                stack.enter_context(tuned.applied(whole, room=bank.room_beside(whole)))
         if job.labels is not None and job.embeddings is not None:
             point = stack.enter_context(pointed(join_weights(denoisers)))
             for name, table in tables.of(job.embeddings).items():

@@ -13,7 +13,7 @@ from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe.joint import joint_prefix
-from quantdm.runs.bank import pointed
+from quantdm.runs.pointed import pointed
 from quantdm.schemes import Scheme
 
 

@@ -14,6 +14,7 @@ from quantdm.denoisers.calls import Call
 from quantdm.denoisers.propagation import propagated_errors
 from quantdm.errors import QuantDMError
 from quantdm.files import digest
+from quantdm.machine import give_back_freed
 from quantdm.pipelines.sizes import is_out_of_memory
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers.branches import fits_rank
@@ -62,6 +63,7 @@ def propagated(subject: Subject, bank: WeightBank, calls: Mapping[str, Sequence[
         if found:
             errors |= found
             draws.append(sum(len(call.output) for call in own))
+        give_back_freed()
     return {"errors": errors, "draws": min(draws, default=0), "without": without}
 
 

@@ -1,5 +1,6 @@
 """Tuned weights on disk: the packed weights of one recipe and the biases and norms that were trained with them."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
 from quantdm.quantizers import QuantizedWeight
-from quantdm.runs.bank import pointed
+from quantdm.runs.pointed import pointed
 from quantdm.schemes import Scheme
 
 TUNED_VERSION = 1
@@ -103,9 +104,9 @@ class TunedWeights:
         return cls(weights, others)
 
     @contextmanager
-    def applied(self, denoiser: nn.Module) -> Iterator[nn.Module]:
-        """Point the denoiser's parameters at the tuned ones while the context is open."""
-        with pointed(denoiser) as point:
+    def applied(self, denoiser: nn.Module, *, room: float = math.inf) -> Iterator[nn.Module]:
+        """Give the denoiser the tuned parameters while the context is open; of `room`, see `pointed`."""
+        with pointed(denoiser, room=room) as point:
             for name, weight in self.weights.items():
                 point(f"{name}.weight", lambda dtype, device, w=weight: w.dequantize(dtype=dtype).to(device))
             for name, value in self.others.items():
