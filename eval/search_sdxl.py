@@ -29,7 +29,7 @@ from quantdm.machine import cores, memory_gb, versions
 OUT, VERSION = Path(__file__).parent / "results" / "search_sdxl.json", 1
 OPTIONS = [Scheme.parse(label) for label in ("kmeans-channel-3-feedback", "uniform-channel-4", "kmeans-channel-4")]
 EFFORT = Effort(
-    label_images=2, label_steps=1, verify_images=2, verify_draws=1, noise_images=1, noise_steps=1, noise_signs=8,
+    label_images=2, label_steps=1, verify_images=2, verify_draws=1, noise_images=1, noise_steps=1, noise_signs=3,
     calibration_images=1, sweeps=0,
 )  # fmt: skip
 PROTOCOL = bench_search.PROTOCOL.model_copy(update={"steps": 2})

@@ -77,7 +77,7 @@ def test_doctor_names_versions_and_pipelines():
     assert record["torch"]
 
 
-GONE = ["run", "RUN/gone", "--target-bits", "3", "--run-dir", "RUN"]  # a pipeline that is not there is told last
+GONE = ["run", "nobody/gone", "--target-bits", "3", "--run-dir", "RUN"]  # opened last: it may have to be downloaded
 
 
 def test_an_older_name_of_an_option_is_still_known():

@@ -18,6 +18,7 @@ from quantdm.pipelines.sizes import bytes_per_image
 from quantdm.pipelines.subject import Subject
 from quantdm.progress import duration
 from quantdm.quantizers import Moments, count_bits, quantize_options
+from quantdm.runs.bank import CACHE_BYTES
 from quantdm.runs.cheap import EVERY
 from quantdm.runs.engines.means import Means
 from quantdm.runs.evaluator import NOISE_CALLS
@@ -160,6 +161,8 @@ def plan_run(
     seconds = _seconds(subject, settings, level if tuned else replace(level, tune_images=0), means, room)
     weights = sum(map(_bytes, subject.denoisers.values()))
     held = weights + (0 if pipe is subject.pipe else weights * settings.torch_dtype.itemsize // 4)
+    quantizable = sum(layer.num_weights for layer in subject.layers)
+    held += min(CACHE_BYTES, quantizable * settings.torch_dtype.itemsize)  # the decoded weights of a configuration
     held += bytes_per_image(pipe, settings.protocol) * most_at_once(pipe, settings.protocol, batch_size)
     disk = _disk(subject, settings) | ({} if room is None else {"export, report": room.target})
     return Plan(
