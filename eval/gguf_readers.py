@@ -3,13 +3,14 @@
     python eval/gguf_readers.py --sd-cli build/bin/sd-cli --comfyui ComfyUI --comfyui-python ComfyUI/venv/bin/python
 
 Writes eval/results/gguf_readers.json. Weights are random, shapes those that the readers build their models with: the
-whole U-Net of SD 1.5, FLUX.1 with one block of each kind, SD3 with two small blocks. ComfyUI's answer on given inputs
+whole U-Net of SD 1.5, FLUX.1 with one block of each kind, SD3 with two narrow blocks. ComfyUI's answer on given inputs
 is compared with diffusers' on the decoded weights, everything in fp32; stable-diffusion.cpp samples one step with a
 random text encoder and VAE. ComfyUI-GGUF is looked for in ComfyUI's custom_nodes. Takes 6 GB of memory.
 """
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -44,9 +45,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
         "SD3Transformer2DModel",
         {
             "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128, "pos_embed_max_size": 32,
-            "sample_size": 32, "joint_attention_dim": 128, "pooled_projection_dim": 64,
+            "sample_size": 32, "joint_attention_dim": 4096, "pooled_projection_dim": 2048,
         },
-        {"hidden_states": (1, 16, 16, 16), "encoder_hidden_states": (1, 8, 128), "pooled_projections": (1, 64)},
+        {"hidden_states": (1, 16, 16, 16), "encoder_hidden_states": (1, 8, 4096), "pooled_projections": (1, 2048)},
     ),
     "flux": (
         "FluxTransformer2DModel",
@@ -105,6 +106,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 TIMESTEP = {"sd-1.5": 500.0, "sd3": 500.0, "flux": 0.5}
 KEPT = {"sd-1.5": ("*conv*", "*proj_in", "*.proj_out"), "sd3": ("pos_embed.proj",), "flux": ()}  # as they are
+SAMPLED = ("sd-1.5", "flux")  # stable-diffusion.cpp has one width for SD3
 RULES = {"*to_k": "uniform-group32-8-symmetric", "*to_v": "uniform-group32-5-symmetric"}  # stacked with to_q
 DEFAULT = "uniform-group32-4-symmetric"
 
@@ -130,9 +132,9 @@ def main() -> None:
     record: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {}
     record |= {"date": f"{datetime.date.today()}", "machine": f"{platform.machine()}, {cores()} cores"}
     record["recipe"] = {**RULES, "default": DEFAULT, "original": KEPT}
+    record["versions"] = {name: importlib.metadata.version(name) for name in ("diffusers", "gguf", "torch")}
     if args.comfyui:
         record["names and shapes"] = compare_shapes(args.comfyui, args.comfyui_python, args.folder / "shapes.json")
-        write_json(OUT, record)
     for name in args.models:
         made = folder_of(args.folder, name)
         found = record.setdefault(name, {}) | {"tensors": made}
@@ -140,11 +142,12 @@ def main() -> None:
             file = args.folder / f"{name}-{names}.gguf"
             if args.comfyui:
                 found[f"ComfyUI, {names}"] = comfyui(args.comfyui, args.comfyui_python, file)
-            if args.sd_cli and name == "sd-1.5":
+            if args.sd_cli and name in SAMPLED:
                 found[f"stable-diffusion.cpp, {names}"] = sd_cli(args.sd_cli, args.sd_version, file)
             print(name, names, json.dumps(found), flush=True)
-        write_json(OUT, record | {name: found})
         record[name] = found
+        write_json(OUT, record)
+    write_json(OUT, record)
 
 
 def folder_of(folder: Path, name: str) -> dict[str, dict[str, int]]:

@@ -29,9 +29,10 @@ def sd_cli(binary: Path, version: str, file: Path) -> dict[str, Any]:
     """Sample the smallest image in one step; return what the log says of the tensors, and how far the image is off."""
     image = file.with_suffix(".png")
     image.unlink(missing_ok=True)
-    other = other_parts(file.parent)
+    name = file.stem.rpartition("-")[0]
+    other = whole_checkpoint(file.parent) if name == "sd-1.5" else single_parts(file.parent)
     command = [
-        str(binary), "-m", str(other), "--diffusion-model", str(file), "-o", str(image), "-p", PROMPT, "-v", "-t", "1",
+        str(binary), *other, "--diffusion-model", str(file), "-o", str(image), "-p", PROMPT, "-v", "-t", "1",
         "-W", f"{SIDE}", "-H", f"{SIDE}", "--steps", "1", "--cfg-scale", "1", "-s", f"{SEED}", "--rng", "cpu",
         "--sampling-method", "euler", "--scheduler", "discrete",
     ]  # fmt: skip
@@ -47,33 +48,51 @@ def sd_cli(binary: Path, version: str, file: Path) -> dict[str, Any]:
     }
     if image.is_file():
         pixels = np.asarray(Image.open(image)).astype(np.float32)
-        for what, answers in (("diffusers", True), ("diffusers without a U-Net", False)):
-            expected = reference(other, file.parent / "sd-1.5-diffusers.gguf", answers=answers)
+        found["levels in the image"] = len(np.unique(pixels))
+        for what, answers in (("diffusers", True), ("diffusers without a U-Net", False)) if name == "sd-1.5" else ():
+            expected = reference(Path(other[1]), file.parent / "sd-1.5-diffusers.gguf", answers=answers)
             found[f"largest difference to {what}, of 255"] = float(np.abs(pixels - expected).max())
     return found
 
 
-def other_parts(folder: Path) -> Path:
-    """Make a checkpoint of SD 1.5 without its U-Net, of random weights, unless it is there.
+def whole_checkpoint(folder: Path) -> list[str]:
+    """Make a checkpoint of SD 1.5 without its U-Net, of random weights, unless it is there; return the option for it.
 
     It is one file, because without a text encoder in `-m` the program takes no U-Net for one of SD 1.5.
     """
-    file = folder / "other_parts.safetensors"
+    file = folder / "checkpoint.safetensors"
     if not file.is_file():
         torch.manual_seed(0)
-        text, vae = text_encoder(), image_decoder()
-        state = {TEXT + name.removeprefix("text_model."): value for name, value in text.state_dict().items()}
-        state |= {IMAGE + name: value for name, value in vae.state_dict().items()}
-        save_file({name: value.half().contiguous() for name, value in state.items() if value.is_floating_point()}, file)
-    return file
+        save_half({**renamed(text_encoder(), TEXT), **renamed(image_decoder(), IMAGE)}, file)
+    return ["-m", str(file)]
+
+
+def single_parts(folder: Path) -> list[str]:
+    """Make the smaller text encoder and the VAE of FLUX; return the options. It does without the other encoder."""
+    clip, vae = folder / "clip.safetensors", folder / "vae.safetensors"
+    if not vae.is_file():
+        torch.manual_seed(0)
+        save_half(renamed(text_encoder(), "text_model."), clip)
+        save_half(renamed(image_decoder(latent_channels=16, use_quant_conv=False, use_post_quant_conv=False), ""), vae)
+    return ["--clip_l", str(clip), "--vae", str(vae)]
+
+
+def renamed(model: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """Return a model's state with another prefix."""
+    return {prefix + name.removeprefix("text_model."): value for name, value in model.state_dict().items()}
+
+
+def save_half(state: dict[str, torch.Tensor], file: Path) -> None:
+    """Save weights in fp16."""
+    save_file({name: value.half().contiguous() for name, value in state.items() if value.is_floating_point()}, file)
 
 
 def text_encoder() -> nn.Module:
     return CLIPTextModel(CLIPTextConfig(**CLIP)).eval()
 
 
-def image_decoder() -> Any:
-    return AutoencoderKL.from_config(VAE)
+def image_decoder(**other: Any) -> Any:
+    return AutoencoderKL.from_config({**VAE, **other})
 
 
 @torch.no_grad()

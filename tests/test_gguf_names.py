@@ -1,5 +1,6 @@
 """Under the names of the original checkpoint, diffusers' own converters find every weight, to the last bit."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,24 @@ def test_the_command_takes_the_names(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["gguf", str(tmp_path / "small"), "-o", str(out), "--names", "original"])
     assert done.exit_code == 0, done.output
     assert "input_blocks.0.0.weight" in tensors(out)
+
+
+def test_the_page_says_what_the_readers_found() -> None:
+    root = Path(__file__).parents[1]
+    record = json.loads((root / "eval" / "results" / "gguf_readers.json").read_text())
+    page = (root / "docs" / "gguf.md").read_text()
+    assert not any(found["differing"] for found in record["names and shapes"].values())
+    for name in ("sd-1.5", "flux", "sd3"):
+        comfyui = record[name]["ComfyUI, original"]
+        assert f"ComfyUI {comfyui['version']} with ComfyUI-GGUF {comfyui['ComfyUI-GGUF']}" in page
+        assert comfyui["missing"] == comfyui["unexpected"] == []
+        assert comfyui["largest difference by largest value"] < 3e-6
+        assert ("failed" in record[name]["ComfyUI, diffusers"]) == (name != "sd-1.5")
+    for name in ("sd-1.5", "flux"):
+        sampled = record[name]["stable-diffusion.cpp, original"]
+        assert sampled["version"] in page
+        assert not any(sampled[key] for key in ("exit code", "missing", "unknown", "wrong shape"))
+        assert record[name]["stable-diffusion.cpp, diffusers"]["exit code"] != 0
+    image = record["sd-1.5"]["stable-diffusion.cpp, original"]
+    assert image["largest difference to diffusers, of 255"] < 1
+    assert image["largest difference to diffusers without a U-Net, of 255"] > 10
