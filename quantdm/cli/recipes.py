@@ -128,15 +128,18 @@ def gguf(
     export: Annotated[str, typer.Argument(help="Directory of a quantized pipeline.")],
     out: Out,
     part: Annotated[str | None, typer.Option(help="Which denoiser, where a pipeline has several.")] = None,
+    names: Annotated[
+        str, typer.Option(help="Whose names the tensors have: diffusers, or original for ComfyUI and its like.")
+    ] = "diffusers",
 ) -> None:
-    """Write the denoiser of an export as a GGUF file, for diffusers and other programs that read that format.
+    """Write the denoiser of an export as a GGUF file, for diffusers, ComfyUI and other programs that read that format.
 
     Its linear layers stay small where the format holds them exactly: see docs/gguf.md for the schemes to choose.
     """
     from quantdm.hub.gguf import export_gguf
     from quantdm.pipelines.loading import load_pipeline
 
-    counts = export_gguf(load_pipeline(export), out, part=part)
+    counts = export_gguf(load_pipeline(export), out, part=part, names=names)
     told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     typer.echo(f"gguf: {out}  {out.stat().st_size / 1e6:.2f} MB  ({told} tensors)")
 

@@ -8,7 +8,7 @@ everything else is written decoded, in F16 if that holds it exactly, else in F32
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from quantdm.errors import QuantDMError
 from quantdm.files import atomic_path, check_output, read_json
-from quantdm.modules.packed import QuantLinear, packed_layers
+from quantdm.hub.gguf_names import Part, original_names
+from quantdm.modules.packed import PackedLayer, QuantLinear, packed_layers
 from quantdm.pipelines.parts import find_denoisers
 from quantdm.progress import bar
 from quantdm.quantizers import QuantizedWeight
@@ -29,6 +30,7 @@ BLOCK = 32
 LIMITS = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 128}  # q lies in [-limit, limit - 1]
 # class -> what readers call its architecture (`general.architecture`), or that by the width of the text it attends to
 ARCHITECTURES = Path(__file__).with_name("gguf_architectures.json")
+NAMES = ("diffusers", "original")
 
 
 class Written(NamedTuple):
@@ -39,8 +41,17 @@ class Written(NamedTuple):
     data: np.ndarray  # bytes of blocks, or numbers
 
 
-def export_gguf(pipe: DiffusionPipeline, path: str | Path, *, part: str | None = None) -> dict[str, int]:
-    """Write a packed denoiser as one GGUF file, under the tensor names of diffusers.
+class Blocks(NamedTuple):
+    """Rows in blocks of 32 integers with a step each."""
+
+    step: Tensor  # fp16 [C, n / 32]
+    whole: Tensor  # int16 [C, n / 32, 32]
+
+
+def export_gguf(
+    pipe: DiffusionPipeline, path: str | Path, *, part: str | None = None, names: str = "diffusers"
+) -> dict[str, int]:
+    """Write a packed denoiser as one GGUF file, under the tensor names of diffusers or of the original checkpoint.
 
     Activation quantization and a correction of the sampler are quantdm's own and do not fit into the file.
 
@@ -48,14 +59,18 @@ def export_gguf(pipe: DiffusionPipeline, path: str | Path, *, part: str | None =
         pipe: a pipeline with packed layers.
         path: the file, `*.gguf`.
         part: which denoiser, where a pipeline has several.
+        names: whose names the tensors have. `original` is what ComfyUI and stable-diffusion.cpp look for: SD 1.5, SD 2
+            and SDXL as LDM has them, FLUX and SD3 as their authors do, there with q, k and v in one tensor.
 
     Returns:
         GGUF type -> number of tensors of it.
 
     Raises:
-        QuantDMError: nothing is packed, several denoisers and none is named, another suffix, or the package `gguf` is
-            missing.
+        QuantDMError: nothing is packed, several denoisers and none is named, another suffix, an architecture whose
+            original names are not known, or the package `gguf` is missing.
     """
+    if names not in NAMES:
+        raise QuantDMError(f"names: got {names!r}, expected one of {', '.join(NAMES)}")
     path = Path(path)
     if path.suffix != ".gguf":
         raise QuantDMError(f"{path}: expected a name that ends in .gguf")
@@ -66,8 +81,9 @@ def export_gguf(pipe: DiffusionPipeline, path: str | Path, *, part: str | None =
     with atomic_path(path) as temporary:
         writer = package.GGUFWriter(str(temporary), architecture_of(denoiser))
         try:
+            writer.add_quantization_version(package.GGML_QUANT_VERSION)
             writer.add_file_type(package.LlamaFileType.MOSTLY_F16)
-            for tensor in tensors_of(denoiser):
+            for tensor in tensors_of(denoiser, names):
                 writer.add_tensor(tensor.name, tensor.data, raw_dtype=kinds[tensor.kind])
                 counts[tensor.kind] += 1
             writer.write_header_to_file()
@@ -87,20 +103,49 @@ def architecture_of(denoiser: nn.Module) -> str:
     return found
 
 
-def tensors_of(denoiser: nn.Module) -> Iterator[Written]:
-    """Yield what a file holds of a denoiser: the packed layers, then all other tensors of its state."""
-    layers = packed_layers(denoiser)
-    with bar(len(layers), "gguf: layers") as progress:
-        for name, layer in layers.items():
-            exact = isinstance(layer, QuantLinear) and _in_blocks(f"{name}.weight", layer.quantized)
-            yield exact or _decoded(f"{name}.weight", layer.dequantize(dtype=torch.float32))
+def tensors_of(denoiser: nn.Module, names: str = "diffusers") -> Iterator[Written]:
+    """Yield what a file holds of a denoiser: the packed layers and all other tensors of its state."""
+    layers, state = packed_layers(denoiser), denoiser.state_dict()
+    own = [f"{name}.weight" for name in layers]
+    own += [name for name in state if name.removesuffix(".packed") not in layers]
+    layout = {name: [Part(name)] for name in own}
+    if names == "original":
+        layout = original_names(type(denoiser).__name__, dict(denoiser.config), own)  # type: ignore[arg-type]
+    with bar(len(layout), "gguf: tensors") as progress:
+        for name, parts in layout.items():
+            yield _written(name, [_rows(part, layers, state) for part in parts])
             progress.update()
-    for name, tensor in denoiser.state_dict().items():
-        if name.removesuffix(".packed") not in layers:
-            yield _decoded(name, tensor)
 
 
-def integer_blocks(weight: QuantizedWeight) -> tuple[Tensor, Tensor] | None:
+def _rows(part: Part, layers: Mapping[str, PackedLayer], state: Mapping[str, Tensor]) -> Blocks | Tensor:
+    """Return rows of a tensor: in blocks if it is a packed layer that blocks hold exactly, else decoded."""
+    layer = layers.get(part.name.removesuffix(".weight"))
+    if layer is None:
+        return _share(state[part.name].detach().float().cpu(), part)
+    found = integer_blocks(layer.quantized) if isinstance(layer, QuantLinear) else None
+    if found is None:
+        return _share(layer.dequantize(dtype=torch.float32).cpu(), part)
+    return Blocks(*(_share(piece.cpu(), part) for piece in found))
+
+
+def _share(tensor: Tensor, part: Part) -> Tensor:
+    return tensor if part.count == 1 else tensor.chunk(part.count)[part.share - 1]
+
+
+def _written(name: str, rows: list[Blocks | Tensor]) -> Written:
+    """Stack rows into one tensor, in the smallest type that holds them all: blocks lie along rows."""
+    blocks = [piece for piece in rows if isinstance(piece, Blocks)]
+    if len(blocks) == len(rows):
+        step, whole = (torch.cat(pieces) for pieces in zip(*blocks, strict=True))
+        return _in_blocks(name, Blocks(step, whole))
+    return _decoded(name, torch.cat([_dense(piece) if isinstance(piece, Blocks) else piece for piece in rows]))
+
+
+def _dense(rows: Blocks) -> Tensor:
+    return (rows.whole * rows.step.float()[..., None]).flatten(1)
+
+
+def integer_blocks(weight: QuantizedWeight) -> Blocks | None:
     """Return steps fp16 [C, n / 32] and integers int16 [C, n / 32, 32] whose products are a weight [C, n], exactly.
 
     None if its rows are no whole blocks, or its values no integers in [-128, 127] times one fp16 step per block.
@@ -114,7 +159,7 @@ def integer_blocks(weight: QuantizedWeight) -> tuple[Tensor, Tensor] | None:
     limit = LIMITS["Q8_0"]
     if not torch.equal(whole * step[..., None], blocks) or whole.min() < -limit or whole.max() >= limit:
         return None
-    return step.half(), whole.to(torch.int16)
+    return Blocks(step.half(), whole.to(torch.int16))
 
 
 def _steps(weight: QuantizedWeight) -> Tensor | None:
@@ -138,14 +183,10 @@ def _steps(weight: QuantizedWeight) -> Tensor | None:
     return torch.cat(parts, dim=1)
 
 
-def _in_blocks(name: str, weight: QuantizedWeight) -> Written | None:
-    found = integer_blocks(weight)
-    if found is None:
-        return None
-    step, whole = (part.cpu() for part in found)
-    low, high = int(whole.min()), int(whole.max())
+def _in_blocks(name: str, rows: Blocks) -> Written:
+    low, high = int(rows.whole.min()), int(rows.whole.max())
     kind = next(kind for kind, limit in LIMITS.items() if -limit <= low and high < limit)
-    blocks = torch.cat([_bytes(step[..., None]), *_codes(whole, kind)], dim=-1)
+    blocks = torch.cat([_bytes(rows.step[..., None]), *_codes(rows.whole, kind)], dim=-1)
     return Written(name, kind, blocks.flatten(1).numpy())
 
 
@@ -167,10 +208,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _decoded(name: str, tensor: Tensor) -> Written:
-    """Return a tensor in F16 if that holds it exactly; vectors are F32, as readers expect."""
-    values = tensor.detach().float().cpu()
-    kind = "F16" if values.dim() > 1 and torch.equal(values.half().float(), values) else "F32"
-    return Written(name, kind, (values.half() if kind == "F16" else values).numpy())
+    """Return a float32 tensor in F16 if that holds it exactly; vectors are F32, as readers expect."""
+    kind = "F16" if tensor.dim() > 1 and torch.equal(tensor.half().float(), tensor) else "F32"
+    return Written(name, kind, (tensor.half() if kind == "F16" else tensor).numpy())
 
 
 def _chosen(pipe: DiffusionPipeline, part: str | None) -> nn.Module:
