@@ -66,7 +66,7 @@ MIX = [
 
 RELOAD = """
 import json, sys, torch, quantdm
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ScoreSdeVeScheduler
 torch.set_num_threads(1)
 index = json.load(open(sys.argv[1] + "/model_index.json"))
 absent = {name: None for name, value in index.items() if value == [None, None]}  # diffusers wants to be told
@@ -339,6 +339,21 @@ def test_a_correction_for_another_recipe_is_not_exported(measured, tmp_path):
         with pytest.raises(QuantDMError, match=expected):
             export_pipeline("digits-dit", other, tmp_path / "out", correction=file)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sampler_that_is_not_served_is_told_before_anything_is_computed(measured, tmp_path, monkeypatch):
+    run, _, _ = measured
+    copy = Run(shutil.copytree(run.folder, tmp_path / "run"), run.settings)
+    opened = Run.open_subject
+
+    def other(self, **given):
+        subject = opened(self, **given)
+        subject.pipe.scheduler = ScoreSdeVeScheduler()
+        return subject
+
+    monkeypatch.setattr(Run, "open_subject", other)
+    with pytest.raises(QuantDMError, match="got scheduler ScoreSdeVeScheduler, .*this one is used without"):
+        correct_recipe(copy, bits=6, images=4)
 
 
 def test_a_correction_that_is_fitted_anew_replaces_the_old_one_only_when_it_is_whole(measured, tmp_path, monkeypatch):

@@ -138,8 +138,9 @@ def test_a_damaged_file_of_an_earlier_bank_is_not_taken_over(folder, subject):
 
 def test_what_no_run_survives_is_refused_by_name_and_nothing_is_written(folder, subject):
     before = (folder / "run.json").read_text()
-    with pytest.raises(QuantDMError, match="seed is 0, asked for 7"):
+    with pytest.raises(QuantDMError, match="seed is 0, asked for 7") as error:
         again(folder, subject, seed=7, trials=50)
+    assert "delete" not in str(error.value)
     steps = load_protocol("digits-dit").model_copy(update={"steps": 7})
     with pytest.raises(QuantDMError, match=r"protocol\.steps is 20, asked for 7"):
         again(folder, subject, protocol=steps)

@@ -58,6 +58,8 @@ def test_a_card_says_what_it_is_and_that_nothing_was_measured(export):
     assert head["pipeline_tag"] == ("unconditional-image-generation" if model == "digits-dit" else "text-to-image")
     assert "base_model" not in head  # no name on the Hub
     assert list(sections) == ["Load it", "Results", "Recipe", "Limits"]
+    size = sum(path.stat().st_size for path in folder.glob("*/*.safetensors"))
+    assert f"the weights take {size / 1e6:,.2f} MB of memory" in text
     assert "was not measured" in sections["Results"]
     assert "published insight, not measured here" in sections["Recipe"]
     assert "Reference: a paper." in sections["Recipe"]

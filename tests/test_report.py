@@ -10,17 +10,21 @@ from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import typer
 
+from quantdm.cli.main import app
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, save_tensors, write_json
 from quantdm.recipe import Recipe
 from quantdm.report import write_report
+from quantdm.report.glance import how_small
 from quantdm.report.page import SECTIONS
-from quantdm.report.records import read_records
+from quantdm.report.records import MADE_BY, read_records
 from quantdm.report.sections import masthead
 from quantdm.surrogates import SearchSpace
 from tests.report_run import make_run, make_space
@@ -243,6 +247,24 @@ def test_a_missing_record_is_named_with_the_command_that_makes_it(
             assert f"<code>{record}</code>" in html
             assert f"<code>{command}" in html
     assert masthead(records).count('class="answer"') == 3
+
+
+@pytest.mark.parametrize("command", sorted(set(MADE_BY.values())))
+def test_the_command_that_makes_a_record_is_one(command: str) -> None:
+    words = command.split()
+    asked: Any = typer.main.get_command(app).commands[words[1]]  # pyright: ignore
+    known = {name for parameter in asked.params for name in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= known
+    if words[1] in ("run", "search"):  # what starts a run is refused without a size
+        assert {"--target-bits", "--pipeline-size"} & set(words)
+
+
+def test_the_size_of_the_whole_export_is_told_where_there_is_one(run_dir: Path) -> None:
+    records = read_records(run_dir)
+    assert "With all other parts" not in how_small(records).sentence
+    assert (
+        "With all other parts the export takes 5.00 MB." in how_small(replace(records, export_bytes=5_000_000)).sentence
+    )
 
 
 def test_a_run_without_any_record_still_gives_a_page(copied: Path) -> None:

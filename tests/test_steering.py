@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from quantdm import QuantDMError, generate, load_pipeline, load_protocol
 from quantdm.cli.app import batch_size_of
+from quantdm.cli.main import app
 from quantdm.corridor import plan as planning
 from quantdm.corridor.levels import level_of
 from quantdm.corridor.run import run
@@ -126,6 +128,15 @@ def test_a_dry_run_says_what_every_stage_takes_and_writes_nothing(tmp_path, dit)
     assert 2 < stages["trials"]["seconds"] < 3600
     assert "An estimate" in said[-1]
     assert all(len(line) <= 79 for line in said[-1].splitlines())
+
+
+def test_search_has_a_dry_run_as_well(tmp_path):
+    words = ["search", "digits-dit", "--run-dir", str(tmp_path / "run"), "--target-bits", "3.2", "--effort", "quick"]
+    found = CliRunner().invoke(app, [*words, "--workers", "1", "--dry-run"], catch_exceptions=False)
+    assert found.exit_code == 0
+    assert "sensitivities" in found.output
+    assert "`search` ends with the verification" in found.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_says_days_as_days_and_that_the_machine_is_busy():

@@ -114,7 +114,7 @@ def _collect(
                 continue
             raise QuantDMError(
                 f"got only {index} distinct configurations ({len(space.layers)} layers x {len(space.options)} options) "
-                f"where {count} were asked for; ask for fewer, or raise noise or spread"
+                f"where {count} were asked for; ask for fewer, or allow more options"
             )
     return np.stack(list(seen.values()))
 

@@ -211,6 +211,9 @@ ExampleInputs = Annotated[
 ]
 
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what every stage would take of time, memory and disk; start nothing.")
+]
 Embeddings = Annotated[
     str,
     typer.Option(

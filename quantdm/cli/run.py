@@ -10,6 +10,7 @@ from quantdm.cli.app import (
     BatchSize,
     BegunRun,
     Device,
+    DryRun,
     Dtype,
     EffortName,
     Embeddings,
@@ -41,9 +42,6 @@ Minutes = Annotated[
 ]
 GpuHours = Annotated[float | None, typer.Option(min=0.01, help="The same, summed over accelerators.")]
 Tune = Annotated[bool, typer.Option("--tune/--no-tune", help="Train what decodes the recipe.", rich_help_panel=SEARCH)]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what every stage would take of time, memory and disk; start nothing.")
-]
 
 
 @app.command(epilog="Example: quantdm demo --model digits-sd --target-bits 3.0")

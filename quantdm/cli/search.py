@@ -1,6 +1,6 @@
 """Sub-commands of the search: the whole of it, and stage by stage."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -8,6 +8,7 @@ from quantdm.cli.app import (
     BatchSize,
     BegunRun,
     Device,
+    DryRun,
     Dtype,
     EffortName,
     Embeddings,
@@ -91,28 +92,31 @@ def search(
     batch_size: BatchSize = "auto", device: Device = None, dtype: Dtype = None,
     engine: EngineName = "local", ray_address: RayAddress = None, fidelity: Fidelity = None,
     learned_from: LearnedFrom = None,
+    dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Search the recipe of a size: bank, sensitivities, trials, surrogates, selection. Run it again to go on."""
     from quantdm.corridor.levels import level_of
+    from quantdm.corridor.run import run
     from quantdm.pipelines.protocol import load_protocol
     from quantdm.runs.cheap import told
     from quantdm.runs.run import Run
     from quantdm.runs.search import search
     from quantdm.runs.trials import cheap_verdict
 
-    level = level_of(effort, trials=trials)
+    level, schemes = level_of(effort, trials=trials), schemes_of(options)
+    asked: dict[str, Any] = {
+        "target_bits": target_bits, "target_bytes": target_bytes, "target_pipeline_bytes": target_pipeline_bytes,
+        "run_dir": run_dir, "protocol": None if protocol is None else load_protocol(protocol), "seed": seed,
+        "workers": workers, "example_inputs": given_inputs(example_inputs), "embeddings": table_scheme(embeddings),
+        "batch_size": batch_size_of(batch_size), "device": device, "dtype": dtype, "engine": engine,
+        "ray_address": ray_address, "fidelity": fidelity, "learned_from": learned_from or (),
+    }  # fmt: skip
+    if dry_run:
+        run(model, effort=effort, trials=trials, options=schemes, dry_run=True, say=typer.echo, **asked)
+        typer.echo("These are the stages of `quantdm run`; `search` ends with the verification.")
+        return
     recipe = search(
-        model,
-        target_bits=target_bits, target_bytes=target_bytes, target_pipeline_bytes=target_pipeline_bytes,
-        run_dir=run_dir,
-        trials=level.trials, options=schemes_of(options) or level.options, effort=level.effort,
-        protocol=None if protocol is None else load_protocol(protocol),
-        seed=seed, workers=workers,
-        example_inputs=given_inputs(example_inputs),
-        embeddings=table_scheme(embeddings),
-        batch_size=batch_size_of(batch_size), device=device, dtype=dtype,
-        engine=engine, ray_address=ray_address, fidelity=fidelity,
-        learned_from=learned_from or (),
+        model, trials=level.trials, options=schemes or level.options, effort=level.effort, **asked
     )  # fmt: skip
     if (cheap := cheap_verdict(Run.open(run_dir))) is not None:
         typer.echo(told(cheap))

@@ -184,8 +184,8 @@ def check_served(scheduler: Any) -> None:
     """
     if plain_name(scheduler) not in READERS:
         raise QuantDMError(
-            f"correction: got scheduler {type(scheduler).__name__}, expected one of {', '.join(SERVED)}; set "
-            "`pipe.scheduler` to one of them"
+            f"correction: got scheduler {type(scheduler).__name__}, expected one of {', '.join(SERVED)}; a "
+            "pipeline that is saved with one of them can be corrected, this one is used without"
         )
 
 

@@ -146,7 +146,10 @@ def _parts(folder: Path, index: dict[str, Any]) -> str:
             kept = "as they were" if not settings else "quantized" if bits is None else f"{bits:.2f} bits per weight"
             lines.append(f"| {name} | {index[name][1]} | {size / 1e6:,.2f} MB | {kept} |")
     total = sum(_bytes(folder / name) for name in index if (folder / name).is_dir())
-    return "\n".join([*lines, f"| all | | {total / 1e6:,.2f} MB | |"])
+    opened = (
+        f"Opened, the weights take {total / 1e6:,.2f} MB of memory: codes stay packed, and are decoded layer by layer."
+    )
+    return "\n".join([*lines, f"| all | | {total / 1e6:,.2f} MB | |", "", opened])
 
 
 def _results(summary: dict[str, Any]) -> str:

@@ -69,7 +69,12 @@ def how_small(records: Records) -> Answer:
         Meter("16 bits", before, megabytes(before)),
         Meter("recipe", after, megabytes(after), "recipe"),
     ]
-    return Answer(question, f"{sentence} ({rest}).", bars(meters, "Size"))
+    whole = (
+        ""
+        if records.export_bytes is None
+        else f" With all other parts the export takes {megabytes(records.export_bytes)}."
+    )
+    return Answer(question, f"{sentence} ({rest}).{whole}", bars(meters, "Size"))
 
 
 # ------------------------------------------------------------------------------------------------------------ how good

@@ -33,7 +33,8 @@ def missing(record: str, what: str, *, kind: str = "missing") -> str:
     """Say what a section lacks and which command makes it; of kind "missing extra" if no run makes it by itself."""
     return (
         f'<p class="{kind}">{esc(what)}: <code>{esc(record)}</code> is missing in this run. '
-        f"Make it with <code>{esc(MADE_BY[record])}</code>, then write the report again.</p>"
+        f"Make it with <code>{esc(MADE_BY[record])}</code> (in capitals: what the run was started with), then write "
+        "the report again.</p>"
     )
 
 

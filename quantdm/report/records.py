@@ -11,6 +11,7 @@ import torch
 from quantdm.correction.record import Correction, is_current, load_correction
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, read_json
+from quantdm.hub.size import weight_bytes
 from quantdm.recipe import Recipe, load_recipe
 from quantdm.runs.explain import leading
 from quantdm.runs.labels import weights_of
@@ -24,21 +25,23 @@ from quantdm.runs.why import WHY_FILE
 from quantdm.schemes import QuantConfig
 from quantdm.surrogates import Attribution, SearchSpace
 
-# Record -> the command that makes it (MODEL and RUN_DIR as they were given: a report carries no machine's paths).
+# Record -> the command that makes it (words in capitals as they were given: a report carries no machine's paths).
+_SEARCH = "quantdm search MODEL --target-bits BITS --protocol FILE --run-dir RUN_DIR"
+_RUN = _SEARCH.replace("search", "run")
 MADE_BY = {
-    "space.json": "quantdm search MODEL --run-dir RUN_DIR",
-    "trials": "quantdm search MODEL --run-dir RUN_DIR",
+    "space.json": _SEARCH,
+    "trials": _SEARCH,
     "surrogate.json": "quantdm fit --run-dir RUN_DIR",
     "attribution.json": "quantdm explain --run-dir RUN_DIR",
-    "selection.json": "quantdm search MODEL --run-dir RUN_DIR",
+    "selection.json": _SEARCH,
     "split.json": "quantdm run MODEL --pipeline-size SIZE --run-dir RUN_DIR",
-    "recipe.yaml": "quantdm search MODEL --run-dir RUN_DIR",
-    "why.json": "quantdm search MODEL --run-dir RUN_DIR",
+    "recipe.yaml": _SEARCH,
+    "why.json": _SEARCH,
     "paths.json": "quantdm explain --run-dir RUN_DIR --paths",
     "tuning.json": "quantdm tune --run-dir RUN_DIR",
     "correction.safetensors": "quantdm correct --run-dir RUN_DIR",
-    "summary.json": "quantdm run MODEL --run-dir RUN_DIR",
-    "samples.safetensors": "quantdm run MODEL --run-dir RUN_DIR",
+    "summary.json": _RUN,
+    "samples.safetensors": _RUN,
 }
 
 
@@ -63,6 +66,7 @@ class Records:
     samples: dict[str, torch.Tensor]
     cheap: dict[str, Any] | None = None  # what was found of cheap labels
     split: dict[str, Any] | None = None  # of a target for the whole pipeline
+    export_bytes: int | None = None  # of the weights of all parts, as the export has them
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -123,6 +127,7 @@ def read_records(run_dir: str | Path) -> Records:
         samples=optional("samples.safetensors", _read_samples) or {},
         cheap=cheap_verdict(run),
         split=load_split(run.folder, run.settings),
+        export_bytes=weight_bytes(run.path("export")) or None,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from quantdm.activations import usual_activations
 from quantdm.correction import VARIANTS, Correction, fit_correction, load_correction, step_table
+from quantdm.correction.levels import check_served
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, tensors_digest, write_json
@@ -41,6 +42,7 @@ def correct_recipe(
         raise QuantDMError(f"images: got {images}, expected {2 * FIT_DRAWS} or more, {FIT_DRAWS} draws of two")
     recipe = load_recipe(run.path("recipe.yaml"))
     subject = run.open_subject(device=None if device is None else checked_device(device))
+    check_served(subject.pipe.scheduler)
     spec = None if bits == 16 else usual_activations(subject.denoiser, bits)
     with Engine(run, subject, batch_size=batch_size) as engine:
         tuned = own_tuning(run, labels_of(run, recipe, subject.layers))

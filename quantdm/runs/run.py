@@ -156,7 +156,7 @@ class Run:
             if differing:
                 raise QuantDMError(
                     f"run directory {folder} belongs to another run: {'; '.join(differing[:3])}. "
-                    "Choose another --run-dir, or delete this one"
+                    "Choose another --run-dir, or start it as it was"
                 )
             return run.grow(settings)
         if folder.is_file() or (folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith("."))):
