@@ -212,8 +212,11 @@ class Gate:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return how many bytes of an accelerator's memory nobody uses; 0 where it does not tell."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    """Return how many bytes of a CUDA device nobody uses, those that torch keeps for later among them; of others 0."""
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def give_back_freed() -> None:

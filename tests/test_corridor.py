@@ -10,6 +10,7 @@ from itertools import combinations, cycle
 
 import pytest
 import torch
+from diffusers import ScoreSdeVeScheduler
 from safetensors.torch import load_file
 
 from quantdm import (
@@ -66,7 +67,7 @@ MIX = [
 
 RELOAD = """
 import json, sys, torch, quantdm
-from diffusers import DiffusionPipeline, ScoreSdeVeScheduler
+from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
 index = json.load(open(sys.argv[1] + "/model_index.json"))
 absent = {name: None for name, value in index.items() if value == [None, None]}  # diffusers wants to be told
@@ -352,7 +353,7 @@ def test_a_sampler_that_is_not_served_is_told_before_anything_is_computed(measur
         return subject
 
     monkeypatch.setattr(Run, "open_subject", other)
-    with pytest.raises(QuantDMError, match="got scheduler ScoreSdeVeScheduler, .*this one is used without"):
+    with pytest.raises(QuantDMError, match=r"got scheduler ScoreSdeVeScheduler, .*this one is used without"):
         correct_recipe(copy, bits=6, images=4)
 
 

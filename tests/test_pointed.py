@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from quantdm import QuantConfig, get_denoiser, list_layers
+from quantdm.denoisers.ensemble import join_weights
 from quantdm.pipelines.loading import load_pipeline
 from quantdm.runs.bank import WeightBank
 from quantdm.runs.pointed import pointed
@@ -74,17 +75,58 @@ def test_everything_is_put_back_after_an_error(room):
 
 
 @pytest.mark.parametrize("room", [float("inf"), 0])
-def test_two_names_of_one_parameter_have_the_last_values_and_are_put_back(room):
-    network, made = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False)}), []
-    network["b"] = network["a"]
-    pointer = network["a"].weight.data_ptr()
-    own = network["a"].weight.detach().clone()
+@pytest.mark.parametrize("twins", ["modules", "parameters"])
+def test_two_names_of_one_parameter_have_the_last_values_and_are_put_back(twins, room):
+    network = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    if twins == "modules":
+        network["b"] = network["a"]
+    network["b"].weight = network["a"].weight
+    pointer, own = network["a"].weight.data_ptr(), network["a"].weight.detach().clone()
     with pointed(network, room=room) as point:
-        point("a.weight", lambda dtype, device: made.append("a") or own + 1)
-        point("b.weight", lambda dtype, device: made.append("b") or own + 2)
+        point("a.weight", lambda dtype, device: own + 1)
+        assert torch.equal(network["b"].weight, own + 1)
+        point("b.weight", lambda dtype, device: own + 2)
         assert torch.equal(network["a"].weight, own + 2)
     assert network["a"].weight.data_ptr() == pointer
     assert torch.equal(network["a"].weight, own)
+
+
+class Rooted(Reader):
+    """Has a parameter of its own as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
+def test_every_parameter_of_joined_denoisers_is_reached_without_room():
+    parts = {"transformer": Rooted(), "transformer_2": Rooted()}
+    joint, x = join_weights(parts), torch.randn(5, 3)
+    assert "scale" in dict(joint.named_parameters(recurse=False))
+    found = {}
+    for room in (float("inf"), 0):
+        with pointed(joint, room=room) as point, torch.no_grad():
+            for name, value in [(name, value.detach().clone()) for name, value in joint.named_parameters()]:
+                point(name, lambda dtype, device, v=value: v * 3)
+            found[room] = [part(x) for part in parts.values()]
+    for held, made in zip(*found.values(), strict=True):
+        assert torch.equal(held, made)
+    assert not torch.equal(found[0][0], parts["transformer"](x))
+
+
+def test_what_is_wrong_while_values_are_made_is_told():
+    network = Reader()
+
+    def broken(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        raise AttributeError("no codes")
+
+    with pointed(network, room=0) as point:
+        point("called.weight", broken)
+        with pytest.raises(RuntimeError, match="AttributeError: no codes"):
+            network(torch.randn(5, 3))
 
 
 def test_a_denoiser_larger_than_the_limit_answers_the_same_and_no_weight_is_kept(tmp_path):

@@ -290,7 +290,8 @@ def test_what_won_the_verification_counts_most_and_else_what_ranks_best() -> Non
     names, folds = ("additive", "tree", "graph"), {"additive": [0.9, 0.7], "tree": [0.8, 0.9], "graph": [0.8, 0.8]}
     surrogate = {"held_out_spearman": folds}
     assert leading(names, {"chosen": "additive"}, surrogate) == "additive"
-    assert leading(names, {"chosen": "lambda mode"}, surrogate) == "tree"
+    assert leading(names, {"chosen": "best sampled"}, surrogate) == "tree"
+    assert leading(names, {"chosen": "lambda mode"}, surrogate) == "graph"
     assert leading(names, None, surrogate) == "tree"
     assert leading((*names, "sensitivity"), {"chosen": "sensitivity"}, surrogate) == "sensitivity"
     assert leading(names, None, None) in names

@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TYPOS = {
     "a pipeline": (["run", "nosuch", "--target-bits", "3"], "nosuch"),
     "a file of a pipeline": (["inspect", "nosuch.safetensors"], "nosuch.safetensors"),
+    "a recipe to look at": (["inspect", "nosuch.yaml"], "recipe: no file nosuch.yaml"),
     "a scheme": (["search", "digits-dit", "--run-dir", "run", "--options", "kmeans-chanel-4"], "kmeans-chanel-4"),
     "a protocol": (["evaluate", "digits-dit", "--protocol", "nosuch"], "nosuch"),
     "a recipe": (["apply", "digits-dit", "--recipe", "nosuch.yaml", "-o", "out"], "nosuch.yaml"),

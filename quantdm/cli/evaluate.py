@@ -10,7 +10,6 @@ import typer
 from typer.core import TyperGroup
 
 from quantdm.cli.app import AsJson, Model, ProtocolFile, app
-from quantdm.cli.given import recipe_given
 from quantdm.errors import QuantDMError, counted
 
 PIPELINE = "pipeline"  # what is meant if no sub-command is named
@@ -120,7 +119,7 @@ def generate(
         str | None, typer.Option(help="K/N: the share of this process, K from 0 (default: as launched).")
     ] = None,
     latents: Annotated[bool, typer.Option("--latents", help="Write latents instead of pictures.")] = False,
-    recipe: Annotated[Path | None, typer.Option(callback=recipe_given, help="Quantize by this recipe first.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Quantize by this recipe first.")] = None,
 ) -> None:
     """Generate images to a folder, one seed each: resumed, and shared among processes."""
     from quantdm.cli.rows import open_row

@@ -36,6 +36,18 @@ def source_given(name: str) -> str:
     return name if os.path.exists(os.path.expanduser(name)) else pipeline_given(name)
 
 
+def target_given(name: str) -> str:
+    """Check the same of what may be a recipe file as well.
+
+    Raises:
+        QuantDMError: as above, or the recipe cannot be read.
+    """
+    if name.endswith((".yaml", ".yml")):
+        recipe_given(Path(name))
+        return name
+    return source_given(name)
+
+
 def options_given(labels: str | None) -> str | None:
     """Check that every scheme of `--options` is one.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from quantdm.cli.app import AsJson, Config, ExampleInputs, Overrides, Variant, app, given_inputs, uncollected
-from quantdm.cli.given import recipe_given, run_given, runs_given, source_given
+from quantdm.cli.given import recipe_given, run_given, runs_given, target_given
 from quantdm.errors import QuantDMError
 
 
@@ -17,7 +17,7 @@ def inspect(
     target: Annotated[
         str,
         typer.Argument(
-            callback=source_given,
+            callback=target_given,
             help="Pipeline, export, lone denoiser or its file, hub id, or a recipe file (*.yaml).",
         ),
     ],

@@ -158,7 +158,7 @@ def select(
         int | None, typer.Option(help="Bytes of all weight files: text encoders and VAE are in the budget as well.")
     ] = None,
     by: Annotated[
-        str | None, typer.Option(help="What chooses: additive, tree, graph, sensitivity; default: what won the run.")
+        str | None, typer.Option(help="What chooses: additive, tree, graph, sensitivity; default: what won.")
     ] = None,
 ) -> None:
     """Choose a recipe of another size from a run's attributions (predicted, not measured).
@@ -186,4 +186,4 @@ def select(
         recipe = select_recipe(Run.open(run_dir), target_bits=target_bits, by=by)
     else:
         raise QuantDMError("select: give --target-bits, --target-bops or both, or --target-pipeline-bytes")
-    typer.echo(f"recipe: {recipe.save(out)}  ({recipe.avg_bits:.4f} bits per weight)")
+    typer.echo(f"recipe: {recipe.save(out)}  ({recipe.avg_bits:.4f} bits per weight, {recipe.provenance.source})")

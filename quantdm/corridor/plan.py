@@ -162,7 +162,7 @@ def plan_run(
     weights = sum(map(_bytes, subject.denoisers.values()))
     held = weights + (0 if pipe is subject.pipe else weights * settings.torch_dtype.itemsize // 4)
     quantizable = sum(layer.num_weights for layer in subject.layers)
-    held += min(CACHE_BYTES, quantizable * settings.torch_dtype.itemsize)  # the decoded weights of a configuration
+    held += min(CACHE_BYTES, quantizable * settings.torch_dtype.itemsize * len(settings.schemes))  # decoded weights
     held += bytes_per_image(pipe, settings.protocol) * most_at_once(pipe, settings.protocol, batch_size)
     disk = _disk(subject, settings) | ({} if room is None else {"export, report": room.target})
     return Plan(

@@ -1,4 +1,4 @@
-"""The bank: every layer quantized with every option, once; a configuration is swapped in by moving pointers."""
+"""The bank: every layer quantized with every option, once; a configuration is swapped in, at once or when read."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -203,19 +203,21 @@ class WeightBank:
     def room_beside(self, denoiser: nn.Module) -> int:
         """Return how many bytes of decoded weights are held beside a denoiser's own.
 
-        `cache_bytes` on a processor, where a process may be one of several; half of an accelerator's free memory.
+        `cache_bytes` on a processor, where a process may be one of several; on a CUDA device half of its free memory.
         """
         device = next(denoiser.parameters()).device
         return max(self.cache_bytes, free_bytes(device) // 2)
 
     @contextmanager
-    def applied(self, denoiser: nn.Module, config: Mapping[str, Scheme | None]) -> Iterator[nn.Module]:
-        """Give the denoiser the bank's weights while the context is open; only pointers move.
+    def applied(
+        self, denoiser: nn.Module, config: Mapping[str, Scheme | None], *, room: float | None = None
+    ) -> Iterator[nn.Module]:
+        """Give the denoiser the bank's weights while the context is open.
 
-        What `room_beside` it does not hold is decoded whenever it is read.
+        What `room` bytes (None: `room_beside` it) do not hold is decoded whenever it is read; else only pointers move.
         """
         quantized = ((name, scheme) for name, scheme in config.items() if scheme is not None)
-        with pointed(denoiser, room=self.room_beside(denoiser)) as point:
+        with pointed(denoiser, room=self.room_beside(denoiser) if room is None else room) as point:
             for name, scheme in quantized:
                 point(f"{name}.weight", lambda dtype, device, n=name, s=scheme: self.dense(n, s, dtype, device))
             yield denoiser

@@ -14,7 +14,7 @@ from quantdm.metrics.statistics import mean_and_sd, totals
 from quantdm.pipelines.seen import Seen
 from quantdm.recipe import Provenance, Recipe, joint_rules, load_recipe
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.explain import is_current
+from quantdm.runs.explain import BY_BLOCKS, is_current
 from quantdm.runs.labels import calibration_of, label_bits, labels_of, tables_of
 from quantdm.runs.run import Run
 from quantdm.runs.split import load_split, notes_of, rules_in
@@ -168,9 +168,9 @@ def candidate_choices(
     zero, blocks = block_scores
     cautious = [block.bounded(CAUTION) for block in blocks]
     whole = select(space, zero[0], blocks=cautious, target_bits=budget)
-    found["graph, whole blocks"] = prune(space, whole)[0]
+    found[BY_BLOCKS[0]] = prune(space, whole)[0]
     priced, _ = select_lambda(space, zero.mean(axis=0), blocks=blocks, target_bits=budget)
-    found["lambda mode"] = prune(space, priced)[0]
+    found[BY_BLOCKS[1]] = prune(space, priced)[0]
     mixed = mean_of_standardised([a.values for a in attributions.values()])
     found["mean of surrogates"] = select(space, mixed, target_bits=budget, forbidden=barred)
     return found | baseline_choices(space, budget)

@@ -15,6 +15,8 @@ from quantdm.surrogates import Attribution, RidgeSurrogate, SearchSpace, attribu
 from quantdm.surrogates.graph_surrogate import GRAPH_VERSION
 from quantdm.surrogates.ranking import spearman
 
+BY_BLOCKS = ("graph, whole blocks", "lambda mode")  # candidates that choose by what the graph surrogate says of blocks
+
 
 def is_current(path: Path, inputs: str) -> bool:
     """Whether a stage's record is there and was made from inputs of that digest."""
@@ -88,6 +90,8 @@ def leading(names: Collection[str], selection: Mapping[str, Any] | None, surroga
         surrogate: content of its surrogate.json, if there is one.
     """
     chosen: str | None = (selection or {}).get("chosen")
+    if chosen in BY_BLOCKS:
+        chosen = "graph"
     if chosen is not None and chosen in names:
         return chosen
     folds = (surrogate or {}).get("held_out_spearman", {})

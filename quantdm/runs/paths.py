@@ -1,5 +1,6 @@
 """Which path carries the damage of a recipe through the denoiser: measured, with full-precision tensors on edges."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -82,7 +83,8 @@ def find_paths(
     flows = record_flows(subject.denoiser, recorded[max(middle, 0) :][:calls])
     if [node.name for node in flows[0].graph.nodes] != [node.name for node in subject.graph.nodes]:
         raise QuantDMError("paths: the data flow of a real call is not the traced one; the edges have no place in it")
-    with evaluator.bank.applied(subject.weights, QuantConfig.from_labels(dict(labels))):
+    config = QuantConfig.from_labels(dict(labels))
+    with evaluator.bank.applied(subject.weights, config, room=math.inf):  # decoding would look like operations of it
         found = carrying_edges(subject.denoiser, flows, share=share)
     edges = [{**asdict(edge), "undoes": found.single[index]} for index, edge in enumerate(flows[0].edges)]
     record = {

@@ -1,6 +1,7 @@
 """Other values for the parameters of a network while a context is open: made at once and held, or whenever read."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -18,21 +19,21 @@ def pointed(module: nn.Module, *, room: float = math.inf) -> Iterator[Callable[[
     Args:
         module: its parameters are named from there.
         room: bytes of values that are made at once and held. What does not fit any more is made whenever somebody reads
-            the parameter, and let go: slower, but a network takes the memory of its own weights only.
+            the parameter, and let go: slower, but a network takes the memory of its own weights only. Parameters of
+            several names, and those of the module itself, are held in any case: others read them elsewhere.
     """
+    names = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
     held = 0
     with ExitStack() as stack:
 
         def point(name: str, make: Make) -> None:
             nonlocal held
-            path, _, own = name.rpartition(".")
-            owner = module.get_submodule(path)
-            parameter = _original(owner, own)
-            if held + parameter.nbytes > room or parametrize.is_parametrized(owner, own):
-                stack.enter_context(_made_when_read(owner, own, make))
+            parameter, (path, _, own) = module.get_parameter(name), name.rpartition(".")
+            if held + parameter.nbytes > room and path and names[id(parameter)] == 1:
+                stack.enter_context(_made_when_read(module.get_submodule(path), own, make))
                 return
             held += parameter.nbytes
-            stack.callback(setattr, parameter, "data", parameter.data)  # two names may share one parameter
+            stack.callback(setattr, parameter, "data", parameter.data)
             parameter.data = make(parameter.dtype, parameter.device)
 
         yield point
@@ -46,7 +47,10 @@ class _Made(nn.Module):
         self.make = make
 
     def forward(self, own: torch.Tensor) -> torch.Tensor:
-        return self.make(own.dtype, own.device)
+        try:
+            return self.make(own.dtype, own.device)
+        except AttributeError as error:  # of a property, Python would say that the property is not there
+            raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -56,14 +60,6 @@ def _made_when_read(owner: nn.Module, name: str, make: Make) -> Iterator[None]:
     try:
         yield
     finally:
-        if parametrize.is_parametrized(owner, name):  # once for all of a parameter's names
-            parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
+        parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
         for each in order:
-            if each in owner._parameters:  # back to its place, which tells in which order a network is read
-                owner._parameters[each] = owner._parameters.pop(each)
-
-
-def _original(owner: nn.Module, name: str) -> torch.Tensor:
-    if parametrize.is_parametrized(owner, name):
-        return owner.parametrizations[name].original  # pyright: ignore
-    return owner.get_parameter(name)
+            owner._parameters[each] = owner._parameters.pop(each)  # in its old place: networks are read in this order

@@ -108,7 +108,7 @@ class TunedWeights:
         """Give the denoiser the tuned parameters while the context is open; of `room`, see `pointed`."""
         with pointed(denoiser, room=room) as point:
             for name, weight in self.weights.items():
-                point(f"{name}.weight", lambda dtype, device, w=weight: w.dequantize(dtype=dtype).to(device))
+                point(f"{name}.weight", lambda dtype, device, w=weight: w.to(device).dequantize(dtype=dtype))
             for name, value in self.others.items():
                 point(name, lambda dtype, device, v=value: v.to(device, dtype))
             yield denoiser
