@@ -9,6 +9,7 @@ import time
 from importlib.util import find_spec
 
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -83,6 +84,16 @@ GONE = ["run", "nobody/gone", "--target-bits", "3", "--run-dir", "RUN"]  # opene
 def test_an_older_name_of_an_option_is_still_known():
     found = CliRunner().invoke(app, ["bank", "nowhere", "--run-dir", "x", "--target-bytes", "many"])
     assert "size: got 'many'" in found.output + str(found.exception)
+
+
+def test_search_takes_what_run_takes():
+    known = {
+        name: {o for p in typer.main.get_command(app).commands[name].params for o in p.opts}
+        for name in ("run", "search")
+    }
+    asked = {"--effort", "--options", "--workers", "--batch-size", "--device", "--dtype", "--dry-run", "--trials"}
+    assert asked <= known["search"]
+    assert known["search"] <= known["run"]
 
 
 @pytest.mark.parametrize("command", ["run", "search", "bank", "demo"])

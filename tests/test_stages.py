@@ -69,6 +69,12 @@ def times_of(run):
     return {name: run.path(name).stat().st_mtime_ns for name in RECORDS}
 
 
+def test_a_searched_recipe_names_the_weights_that_it_was_found_on(run, finished):
+    weights = load_recipe(run.path("recipe.yaml")).provenance.weights
+    assert weights
+    assert weights == run.settings.seen.weights
+
+
 def test_no_stage_of_a_finished_search_is_run_again(run, finished, alarmed):
     before = times_of(run)
     assert run_search(run.folder, workers=1) == finished[1]

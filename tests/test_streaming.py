@@ -317,3 +317,14 @@ def test_inspect_reads_no_weight(tmp_path, monkeypatch):
     record = inspect_target(str(tmp_path / "unet"))
     assert 2.5e9 < record["num_weights"] < weights < 2.6e9
     assert record["file_bytes"] == pytest.approx(2 * weights, rel=1e-3)
+
+
+def test_what_was_measured_of_large_models_stays_within_four_gigabytes():
+    results = Path(__file__).parents[1] / "eval" / "results"
+    for model in ("sdxl", "flux"):
+        record = json.loads((results / "bench_streaming.json").read_text())[model]
+        assert record["inspect"]["peak_gb"] <= 1
+        assert all(each["peak_gb"] <= 4 for each in record["exports"].values())
+    search = json.loads((results / "search_sdxl.json").read_text())
+    assert search["above_the_model_gb"]["anonymous"] <= 4
+    assert [*search["stages"]] == ["bank", "sensitivities", "trials", "choice"]
