@@ -66,7 +66,7 @@ def test_a_bank_can_be_the_start_of_a_run_that_learns(stored, finished, tmp_path
     assert "bank: /" in bank(*asked, "--learned-from", finished[0])
     record = read_json(tmp_path / "run" / LEARNED_FILE)
     assert Run.open(tmp_path / "run").settings.learned == record["digest"]
-    missing = bank("nowhere/at/all", "--run-dir", tmp_path / "other", "--target-bits", 3, "--learned-from", tmp_path)
+    missing = bank("nowhere/at-all", "--run-dir", tmp_path / "other", "--target-bits", 3, "--learned-from", tmp_path)
     assert missing.startswith(f"learned from {tmp_path}: no run in")  # before anything is opened
 
 

@@ -344,9 +344,9 @@ def test_an_interruption_says_what_is_kept(command, told, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["./nowhere", "--target-bits", "4"], "there is no ./nowhere; expected a directory"),
-        (["./nowhere"], "target: give exactly one of target_bits (--target-bits"),
+        (["nobody/nowhere"], "target: give exactly one of target_bits (--target-bits"),
         (["./nowhere", "--target-bits", "4", "--trials", "5"], "trials: got 5, expected 30 or more"),
-        (["./nowhere", "--target-bits", "4", "--dtype", "int8"], "dtype: got 'int8'"),
+        (["nobody/nowhere", "--target-bits", "4", "--dtype", "int8"], "dtype: got 'int8'"),
         (["digits-dit", "--target-bits", "4", "--device", "gpu"], "expected cpu, cuda, cuda:1 or mps; torch knows no"),
     ],
 )

@@ -51,13 +51,14 @@ def test_pairs_are_optimal_within_the_operations_and_keep_to_the_size(seed: int)
     assert np.median(fits) <= found <= fits.max() + 1e-12  # a price may leave a gap, large with four layers
 
 
-def test_budgets_out_of_reach_state_the_range() -> None:
+def test_budgets_out_of_reach_state_the_range(tmp_path) -> None:
     values, inputs, operations, sizes = instance(0, 4)
     with pytest.raises(QuantDMError, match=r"target_bops: got 3, but these options reach"):
         select_pairs(values, inputs, operations, 3)
     with pytest.raises(QuantDMError, match="no choice of these options has 3 bits and"):
         select_pairs(values, inputs, operations, int(operations.max(axis=(1, 2)).sum()), sizes=sizes, max_bits=3)
-    result = CliRunner().invoke(app, ["select", "--run-dir", "none", "-o", "x.yaml"])
+    (tmp_path / "run.json").write_text('{"version": 2}')
+    result = CliRunner().invoke(app, ["select", "--run-dir", str(tmp_path), "-o", "x.yaml"])
     assert isinstance(result.exception, QuantDMError)
     assert "--target-bops or both" in str(result.exception)
 

@@ -10,7 +10,7 @@ from quantdm import QuantDMError, load_recipe
 from quantdm.files import read_json, write_json
 from quantdm.report import write_report
 from quantdm.report.advice import advice, cheapest_savings, doubts, read_names, shared_schemes
-from quantdm.runs.explain import fit_surrogates
+from quantdm.runs.explain import fit_surrogates, leading_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 from quantdm.runs.trials import load_trials
@@ -59,10 +59,11 @@ def test_the_command_explains_a_recipe_in_80_columns_and_as_json(run, space):
         assert record["source"] == by
         total = sum(row["contribution"] for row in record["layers"])
         assert total == pytest.approx(record["predicted"] - record["base"], abs=1e-5)
-    fitted = fit_surrogates(run, space, *load_trials(run, space))["graph"]
-    assert json.loads(command(*arguments, "--json"))["predicted"] == pytest.approx(
-        fitted.predict(space.choice_of(load_recipe(recipe).config))[0]
-    )
+    fitted = fit_surrogates(run, space, *load_trials(run, space))
+    found = json.loads(command(*arguments, "--json"))
+    assert found["source"] == leading_of(run, fitted)
+    predicted = fitted[found["source"]].predict(space.choice_of(load_recipe(recipe).config))[0]
+    assert found["predicted"] == pytest.approx(predicted)
     assert "same configuration" in command(*arguments[:4], str(recipe), "--against", str(recipe))
 
 
