@@ -1,10 +1,12 @@
 """What is typed, checked before anything heavy is imported: a typo is answered at once.
 
-Each is the callback of an argument that several sub-commands share; it returns what was typed as it is.
+`*_given` are the callbacks of arguments that several sub-commands share. Each raises what its check raises.
 """
 
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from quantdm.pipelines.known import pipeline_path
 from quantdm.pipelines.protocol import load_protocol
@@ -17,88 +19,38 @@ def schemes_of(labels: str | None) -> list[Scheme] | None:
     return None if labels is None else [parse_option(label.strip()) for label in labels.split(",")]
 
 
-def pipeline_given(name: str) -> str:
-    """Check that a pipeline's name is an embedded one, a pipeline on disk, or like a hub id.
+def checked(check: Callable[[Any], object]) -> Callable[[Any], Any]:
+    """Return a callback that checks what was typed, if anything was, and returns it as it is."""
 
-    Raises:
-        QuantDMError: it is none of them (see `pipeline_path`).
-    """
-    pipeline_path(name)
-    return name
+    def callback(given: Any) -> Any:
+        if given is not None:
+            check(given)
+        return given
 
-
-def source_given(name: str) -> str:
-    """Check the same of what may be a lone denoiser or a file as well.
-
-    Raises:
-        QuantDMError: as above, or nothing is there.
-    """
-    return name if os.path.exists(os.path.expanduser(name)) else pipeline_given(name)
+    return callback
 
 
-def target_given(name: str) -> str:
-    """Check the same of what may be a recipe file as well.
+def _check_source(name: str) -> None:
+    """Check a pipeline, a lone denoiser or a file."""
+    if not os.path.exists(os.path.expanduser(name)):
+        pipeline_path(name)
 
-    Raises:
-        QuantDMError: as above, or the recipe cannot be read.
-    """
+
+def _check_target(name: str) -> None:
+    """Check the same, or a recipe file."""
     if name.endswith((".yaml", ".yml")):
-        recipe_given(Path(name))
-        return name
-    return source_given(name)
+        load_recipe(name)
+    else:
+        _check_source(name)
 
 
-def options_given(labels: str | None) -> str | None:
-    """Check that every scheme of `--options` is one.
-
-    Raises:
-        QuantDMError: names the first that is not.
-    """
-    schemes_of(labels)
-    return labels
-
-
-def protocol_given(name: str | None) -> str | None:
-    """Check that a protocol can be read.
-
-    Raises:
-        QuantDMError: it cannot (see `load_protocol`).
-    """
-    if name is not None:
-        load_protocol(name)
-    return name
-
-
-def recipe_given(path: Path | None) -> Path | None:
-    """Check that a recipe can be read.
-
-    Raises:
-        QuantDMError: it cannot (see `load_recipe`).
-    """
-    if path is not None:
-        load_recipe(path)
-    return path
-
-
-def run_given(folder: Path | None) -> Path | None:
-    """Check that a folder holds a run.
-
-    Raises:
-        QuantDMError: it does not, or one of another version.
-    """
+def _check_runs(folders: Iterable[Path]) -> None:
     from quantdm.runs.manifest import read_manifest
 
-    if folder is not None:
+    for folder in folders:
         read_manifest(folder)
-    return folder
 
 
-def runs_given(folders: list[Path] | None) -> list[Path] | None:
-    """Check that each folder holds a run.
-
-    Raises:
-        QuantDMError: as above, of the first that does not.
-    """
-    for folder in folders or ():
-        run_given(folder)
-    return folders
+pipeline_given, source_given, target_given = checked(pipeline_path), checked(_check_source), checked(_check_target)
+options_given, protocol_given, recipe_given = checked(schemes_of), checked(load_protocol), checked(load_recipe)
+run_given, runs_given = checked(lambda folder: _check_runs([folder])), checked(_check_runs)

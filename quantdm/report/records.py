@@ -25,9 +25,9 @@ from quantdm.runs.why import WHY_FILE
 from quantdm.schemes import QuantConfig
 from quantdm.surrogates import Attribution, SearchSpace
 
-# Record -> the command that makes it (words in capitals as they were given: a report carries no machine's paths).
 _SEARCH = "quantdm search MODEL --target-bits BITS --protocol FILE --run-dir RUN_DIR"
 _RUN = _SEARCH.replace("search", "run")
+# Record -> the command that makes it (words in capitals as they were given: a report carries no machine's paths).
 MADE_BY = {
     "space.json": _SEARCH,
     "trials": _SEARCH,
