@@ -10,9 +10,10 @@ from torch import Tensor
 
 from quantdm.quantizers import Moments, quantize_weight
 from quantdm.quantizers.descent import descend
+from quantdm.quantizers.feedback import factorize, feedback_codes
 from quantdm.quantizers.kmeans import fit_codebook
 from quantdm.quantizers.objective import OutputError
-from quantdm.quantizers.refit import ScaleFit, Segments, TableFit, solve
+from quantdm.quantizers.refit import ScaleFit, Segments, TableFit, places, solve
 from quantdm.quantizers.sorted_rows import sort_rows
 from quantdm.schemes import Scheme
 from tests.random_weights import gaussian, student
@@ -48,6 +49,13 @@ def objective(weight: Tensor, decoded: Tensor, moments: Moments) -> float:
     return float((e @ moments.second.double() * e).sum())
 
 
+def noise(weight: Tensor, decoded: Tensor, moments: Moments) -> float:
+    """Return to what the objective is known in float32: where H is singular it is a small difference of large terms."""
+    G, n = moments.second.shape[:2]
+    e = (weight - decoded).double().abs().view(G, -1, n)
+    return 2**-23 * float((e @ moments.second.double().abs() * e).sum())
+
+
 @pytest.mark.parametrize("label", LABELS)
 @settings(max_examples=4, deadline=None)
 @given(
@@ -61,13 +69,14 @@ def test_every_stage_lowers_the_objective(label: str, groups: int, vectors: int,
     moments = inputs(50, groups, vectors=vectors, decay=decay, seed=seed)
     scheme, calibrated = Scheme.parse(label), Scheme.parse(f"{label}-feedback")
     weighted = Scheme.parse(f"{label}-importance")
-    rounded = objective(weight, quantize_weight(weight, weighted, moments=moments).dequantize(), moments)
+    start = quantize_weight(weight, weighted, moments=moments).dequantize()
+    rounded, rounding = objective(weight, start, moments), noise(weight, start, moments)
     stages = [
         objective(weight, quantize_weight(weight, calibrated, moments=moments, sweeps=n).dequantize(), moments)
         for n in (0, 1, 2, 6)
     ]
     for before, after in itertools.pairwise([rounded, *stages]):
-        assert after <= before * (1 + 1e-5) + 1e-9
+        assert after <= before * (1 + 1e-5) + rounding
     assert scheme.bits == calibrated.bits
 
 
@@ -121,7 +130,7 @@ def test_after_descent_has_ended_no_single_code_can_be_changed_for_the_better() 
     codes = torch.zeros(4, 24, dtype=torch.uint8)
     decoded = torch.full((4, 24), -2.0)
     for _ in range(30):
-        decoded, codes = descend(error, decoded, codes, table, 24)
+        ((decoded, codes),) = descend(error, [decoded], [codes], [table], 24)
     least = error.of_rows(decoded)
     for column, code in itertools.product(range(24), range(4)):
         other = decoded.clone()
@@ -129,12 +138,34 @@ def test_after_descent_has_ended_no_single_code_can_be_changed_for_the_better() 
         assert (error.of_rows(other) >= least - 1e-5).all()
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("length", [40, 16])
+def test_tables_that_go_through_the_columns_together_give_what_each_gives_alone(groups: int, length: int) -> None:
+    weight, moments = student(12, 40, df=4), inputs(40, groups, vectors=200, decay=1, seed=3)
+    blocks = -(-40 // length)
+    lines = (12 if blocks > 1 else 1, 12, 12)  # a table of the whole tensor has no groups
+    tables = [gaussian(lines[i], blocks, 4 * 2**i, seed=i).sort(dim=2, descending=i == 1).values for i in range(3)]
+    factor = factorize(moments, "w")
+    found = feedback_codes(weight, tables, length, factor)
+    alone = [feedback_codes(weight, [table], length, factor)[0] for table in tables]
+    assert all(map(torch.equal, found, alone))
+    error = OutputError(weight, moments.second)
+    decoded = [places(c, t, length).decode(t) for c, t in zip(found, tables, strict=True)]
+    moved = descend(error, decoded, found, tables, length)
+    for d, c, t, (values, codes) in zip(decoded, found, tables, moved, strict=True):
+        ((own_values, own_codes),) = descend(error, [d], [c], [t], length)
+        assert torch.equal(codes, own_codes)
+        assert torch.equal(values, own_values)
+        assert torch.equal(values, places(codes, t, length).decode(t))
+
+
 def test_on_one_row_of_few_weights_descent_reaches_the_optimum_of_independent_inputs() -> None:
     weight = gaussian(3, 16)
     moments = Moments(torch.diag(torch.linspace(0.1, 2, 16))[None], 10)
     table = torch.tensor([-1.5, -0.4, 0.4, 1.5]).expand(3, 1, 4)
     codes = torch.zeros(3, 16, dtype=torch.uint8)
-    decoded, found = descend(OutputError(weight, moments.second), torch.full_like(weight, -1.5), codes, table, 16)
+    start, error = torch.full_like(weight, -1.5), OutputError(weight, moments.second)
+    ((decoded, found),) = descend(error, [start], [codes], [table], 16)
     assert torch.equal(found.long(), (weight[:, :, None] - table[0, 0]).abs().argmin(dim=2))
     assert torch.equal(decoded, table[0, 0][found.long()])
 

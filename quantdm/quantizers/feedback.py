@@ -6,6 +6,7 @@ nearest to w_j + sum_(i<j) e_i U_ij: the choice of OBQ and GPTQ (Frantar et al.,
 2023), which needs no inverse. It works with any grid, because the grid only answers which entry is nearest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantdm.errors import QuantDMError
-from quantdm.quantizers.columns import BLOCK, ColumnTables
+from quantdm.quantizers.columns import BLOCK, Stack
 from quantdm.quantizers.moments import ROWS, Moments
 
 DAMPING = 0.01  # of the mean diagonal, raised tenfold until the factorization succeeds
@@ -93,19 +94,20 @@ def _unit_upper_(upper: Tensor) -> Tensor:
     return upper
 
 
-def feedback_codes(matrix: Tensor, table: Tensor, length: int, factor: InputFactor) -> Tensor:
-    """Return the uint8 codes [C, n] of a weight matrix [C, n] under tables [lines, groups, k], ascending or descending.
+def feedback_codes(matrix: Tensor, tables: Sequence[Tensor], length: int, factor: InputFactor) -> list[Tensor]:
+    """Return the uint8 codes [C, n] of a weight matrix [C, n] under each of several tables [lines, groups, k].
 
-    Lines are C or 1; a group is `length` consecutive columns (all of them where there is one group).
+    Tables ascend or descend and have as many groups each; lines are C or 1; a group is `length` consecutive columns
+    (all of them where there is one group).
     """
-    tables = ColumnTables(table)
     G, n = factor.order.shape
-    C = len(matrix)
-    columns = matrix.view(G, C // G, n).transpose(1, 2)  # [G, n, c]
-    columns = columns.gather(1, factor.order[:, :, None].expand(-1, -1, C // G))
-    group = factor.order // length if table.shape[1] > 1 else None
+    stack = Stack(tables, len(matrix), G, length)
+    order = factor.order[:, :, None]
+    columns = matrix.view(G, -1, n).transpose(1, 2).gather(1, order.expand(-1, -1, stack.of_each))
+    columns = columns if len(tables) == 1 else columns.repeat(1, 1, len(tables))
+    group = stack.group_of(factor.order)
     error = torch.empty_like(columns)
-    codes = torch.empty(G, n, C // G, dtype=torch.uint8, device=matrix.device)
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=matrix.device)
     whole, errors, coded = columns.unbind(1), error.unbind(1), codes.unbind(1)  # views that every step would make
     for first in range(0, n, BLOCK):
         last = min(first + BLOCK, n)
@@ -116,8 +118,7 @@ def feedback_codes(matrix: Tensor, table: Tensor, length: int, factor: InputFact
             if j > first:
                 share = factor.factor[:, first:j, j].unsqueeze(1)
                 target = torch.baddbmm(target, share, error[:, first:j])
-            kept, code = tables.nearest(target.reshape(tables.lines, -1), None if group is None else group[:, j])
+            kept, code = stack.nearest(target.reshape(stack.lines, -1), None if group is None else group[:, j])
             coded[j].copy_(code.view(G, -1))
             torch.sub(whole[j], kept.view(G, -1), out=errors[j])
-    result = torch.empty_like(codes).scatter_(1, factor.order[:, :, None].expand(-1, -1, C // G), codes)
-    return result.transpose(1, 2).reshape(C, n)
+    return stack.by_table(torch.empty_like(codes).scatter_(1, order.expand_as(codes), codes))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quantdm.quantizers import kmeans, log2, shared, uniform
+from quantdm.quantizers.columns import NARROW, STACKED_ROWS, STACKED_WEIGHTS
 from quantdm.quantizers.feedback import InputFactor, factorize, feedback_codes
 from quantdm.quantizers.grid import MOST_ENTRIES, fit_to_grid
 from quantdm.quantizers.moments import Moments
@@ -85,10 +86,12 @@ class MatrixFit:
             return
         held = moments.held().to(half.device)
         inputs = self._factor(suffix, held)
-        for i in fed_back:
-            rounded = _round(schemes[i], _blocks(half, schemes[i]), grids[i], half.shape[1]).view(half.shape)
-            found = _fed_back(half, schemes[i], grids[i], rounded, inputs, held, self.sweeps)
-            yield i, found[0] | {"codes": pack_codes(found[1].reshape(-1), schemes[i].bits)}
+        error = OutputError(half, held.second)
+        for stack in _stacks(half, schemes, fed_back):
+            own, start = [schemes[i] for i in stack], [grids.pop(i) for i in stack]
+            found = _fed_back(error, own, start, inputs, self.sweeps)
+            for i, (parameters, codes) in zip(stack, found, strict=True):
+                yield i, parameters | {"codes": pack_codes(codes.reshape(-1), schemes[i].bits)}
 
     def _grids(
         self, half: Tensor, schemes: Sequence[Scheme], importance: Tensor | None
@@ -116,22 +119,33 @@ class MatrixFit:
         return grid | {"codes": pack_codes(codes.reshape(-1), scheme.bits)}
 
 
+def _stacks(half: Tensor, schemes: Sequence[Scheme], which: Sequence[int]) -> list[list[int]]:
+    """Return which schemes go through the columns of a matrix [C, n] together: a few, or one of a large matrix."""
+    most = max(min(STACKED_ROWS // len(half), STACKED_WEIGHTS // half.numel()), 1)
+    kinds: dict[tuple[int, bool], list[int]] = {}
+    for i in which:
+        _, groups, length = row_layout(len(half), half.shape[1], schemes[i])
+        kinds.setdefault((length if groups > 1 else 0, 2 ** schemes[i].bits > NARROW), []).append(i)
+    return [same[first : first + most] for same in kinds.values() for first in range(0, len(same), most)]
+
+
 def _fed_back(
-    half: Tensor,
-    scheme: Scheme,
-    parameters: dict[str, Tensor],
-    rounded: Tensor,
+    error: OutputError,
+    schemes: Sequence[Scheme],
+    grids: Sequence[dict[str, Tensor]],
     inputs: InputFactor,
-    moments: Moments,
     sweeps: int,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return parameters and codes [C, n] after error feedback, where it beats rounding, and `sweeps` of refinement."""
-    length = row_layout(half.shape[0], half.shape[1], scheme)[2]
-    error = OutputError(half, moments.second)
-    codes = feedback_codes(half, tables_of(scheme, parameters), length, inputs)
-    found = [evaluate(error, scheme, parameters, each, length) for each in (codes, rounded)]
-    best = refine(error, scheme, lesser(*found), length, sweeps=sweeps)
-    return best.parameters, best.codes
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Yield parameters and codes [C, n] after error feedback, where it beats rounding, and `sweeps` of refinement."""
+    half = error.matrix
+    length = row_layout(len(half), half.shape[1], schemes[0])[2]
+    tables = [tables_of(*pair) for pair in zip(schemes, grids, strict=True)]
+    starts = []
+    for scheme, grid, codes in zip(schemes, grids, feedback_codes(half, tables, length, inputs), strict=True):
+        rounded = _round(scheme, _blocks(half, scheme), grid, half.shape[1]).view(half.shape)
+        starts.append(lesser(*(evaluate(error, scheme, grid, each, length) for each in (codes, rounded))))
+    for best in refine(error, schemes, starts, length, sweeps=sweeps):
+        yield best.parameters, best.codes
 
 
 def _rows(matrix: Tensor, scheme: Scheme) -> list[Tensor]:

@@ -4,7 +4,7 @@ Every step is kept row by row only where it lowers the exact objective (`OutputE
 is stored, so refining never makes a row worse, whatever H is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,18 +44,32 @@ def evaluate(error: OutputError, scheme: Scheme, parameters: Parameters, codes: 
     return Fitted(parameters, codes, decoded, error.of_rows(decoded))
 
 
-def refine(error: OutputError, scheme: Scheme, start: Fitted, length: int, *, sweeps: int) -> Fitted:
-    """Return the weight after `sweeps` rounds of refit and descent, or fewer when a round gains nothing."""
-    best = start
+def refine(
+    error: OutputError, schemes: Sequence[Scheme], starts: Sequence[Fitted], length: int, *, sweeps: int
+) -> list[Fitted]:
+    """Return weights after `sweeps` rounds of refit and descent, or fewer when a round gains nothing.
+
+    They are the same matrix under several schemes whose tables have as many groups, each of `length` columns.
+    """
+    best, going = list(starts), list(range(len(starts)))
     for _ in range(sweeps):
-        before = float(best.errors.sum())
-        for refit in _refits(scheme):
-            parameters, codes = refit(error, scheme, best, length)
-            best = lesser(best, evaluate(error, scheme, parameters, codes, length))
-        decoded, codes = descend(error, best.decoded, best.codes, tables_of(scheme, best.parameters), length)
-        best = lesser(best, replace(best, codes=codes, decoded=decoded, errors=error.of_rows(decoded)))
-        if float(best.errors.sum()) >= ENOUGH * before:
+        before = [float(each.errors.sum()) for each in best]
+        for i in going:
+            best[i] = _refitted(error, schemes[i], best[i], length)
+        tables = [tables_of(schemes[i], best[i].parameters) for i in going]
+        moved = descend(error, [best[i].decoded for i in going], [best[i].codes for i in going], tables, length)
+        for i, (decoded, codes) in zip(going, moved, strict=True):
+            best[i] = lesser(best[i], replace(best[i], codes=codes, decoded=decoded, errors=error.of_rows(decoded)))
+        going = [i for i in going if float(best[i].errors.sum()) < ENOUGH * before[i]]
+        if not going:
             break
+    return best
+
+
+def _refitted(error: OutputError, scheme: Scheme, best: Fitted, length: int) -> Fitted:
+    for refit in _refits(scheme):
+        parameters, codes = refit(error, scheme, best, length)
+        best = lesser(best, evaluate(error, scheme, parameters, codes, length))
     return best
 
 
