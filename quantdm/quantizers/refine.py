@@ -19,7 +19,7 @@ from quantdm.quantizers.uniform import MAX_ZERO, MIN_SCALE
 from quantdm.quantizers.weight import tables_of
 from quantdm.schemes import Scheme
 
-ENOUGH = 0.999  # sweeps end when one leaves more than this share of the objective
+ENOUGH = 0.99  # sweeps end when one leaves more than this share of the objective: all further ones gain 0.1 %
 LARGEST = 2.0**15  # entries and steps stay below it, as those of every fit
 Parameters = dict[str, Tensor]
 

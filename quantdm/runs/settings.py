@@ -39,14 +39,14 @@ class Effort:
     steps and are refined in up to `sweeps` rounds.
     """
 
-    label_images: int = 300
-    label_steps: int = 8
-    verify_images: int = 300
+    label_images: int = 64
+    label_steps: int = 4
+    verify_images: int = 150
     noise_images: int = 16
     calibration_images: int = 64
     sweeps: int = SWEEPS
     verify_draws: int = 3
-    noise_steps: int | None = None
+    noise_steps: int | None = 8
     noise_signs: int | None = 512
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class Effort:
                 raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
 
 
-FULL, QUICK = Effort(), Effort(48, 4, 64, 2, 8, 1, 2, noise_signs=128)
+FULL, QUICK = Effort(), Effort(48, 4, 48, 2, 8, 1, 2, noise_steps=4, noise_signs=128)
 
 
 def make_settings(
