@@ -32,7 +32,9 @@ from tests.walk_kinds import make, protocol_of
 
 LABELS = ("kmeans-channel-2", "kmeans-channel-3", "kmeans-channel-4", "uniform-channel-5")
 OPTIONS = tuple(map(Scheme.parse, LABELS))
-EFFORT = Effort(label_images=2, label_steps=4, verify_images=2, noise_images=4, noise_signs=256)
+EFFORT = Effort(
+    label_images=2, label_steps=4, verify_images=2, noise_images=4, noise_steps=4, noise_signs=256
+)  # fmt: skip
 
 
 class Scaled(nn.Linear):
