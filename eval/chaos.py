@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -83,6 +83,7 @@ def _round(engine: str, folder: Path, quiet: Path, most: int, seed: int) -> dict
         "same_labels": _labels(folder) == _labels(quiet),
         "same_recipe": (folder / "recipe.yaml").read_text() == (quiet / "recipe.yaml").read_text(),
         "exit_codes": codes,
+        "last_words": [words for code, words in zip(codes, fire.last_words(), strict=True) if code],
         "machine": f"{platform.machine()}, {cores()} cores",
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
@@ -138,8 +139,18 @@ class Fire:
                 process.kill()
         return codes
 
+    def last_words(self) -> list[str]:
+        """Return the last line that every driver wrote to its standard error."""
+        return [(self._said(driver).read_text().strip().splitlines() or [""])[-1] for driver in self._drivers]
+
+    def _said(self, driver: "subprocess.Popen[bytes]") -> Path:
+        return self.folder.with_name(f"{self.folder.name}-{driver.pid}.err")
+
     def _start(self) -> "subprocess.Popen[bytes]":
-        return _start(self.folder, self.engine, self.address)
+        with tempfile.NamedTemporaryFile(dir=self.folder.parent, delete=False) as said:
+            driver = _start(self.folder, self.engine, self.address, said.file)
+        Path(said.name).rename(self._said(driver))
+        return driver
 
     def _running(self) -> list[int]:
         return [place for place, driver in enumerate(self._drivers) if driver.poll() is None]
@@ -225,7 +236,9 @@ def _labels(folder: Path) -> dict[str, float]:
     return found
 
 
-def _start(folder: Path, engine: str = "local", address: str | None = None) -> "subprocess.Popen[bytes]":
+def _start(
+    folder: Path, engine: str = "local", address: str | None = None, stderr: IO[bytes] | int = subprocess.DEVNULL
+) -> "subprocess.Popen[bytes]":
     code = (
         f"import quantdm.runs.engines.local as local; local.LEAST_PATIENCE, local.OPENING = {PATIENCE}, {OPENING}; "
         f"from tests.tiny_search import run_search; run_search({str(folder)!r}, workers=2, engine={engine!r}, "
@@ -233,7 +246,7 @@ def _start(folder: Path, engine: str = "local", address: str | None = None) -> "
     )
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    return subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=stderr)
 
 
 def _finish(process: "subprocess.Popen[bytes]") -> None:

@@ -50,7 +50,7 @@ SIZES = (
     (0, 40), (0, 80), (0, 160), (0, 280), (20, 140), (40, 120), (40, 240), (80, 200),
 )  # fmt: skip  # full labels, cheap labels
 FINAL = Draw(151, 1000, 20)  # on which recipes are measured
-TRIALS_THEN, LABEL_THEN = 160, (300, 8)  # what a search of normal effort spends: full labels, images and steps of each
+TRIALS_THEN, LABEL_THEN = 160, (300, 8)  # what a search of normal effort spent before this: labels, images, steps
 
 
 def main() -> None:
