@@ -175,7 +175,7 @@ def test_a_plan_goes_by_the_workers_of_the_engine_and_by_fidelity_and_budget(dit
     assert there["trials"] * 64 == pytest.approx(here["trials"])
     assert here["trials"] == 40 * full.label_images * full.label_steps * fast.fast  # measured by workers
     assert there["tuning"] == here["tuning"] > 1000 * there["sensitivities"]  # made by this process
-    assert seconds(cheap, Means(64, 64.0, slow, fast))["trials"] < 0.5 * there["trials"]
+    assert seconds(cheap, Means(64, 64.0, slow, fast))["trials"] < 0.6 * there["trials"]
 
 
 def test_minutes_end_the_trials_in_time_for_what_follows_by_the_measured_rate(monkeypatch):
