@@ -116,7 +116,7 @@ class Fire:
         self.changed: set[str] = set()
         self._seen: dict[str, int] = {}
         self._stopped: list[psutil.Process] = []
-        self._drivers = [self._start() for _ in range(drivers)]
+        self._drivers = [self._start(place) for place in range(drivers)]
 
     def burn(self, most: int) -> list[int]:
         """Hit at most so often; return the drivers' exit codes."""
@@ -141,16 +141,15 @@ class Fire:
 
     def last_words(self) -> list[str]:
         """Return the last line that every driver wrote to its standard error."""
-        return [(self._said(driver).read_text().strip().splitlines() or [""])[-1] for driver in self._drivers]
+        said = [self._said(place).read_text().strip().splitlines() for place in range(len(self._drivers))]
+        return [lines[-1] if lines else "" for lines in said]
 
-    def _said(self, driver: "subprocess.Popen[bytes]") -> Path:
-        return self.folder.with_name(f"{self.folder.name}-{driver.pid}.err")
+    def _said(self, place: int) -> Path:
+        return self.folder.with_name(f"{self.folder.name}-{place}.err")
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        with tempfile.NamedTemporaryFile(dir=self.folder.parent, delete=False) as said:
-            driver = _start(self.folder, self.engine, self.address, said.file)
-        Path(said.name).rename(self._said(driver))
-        return driver
+    def _start(self, place: int) -> "subprocess.Popen[bytes]":
+        with self._said(place).open("wb") as said:
+            return _start(self.folder, self.engine, self.address, said)
 
     def _running(self) -> list[int]:
         return [place for place, driver in enumerate(self._drivers) if driver.poll() is None]
@@ -173,7 +172,7 @@ class Fire:
             if kind == "driver":
                 self._drivers[victim].kill()
                 self._drivers[victim].wait()
-                self._drivers[victim] = self._start()
+                self._drivers[victim] = self._start(victim)
             elif kind == "node":
                 assert self.lose_node is not None
                 self.lose_node(self.chance)

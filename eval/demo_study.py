@@ -2,7 +2,8 @@
 
     PYTHONPATH=. python eval/demo_study.py RUN_DIR PART ...      # parts: labels, replay, errors, sweeps, verify, whole
 
-RUN_DIR is a finished run at normal effort (160 trials of 300 images, 8 steps); samples and labels are added to it.
+RUN_DIR is a finished run of 160 trials of 300 images and 8 steps, verified on 300 images; samples and labels are
+added to it.
 `labels`: the trials nearest to the target, labelled by the first k images of one draw at the run's steps and at half of
 them, held against fid_fp at the protocol's steps on other noises: rank correlation, and the spread of a label of k
 images around that of all. `replay`: which configuration do the surrogates choose from all or part of the trials (of

@@ -3,10 +3,10 @@
     PYTHONPATH=. python eval/fidelity_study.py RUN_DIR --labels FILE --measure 200 # in pieces; what FILE has counts
     PYTHONPATH=. python eval/fidelity_study.py RUN_DIR --labels FILE --workers 2   # writes eval/results/fidelity_*.json
 
-RUN_DIR is a copy of a finished run with many trials. Every trial gets two further labels: `noise`, the teacher-forced
-error of the denoiser's output with the whole configuration, on the calls that the sensitivities use; and `few`, fid_fp
-of 64 images at half the steps. Rank correlations are taken over all trials, and near the target (at matched size, where
-average bits tell nothing), beside what needs no measurement.
+RUN_DIR is a copy of a finished run with many trials of 300 images and 8 steps. Every trial gets two further labels:
+`noise`, the teacher-forced error of the denoiser's output with the whole configuration, on the calls that the
+sensitivities use; and `few`, fid_fp of 64 images at half the steps. Rank correlations are taken over all trials, and
+near the target (at matched size, where average bits tell nothing), beside what needs no measurement.
 
 Then surrogates are fitted to n full labels, to m cheap ones, or to both (a straight line from cheap to full, fitted
 where both are known, makes labels of one unit), and each fit chooses a recipe; three draws of the trials. The figures

@@ -1,6 +1,7 @@
 """What only the call of a pipeline refuses is known before a run leaves anything, for the time of one step."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from quantdm.activations.calibration import calibrate
 from quantdm.pipelines.tried import _TAKEN, fewest_steps, once_computed, try_call
 from quantdm.recipe import CalibrationSpec
 from quantdm.runs.engines.means import seconds_per_step
-from quantdm.runs.settings import QUICK, make_settings
+from quantdm.runs.settings import FULL, QUICK, make_settings
 from quantdm.schemes import Scheme
 from tests.pipeline_kinds import BarePipeline, make, unet
 from tests.two_denoisers import make_two_experts
@@ -76,11 +77,23 @@ def test_a_picture_that_is_changed_a_little_is_measured_with_as_many_steps_as_it
     assert fewest_steps(pipe, little, 4) == 8  # of 4 steps nothing is left, of 8 one
     assert fewest_steps(pipe, little, 20) == 20
     assert seconds_per_step(pipe, little) > 0  # the dry run refuses no more than the run
-    settings = make_settings(
-        look_at(pipe), target_bits=4.0, target_bytes=None, trials=30, seed=0, protocol=little, effort=QUICK,
+    settings = settings_of(pipe, little, QUICK)
+    assert settings.label_steps == 8
+    assert settings.noise_steps in (None, 8)
+    assert settings_of(pipe, little, replace(QUICK, noise_steps=3)).noise_steps == 12
+
+
+def settings_of(pipe, protocol, effort):
+    return make_settings(
+        look_at(pipe), target_bits=4.0, target_bytes=None, trials=30, seed=0, protocol=protocol, effort=effort,
         options=[Scheme.parse("uniform-channel-2"), Scheme.parse("uniform-channel-8")],
     )  # fmt: skip
-    assert settings.label_steps == 8
+
+
+def test_nothing_is_measured_with_more_steps_than_the_protocol_has():
+    protocol = load_protocol("digits-dit").model_copy(update={"steps": 2})
+    settings = settings_of(load_pipeline("digits-dit"), protocol, FULL)
+    assert (settings.label_steps, settings.noise_steps) == (2, 2)
 
 
 def test_a_denoiser_that_never_works_is_named_before_the_run():

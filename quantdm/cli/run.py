@@ -50,7 +50,7 @@ def demo(
     target_bits: Annotated[float, typer.Option(help="Average bits per weight, overhead included.")] = 3.0,
     run_dir: Annotated[Path | None, typer.Option(help="Run directory (default: runs/MODEL-BITSbit).")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Every stage with fewer trials and images: two minutes.")
+        bool, typer.Option("--quick", help="Every stage with fewer trials and images: a few minutes.")
     ] = False,
     seed: Seed = 0,
     batch_size: BatchSize = "auto",

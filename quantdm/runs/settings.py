@@ -58,7 +58,7 @@ class Effort:
                 raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
 
 
-FULL, QUICK = Effort(), Effort(48, 4, 48, 2, 8, 1, 2, noise_steps=4, noise_signs=128)
+FULL, QUICK = Effort(), Effort(48, 4, 48, 2, 8, 1, 2, noise_steps=None, noise_signs=128)
 
 
 def make_settings(
@@ -108,9 +108,11 @@ def make_settings(
 
 
 def _tried(subject: Subject, protocol: Protocol, effort: Effort) -> tuple[Protocol, Effort]:
-    """Return what is measured, checked and tried, and the effort with as many steps as a label takes at least."""
+    """Return what is measured, checked and tried, and the effort with as many steps as it takes at least."""
     check_measures(subject.pipe, protocol)
-    return protocol, replace(effort, label_steps=fewest_steps(subject.pipe, protocol, effort.label_steps))
+    asked = {name: getattr(effort, name) for name in ("label_steps", "noise_steps")}
+    steps = {name: fewest_steps(subject.pipe, protocol, n) for name, n in asked.items() if n is not None}
+    return protocol, replace(effort, **steps)
 
 
 def _free_dtype(subject: Subject) -> str:
