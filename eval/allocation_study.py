@@ -36,6 +36,7 @@ from quantdm.runs.explain import explain, fit_surrogates
 from quantdm.runs.labels import calibration_of
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run
+from quantdm.runs.settings import Effort
 from quantdm.runs.stages import build_bank, describe, measure_space
 from quantdm.runs.trials import label_of, load_trials, run_trials
 from quantdm.runs.tune import tune_run
@@ -48,6 +49,7 @@ from quantdm.tuning import TuneSettings
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = (2.05, 2.5, 3.0, 3.5, 4.0)  # 2.00 is out of reach: tables and scales count
 TRIALS, CEILING_TRIALS, ACTIVATION_BITS = 400, 100, 6
+EFFORT = Effort(label_images=300, label_steps=8, verify_images=300, noise_steps=None)  # labels with little noise
 YARDSTICKS = ("sensitivity", "lambda mode", "best sampled")
 
 
@@ -63,7 +65,7 @@ def main() -> None:
     path = ROOT / "eval" / "results" / f"calibrated_{arguments.model}.json"
     run, subject = start_run(
         look_at(arguments.model, device=arguments.device), arguments.run_dir,
-        target_bits=3.0, trials=TRIALS, dtype=arguments.dtype,
+        target_bits=3.0, trials=TRIALS, effort=EFFORT, dtype=arguments.dtype,
     )  # fmt: skip
     describe(run, subject)
     bank = build_bank(run, subject)

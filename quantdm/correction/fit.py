@@ -23,7 +23,7 @@ from quantdm.progress import bar
 from quantdm.recipe import Recipe
 
 CONFIDENCE = 0.95
-GLANCE = 2  # runs after which a variant that has not lowered their distance is given up
+GLANCE = 2  # runs after which a variant that has not lowered the distance on each is given up
 
 FIT_VERSION = 1
 END = 2 * MAX_LOG_SNR  # beyond all levels
@@ -117,11 +117,11 @@ def _measuring(
 
 
 def glanced(distances: Iterator[float], without: Sequence[float]) -> list[float]:
-    """Return a variant's distances: all of them, or the first GLANCE of one that is no better than none on those."""
+    """Return a variant's distances: all of them, or the first GLANCE of one that is not better than none on each."""
     found = []
     for value in distances:
         found.append(value)
-        if len(found) == GLANCE and sum(found) >= sum(without[:GLANCE]):
+        if len(found) == GLANCE and any(a >= b for a, b in zip(found, without, strict=False)):
             break
     return found
 

@@ -32,15 +32,15 @@ from quantdm.schemes import ORIGINAL
 PROBE_ROWS = 64
 CANDIDATES, SURVIVORS = 13, 5  # of the verification: those of a usual run, and how many run further draws
 PLAIN_ROWS, ROUNDED_ROWS = 7, 2  # of the result: with and without quantized activations
-ROUNDED = 2.4  # what quantized activations cost, times the plain denoiser: measured on digits-dit
-TRIED = 8  # corrections, each on two of four draws where it does not help
+ROUNDED = 1.6  # what quantized activations cost, times the plain denoiser: measured on digits-dit
+TRIED = 6  # corrections, each on two of four draws where it does not help on both
 UNLEARNED = RANDOM_SHARE + FRONTIER_SHARE  # of the trials: those that get cheap labels
 NO_ACCELERATOR = "gpu_hours (--gpu-hours): no accelerator works here; give minutes (--minutes) instead"
 CHEAP = f"Trials: if cheap labels rank like full ones; else they take up to {EVERY} times as long."
 
 GUIDED = 2  # samples of an image that a denoiser sees: with and without its prompt
 
-PARALLEL = ("sensitivities", "other parts", "trials", "verification", "final rows")
+PARALLEL = ("sensitivities", "other parts", "trials", "verification", "correction", "final rows")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,8 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
     layers, steps, tune = len(subject.layers), s.protocol.steps, level.tune
     here, there, many = means.here, means.there, means.workers
     rows = (PLAIN_ROWS + ROUNDED_ROWS * ROUNDED) * 2.3 + 3  # some stop after two of three draws; three references
-    tries = 2 * (2 + ROUNDED) + 4 + ROUNDED * (4 + 2 * TRIED)
+    corrected = level.correction_images * steps
+    tried = 4 + ROUNDED * (4 + 3 * TRIED)  # four draws of full precision and without a correction
     trained = level.tune_images * steps + tune.steps * tune.rows * 3 if level.tune_images else 0
     calibrated = s.calibration_images * (s.calibration_steps or s.label_steps) * 2
     probe = NOISE_CALLS * s.noise_images * there.exact
@@ -206,7 +207,7 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
         "surrogates": 2 + s.trials * layers * 5e-4,
         "verification": (CANDIDATES + SURVIVORS * (s.verify_draws - 1)) * s.verify_images * steps * there.fast / many,
         "tuning": trained * here.exact,
-        "correction": level.correction_images * steps * here.fast * tries,
+        "correction": corrected * ((2 + ROUNDED) * here.fast + tried * there.fast / many),
         "final rows": rows * level.final_images * steps * there.fast / many,
         "export, report": 10.0,
     }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Semaphore
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,8 +26,7 @@ from quantdm.schemes import Scheme
 
 INDEX = "index.json"
 CACHE_BYTES = 2**30
-THREADS = 2  # that share one interpreter well
-SMALL = 2**23  # weights times options that are quantized in a few seconds
+SMALL = 2**22  # weights times options that are quantized before processes have started
 
 
 class WeightBank:
@@ -75,9 +74,9 @@ class WeightBank:
         Args:
             source: the denoiser, or its safetensors file or folder of them.
             moments: of the inputs of every layer; needed when an option is calibrated.
-            workers: layers at once, the largest first (None: one per core): threads, or processes where there are more
-                and the work is worth starting them. Files are the same for any number. Torch runs one thread per layer
-                meanwhile.
+            workers: layers at once, the largest first (None: one per core), in processes where the work is worth
+                starting them and moments are on disk. Files are the same for any number. Torch runs one thread per
+                layer meanwhile.
             progress: called with the number of weights of every layer that is done.
 
         Raises:
@@ -124,7 +123,7 @@ class WeightBank:
 
     @property
     def _is_small(self) -> bool:
-        """Whether threads are done before processes have started."""
+        """Whether it is done here before processes have started."""
         return len(self.options) * sum(layer.num_weights for layer in self.layers.values()) < SMALL
 
     def _room_of(self, layer: LayerRecord) -> int:
@@ -224,7 +223,7 @@ class WeightBank:
 
 
 class _Work:
-    """Layers that are built side by side, in threads or in processes."""
+    """Layers that are built side by side in processes, or one by one in this one."""
 
     def __init__(
         self,
@@ -234,7 +233,7 @@ class _Work:
         workers: int,
     ) -> None:
         self.bank, self.read, self.moments, self.workers = bank, read, moments if bank.calibrated else None, workers
-        self._before, self._gate, self._few = bank._before(), Gate(IN_FLIGHT), Semaphore(THREADS)
+        self._before, self._gate, self._here = bank._before(), Gate(IN_FLIGHT), Lock()
         self._processes, self._pool = BankProcesses(), ThreadPoolExecutor(workers)
 
     def __enter__(self) -> "_Work":
@@ -258,12 +257,12 @@ class _Work:
             before = self._before.get(layer.name)
             task = LayerBuild(self.bank.folder, layer, self.bank.options, self.bank.sweeps, before)
             file = None if moments is None else file_of(self.moments, layer.name)
-            if self.workers > THREADS and not self.bank._is_small and (moments is None or file is not None):
+            if self.workers > 1 and not self.bank._is_small and (moments is None or file is not None):
                 found = task.look(weight, moments)  # what is there needs no process
                 if moments is not None:
                     moments.let_go()
                 if isinstance(found, Path):
                     return layer, found
                 return layer, self._processes.build(task, found, weight, file)
-            with self._few:
+            with self._here:
                 return layer, task.build(weight, moments)

@@ -1,15 +1,16 @@
 """Build the layers of a bank in processes of their own: `python -m quantdm.runs.bank_processes` is one of them.
 
-Quantizing is a long chain of small operations, and each passes the interpreter's lock on: two threads share two cores
-well, but with a dozen cores the threads wait for the lock longer than they work. Layers travel as files, what is to be
-done and what came of it as lines of JSON.
+Quantizing is a long chain of small operations, and each passes the interpreter's lock on: two threads take longer than
+one, two processes half as long. Layers travel as files, what is to be done and what came of it as lines of JSON.
 """
 
+import contextlib
 import json
 import queue
 import sys
-import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,12 @@ class BankProcesses:
     def __init__(self) -> None:
         self._idle: queue.SimpleQueue[Process] = queue.SimpleQueue()
         self._started: list[Process] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="quantdm-bank-")
 
     def end(self) -> None:
         """End the processes, whatever they are at: a file is whole or not there."""
         for process in self._started:
             process.kill()
             bury(process)
-        self._folder.cleanup()
 
     def build(self, task: LayerBuild, address: Address, weight: torch.Tensor, moments: Path | None) -> Path:
         """Build a layer in an idle process, or in a new one; as many work as threads call.
@@ -50,12 +49,10 @@ class BankProcesses:
         except queue.Empty:
             process = launch(__name__, environment=ENVIRONMENT)
             self._started.append(process)
-        handed = Path(self._folder.name) / f"{process.pid}.safetensors"
-        save_tensors(handed, {"weight": weight})
         job = {"task": task.to_dict(), "path": str(address.path), "of": address.of}
-        job |= {"weight": str(handed), "moments": None if moments is None else str(moments)}
-        answer = asked(process, json.dumps(job))
-        handed.unlink()
+        job["moments"] = None if moments is None else str(moments)
+        with _handed(weight, task.folder) as path:
+            answer = asked(process, json.dumps(job | {"weight": str(path)}))
         if answer is None:
             raise QuantDMError(
                 f"{task.layer.name}: the process that quantized it ended with exit code {process.wait()}; if memory "
@@ -65,6 +62,17 @@ class BankProcesses:
         if "error" in answer:
             raise QuantDMError(answer["error"])
         return Path(answer["path"])
+
+
+@contextmanager
+def _handed(weight: torch.Tensor, folder: Path) -> Iterator[Path]:
+    """Yield a file with a weight; whoever reads it deletes it, so that a killed search leaves none."""
+    path = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        save_tensors(path, {"weight": weight})
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def file_of(moments: Mapping[str, Moments] | None, name: str) -> Path | None:
@@ -89,6 +97,8 @@ def _built(job: dict[str, Any]) -> Path:
     from quantdm.activations.moments import moments_in
 
     weight = load_tensors(job["weight"])[0]["weight"]
+    with contextlib.suppress(OSError):  # Windows keeps what is mapped, until the caller deletes it
+        Path(job["weight"]).unlink()
     moments = None if job["moments"] is None else moments_in(Path(job["moments"]))
     return LayerBuild.from_dict(job["task"]).make(weight, moments, Address(Path(job["path"]), job["of"]))
 

@@ -1,8 +1,7 @@
 """Fit the sampler's correction for a run's recipe with quantized activations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,23 +9,26 @@ import torch
 
 from quantdm.activations import usual_activations
 from quantdm.correction import VARIANTS, Correction, fit_correction, load_correction, step_table
+from quantdm.correction.fit import GLANCE, choose_variant, glanced
 from quantdm.correction.levels import check_served
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, tensors_digest, write_json
 from quantdm.machine import checked_device
-from quantdm.metrics import batched, frechet_distance
-from quantdm.metrics.features import Extractor
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.text_memory import memoized_text_encoders
+from quantdm.progress import bar
 from quantdm.recipe import ActivationSpec, Recipe, load_recipe, weights_digest
 from quantdm.recipe.activations import MAX_ACTIVATION_BITS, MIN_ACTIVATION_BITS
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Evaluator, Job, configured
+from quantdm.runs.final import run_key
+from quantdm.runs.jobs import measure_jobs
 from quantdm.runs.labels import labels_of, tables_of
 from quantdm.runs.run import Run
+from quantdm.runs.store import TrialStore
 from quantdm.runs.tune import own_tuning
 
 
@@ -84,7 +86,7 @@ def correct_run(
     tuning = None if tuned is None else tensors_digest(tuned)
     own = [] if tables == run.settings.embeddings else [tables]
     key = digest(CORRECTION_VERSION, weights_digest(labels), spec, images, *([] if tuning is None else [tuning]), *own)
-    unfinished = run.path(f"correction-{key[:12]}.json")
+    unfinished = run.path(f"correction-{key[:12]}.safetensors")
     whole = path.is_file() and record.is_file()
     if not anew and whole and read_json(record, version=STEPS_VERSION)["fitted_for"] == key:
         return path
@@ -92,50 +94,71 @@ def correct_run(
     joint = Recipe(model=recipe.model, layers=labels, activations=activations)
     with told(f"correction of {job.description}"):
         correction = _fit(run, engine.local, job, joint, images, unfinished)
+        correction = _choose(run, engine, job, correction, images, key)
     steps = step_table(correction, engine.local.pipe.scheduler, run.settings.protocol.steps)
     correction.save(path)
     write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "tuning": tuning, "steps": steps})  # last
-    for left in (unfinished, unfinished.with_suffix(".safetensors")):
-        left.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
     return path
 
 
-def _fit(run: Run, evaluator: Evaluator, job: Job, recipe: Recipe, images: int, unfinished: Path) -> Correction:
-    """Fit the correction of a job, or go on with a fit that was interrupted."""
+def _fit(run: Run, evaluator: Evaluator, job: Job, recipe: Recipe, images: int, kept: Path) -> Correction:
+    """Return the statistics of a job, of no variant yet; those that were kept before an interruption, if any."""
     pipe, weights_only = evaluator.pipe, replace(job, activations=None)
     return fit_correction(
         pipe,
         lambda: configured(pipe, evaluator.bank, job, evaluator.tables),
-        fit_runs=_runs_of(run, 50, FIT_DRAWS, images // FIT_DRAWS, evaluator.batch_size),
-        test_runs=_runs_of(run, 60, TEST_DRAWS, images, evaluator.batch_size),
-        distance=partial(_distance, evaluator.extractor),
+        fit_runs=[_runner(run, draw, evaluator.batch_size) for draw in _draws(run, 50, FIT_DRAWS, images // FIT_DRAWS)],
+        variant="none",
         # Weight noise is one fixed function of x: its regression slope is no gain error, so only the activation
         # noise is explained (docs/method.md, When not to correct).
         explained_from=None
         if job.activations is None
         else lambda: configured(pipe, evaluator.bank, weights_only, evaluator.tables),
-        variants=TRIED,
         model=run.settings.model,
         recipe=recipe,
-        resume=unfinished,
+        resume=kept,
     )
 
 
-def _distance(extractor: Extractor, images_a: torch.Tensor, images_b: torch.Tensor) -> float:
-    return frechet_distance(*(batched(extractor, images) for images in (images_a, images_b)))
+def _choose(run: Run, engine: Engine, job: Job, correction: Correction, images: int, key: str) -> Correction:
+    """Keep the variant that lowers fid_fp beyond noise; the draws of each are measured side by side."""
+    store, draws, without = TrialStore(run.path("corrected")), _draws(run, 60, TEST_DRAWS, images), []
+    with bar(len(TRIED) * len(draws), "correction: what helps?") as shown:
+
+        def written(candidate: Correction) -> str:  # for all workers to read; other drivers of the run may still do so
+            name = digest(key, candidate.variant, candidate.within)
+            return str(candidate.save(store.folder / f"{name}.safetensors"))
+
+        def distances(given: str | None) -> Iterator[float]:
+            for heat in (draws[:GLANCE], draws[GLANCE:]):
+                jobs = [replace(job, draw=draw, correction=given) for draw in heat]
+                work = {run_key(run, each): each for each in jobs}
+                found = measure_jobs(engine, store, work, progress=shown)
+                yield from (found[key]["fid_fp"] for key in work)
+
+        def measure(candidate: Correction | None) -> list[float]:
+            if candidate is not None:
+                return glanced(distances(written(candidate)), without)
+            without[:] = distances(None)
+            return list(without)
+
+        chosen = choose_variant(measure, correction, variants=TRIED)
+        shown.total = shown.n  # measurements that were not needed are none that are missing
+    return chosen
 
 
-def _runs_of(
-    run: Run, first: int, count: int, images: int, batch_size: int | Literal["auto"]
-) -> list[Callable[[DiffusionPipeline], torch.Tensor]]:
-    """Return what generates each of `count` draws from that one on."""
-    protocol = run.settings.protocol
+def _draws(run: Run, first: int, count: int, images: int) -> list[Draw]:
+    """Return `count` draws from that one on."""
+    settings = run.settings
+    return [Draw(settings.seed * 1000 + first + i, images, settings.protocol.steps) for i in range(count)]
 
-    def runner(draw: Draw) -> Callable[[DiffusionPipeline], torch.Tensor]:
-        def run_once(pipe: DiffusionPipeline) -> torch.Tensor:
-            with told(f"draw {draw.base_seed}"), memoized_text_encoders(pipe):
-                return generate(pipe, protocol, draw.seeds, steps=draw.steps, batch_size=batch_size)
 
-        return run_once
+def _runner(run: Run, draw: Draw, batch_size: int | Literal["auto"]) -> Callable[[DiffusionPipeline], torch.Tensor]:
+    """Return what generates a draw."""
 
-    return [runner(Draw(run.settings.seed * 1000 + first + i, images, protocol.steps)) for i in range(count)]
+    def run_once(pipe: DiffusionPipeline) -> torch.Tensor:
+        with told(f"draw {draw.base_seed}"), memoized_text_encoders(pipe):
+            return generate(pipe, run.settings.protocol, draw.seeds, steps=draw.steps, batch_size=batch_size)
+
+    return run_once

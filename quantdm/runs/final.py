@@ -6,6 +6,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR
 from quantdm.correction import load_correction
 from quantdm.errors import counted
@@ -233,11 +235,17 @@ def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw:
 
     Grids of the same jobs that are there are kept.
     """
-    few, path = Draw(draw.base_seed, GRID_IMAGES, draw.steps), run.path("samples.safetensors")
+    few, path = replace(draw, images=min(GRID_IMAGES, draw.images)), run.path("samples.safetensors")
     names = [name if name in jobs else "recipe+a6" for name in GRID_ROWS]  # not every sampler can be corrected
     shown = {name: jobs[name][0] for name in names}
     work = {name: replace(job, draw=few) for name, job in shown.items()}
     inputs = digest({name: run_key(run, job) for name, job in work.items()})
     if path.is_file() and load_tensors(path)[1].get("inputs") == inputs:
         return
-    save_tensors(path, {name: engine.local.samples(job).images for name, job in work.items()}, {"inputs": inputs})
+    images: dict[str, Tensor] = {}  # of every configuration once, and of full precision those that are there
+    for job in work.values():
+        if run_key(run, job) not in images:
+            whole = job == Job(few)
+            found = engine.local.reference(draw) if whole else engine.local.samples(job)
+            images[run_key(run, job)] = found.images[: few.images * found.frames]
+    save_tensors(path, {name: images[run_key(run, job)] for name, job in work.items()}, {"inputs": inputs})

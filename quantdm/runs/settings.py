@@ -58,7 +58,7 @@ class Effort:
                 raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
 
 
-FULL, QUICK = Effort(), Effort(48, 4, 48, 2, 8, 1, 2, noise_steps=None, noise_signs=128)
+FULL, QUICK = Effort(), Effort(48, 4, 48, 2, 8, 1, 1, noise_steps=None, noise_signs=128)
 
 
 def make_settings(

@@ -21,7 +21,7 @@ STAGES = {
     "final rows": "summary.json",
     "report": "report.html",
 }
-STORES = ("passes", "trials", "verified", "final")  # folders of measurements
+STORES = ("passes", "trials", "verified", "corrected", "final")  # folders of measurements
 RECENT = 20  # measurements of which the rate is taken
 
 
