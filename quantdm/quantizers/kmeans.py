@@ -33,7 +33,7 @@ FINE_WINDOWS, CAP_STEPS = ((1.0, 3), (0.3, 2)), 8
 EXACT_UNASKED = 64
 TAIL, HEAVY = 32, 0.9  # one weight in so many on either side; their share of the squares from which a row is exact
 WINDOW_BUDGET = 2**16  # elements of one window table [W, W, rows]
-LLOYD_STEPS, MAX_LLOYD_STEPS = 3, 200
+LLOYD_STEPS, MAX_LLOYD_STEPS, NEAR_STEPS = 3, 200, 20
 LONG_HALF_WIDTH = 10
 # A row whose error fell by more than this share takes another round; most well-behaved rows gain less in the first.
 FIRST_GAIN, GAIN, LONG_GAIN, MAX_ROUNDS = 0.04, 0.01, 1e-6, 40
@@ -52,14 +52,16 @@ def fit_codebook(rows: SortedRows, bits: int, *, exact: bool = False) -> tuple[T
         places = torch.arange(m + 1, device=rows.values.device).expand(len(rows.values), -1)
         counts = torch.nn.functional.pad(rows.left_of(places).diff(), (0, k - m))
         return torch.nn.functional.pad(rows.values, (0, k - m), mode="replicate"), counts
-    cuts = _refine(rows, _search(rows, _density_start(rows, k)))
+    start = _search(rows, _density_start(rows, k))
+    if exact or (rows.counts is not None and len(start) == 1 and k <= EXACT_UNASKED):
+        cuts = _optimum(rows, _lloyd(rows, start, NEAR_STEPS))
+        return (_means(rows, cuts) + rows.center).float(), rows.left_of(cuts).diff(dim=1)
+    cuts = _refine(rows, start)
     grid_cuts, grid_score = _best_uniform(rows, bits)
     worse = (grid_score > _score(rows, cuts)).nonzero()[:, 0]
     if len(worse):
         cuts[worse] = _refine(rows[worse], grid_cuts[worse])
-    if exact or (rows.counts is not None and len(cuts) == 1 and k <= EXACT_UNASKED):
-        cuts = _optimum(rows, cuts)
-    elif not rows.is_long and k <= EXACT_UNASKED:
+    if not rows.is_long and k <= EXACT_UNASKED:
         heavy = has_outliers(rows).nonzero()[:, 0]
         if len(heavy):
             cuts[heavy] = _optimum(rows[heavy], cuts[heavy])

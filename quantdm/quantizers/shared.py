@@ -7,6 +7,8 @@ directions and then by least squares, the codes by rounding. Scales of groups ar
 fp16 step per CHUNK of them (double quantization; Dettmers et al., 2023), those of channels in fp16.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ from quantdm.quantizers.tables import nearest_codes
 
 CHUNK = 256  # scales that share a step
 TOP = 127  # the largest int8 scale
-SHARES = tuple(0.7 + 0.05 * j for j in range(11))  # of the largest weight; on both sides of zero
+SHARES = tuple(sign * (0.7 + 0.05 * j) for sign in (1, -1) for j in range(11))  # of the largest weight
+NEAR = (0.95, 1.0, 1.05)  # of a scale that was found for a table like this one
 ROUNDS = 3  # of table and scales
 SAMPLE = 2**17  # weights that the table is learned from
 BINS, REACH = 2**13, 2.0  # of the histogram of w/scale, and the places where the nearest entry is looked up
@@ -37,10 +40,11 @@ def fit_shared(rows: Tensor, importance: Tensor | None, bits: int, *, grouped: b
     step = max(rows.numel() // SAMPLE, 1)
     some, weight = rows[::step], None if importance is None else importance[::step]
     scale, table = largest[::step], rows.new_zeros(0)
-    for _ in range(ROUNDS):
+    for round_ in range(ROUNDS):
         table = _fit_table(some, scale, weight, bits)
-        scale = _search_scales(some, table, largest[::step], weight)
-    best = _finish(rows, table, _search_scales(rows, table, largest, importance), importance, grouped=grouped)
+        scale = _search_scales(some, table, scale, weight, NEAR if round_ else SHARES)
+    scale = _search_scales(rows, table, largest, importance, SHARES)
+    best = _finish(rows, table, scale, importance, grouped=grouped)
     if bits == 4:  # heavy tails may leave the table in a local optimum that is worse than NF4's
         nf4 = _finish(rows, torch.tensor(NF4, device=rows.device), largest.abs(), importance, grouped=grouped)
         best = min(best, nf4, key=lambda fit: fit[0])
@@ -119,15 +123,17 @@ def _fit_table(rows: Tensor, scale: Tensor, importance: Tensor | None, bits: int
     return kmeans.fit_codebook(row, bits)[0][0]
 
 
-def _search_scales(rows: Tensor, table: Tensor, largest: Tensor, importance: Tensor | None) -> Tensor:
-    """Return the best scale of every row [R]: SHARES of the largest weight, then least squares under its codes."""
+def _search_scales(
+    rows: Tensor, table: Tensor, start: Tensor, importance: Tensor | None, shares: Sequence[float]
+) -> Tensor:
+    """Return the best scale of every row [R]: shares of `start` [R], then least squares under its codes."""
     lookup = _Lookup(table)
-    scale = largest.clone()
+    scale = start.clone()
     for lines, columns in pieces(len(rows), rows.shape[1], max(piece_budget(rows.device, cpu=2**16), rows.shape[1])):
-        piece, base = rows[lines, columns], largest[lines]
+        piece, base = rows[lines, columns], start[lines]
         weight = None if importance is None else importance[lines, columns]
         best, kept = torch.full_like(base, torch.inf, dtype=torch.float64), base
-        for share in (*SHARES, *(-share for share in SHARES)):
+        for share in shares:
             tried = base * share
             error = lookup.error(piece, tried, weight)
             kept, best = torch.where(error < best, tried, kept), torch.minimum(error, best)
