@@ -143,7 +143,7 @@ def measured(finished):
         watch("correction")
         correction = correct_run(run, engine, recipe, spec, images=8)
         watch("final")
-        draws = [final.Draw(d.base_seed, 30, 3) for d in final.final_draws(run, images=30)]
+        draws = [final.Draw(d.base_seed, 42, 3) for d in final.final_draws(run, images=42)]
         jobs = final.final_jobs(run, space, recipe, spec, str(correction))
         size = ExportSize(pipe, embeddings=run.settings.embeddings)
         rows = final.measure_rows(run, engine, space, jobs, draws, size)
@@ -152,6 +152,13 @@ def measured(finished):
         before = run.path("samples.safetensors").stat().st_mtime_ns
         final.save_grids(run, engine, jobs, draws[0])
         assert run.path("samples.safetensors").stat().st_mtime_ns == before  # grids of the same jobs are kept
+        shown = load_file(run.path("samples.safetensors"))
+        assert torch.equal(shown["fp"], engine.local.reference(draws[0]).images[: final.GRID_IMAGES])
+        alike = {**jobs, "recipe": jobs["uniform-next-width"]}  # as a recipe may be that was changed by hand
+        final.save_grids(run, engine, alike, draws[0])
+        twice = load_file(run.path("samples.safetensors"))
+        assert torch.equal(twice["recipe"], shown["uniform-next-width"])
+        final.save_grids(run, engine, jobs, draws[0])
     return run, summary, seeds
 
 
@@ -198,7 +205,7 @@ def test_every_stage_measures_on_noises_that_no_other_stage_saw(measured):
     stages = seeds | {"labels": set(draw.seeds), "verification": set()}
     configs = json.loads(run.path("selection.json").read_text())["configs"]
     for base in range(draw.base_seed, draw.base_seed + 200):
-        second = final.Draw(base, run.settings.verify_images, run.settings.protocol.steps)
+        second = final.Draw(base, run.settings.verify_images, run.settings.steps_of_verification)
         if any(verified.get(job_of(run, second, labels).key) for labels in configs.values()):
             stages["verification"] |= set(second.seeds)
     assert len(stages["verification"]) == run.settings.verify_draws * run.settings.verify_images

@@ -81,6 +81,9 @@ def test_a_picture_that_is_changed_a_little_is_measured_with_as_many_steps_as_it
     assert settings.label_steps == 8
     assert settings.noise_steps in (None, 8)
     assert settings_of(pipe, little, replace(QUICK, noise_steps=3)).noise_steps == 12
+    every = settings_of(pipe, little, replace(QUICK, verify_steps=None))  # as many as the result has
+    assert every.verify_steps is None
+    assert every.steps_of_verification == little.steps
 
 
 def settings_of(pipe, protocol, effort):
@@ -92,8 +95,9 @@ def settings_of(pipe, protocol, effort):
 
 def test_nothing_is_measured_with_more_steps_than_the_protocol_has():
     protocol = load_protocol("digits-dit").model_copy(update={"steps": 2})
-    settings = settings_of(load_pipeline("digits-dit"), protocol, FULL)
-    assert (settings.label_steps, settings.noise_steps) == (2, 2)
+    settings = settings_of(load_pipeline("digits-dit"), protocol, replace(FULL, verify_steps=4))
+    assert (settings.label_steps, settings.noise_steps, settings.verify_steps) == (2, 2, 2)
+    assert settings.steps_of_verification == 2
 
 
 def test_a_denoiser_that_never_works_is_named_before_the_run():

@@ -30,12 +30,11 @@ LABELS = (
 )  # fmt: skip
 FEW_OPTIONS = tuple(map(Scheme.parse, LABELS))  # what recipes of the default options are mostly made of
 
+THOROUGH = Effort(500, 10, 1000, 32, 128, 8, noise_steps=None)
 LEVELS = {
     "quick": Level(QUICK_TRIALS, QUICK, 40, 8, TuneSettings(steps=40, rows=16, every=20), 16, FEW_OPTIONS),
     "normal": Level(FULL_TRIALS, FULL, 400, 64, TuneSettings(), 128),
-    "thorough": Level(
-        400, Effort(500, 10, 1000, 32, 128, 8, noise_steps=None), 2000, 256, TuneSettings(steps=2000, every=100), 256
-    ),
+    "thorough": Level(400, THOROUGH, 2000, 256, TuneSettings(steps=2000, every=100), 256),
 }
 
 

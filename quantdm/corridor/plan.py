@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from quantdm.correction.fit import GLANCE
 from quantdm.corridor.levels import Level
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, counted
@@ -191,7 +192,7 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
     layers, steps, tune = len(subject.layers), s.protocol.steps, level.tune
     here, there, many = means.here, means.there, means.workers
     rows = (PLAIN_ROWS + ROUNDED_ROWS * ROUNDED) * 2.3 + 3  # some stop after two of three draws; three references
-    corrected = level.correction_images * steps
+    corrected, verified = level.correction_images * steps, s.verify_images * s.steps_of_verification
     tried = 4 + ROUNDED * (4 + 3 * TRIED)  # four draws of full precision and without a correction
     trained = level.tune_images * steps + tune.steps * tune.rows * 3 if level.tune_images else 0
     calibrated = s.calibration_images * (s.calibration_steps or s.label_steps) * 2
@@ -205,9 +206,9 @@ def _seconds(subject: Subject, s: RunSettings, level: Level, means: Means, room:
         **({} if room is None else {"other parts": shared * label / many}),
         "trials": (full * label + cheap * probe) / many,
         "surrogates": 2 + s.trials * layers * 5e-4,
-        "verification": (CANDIDATES + SURVIVORS * (s.verify_draws - 1)) * s.verify_images * steps * there.fast / many,
+        "verification": (CANDIDATES + SURVIVORS * (s.verify_draws - 1)) * verified * there.fast / many,
         "tuning": trained * here.exact,
-        "correction": corrected * ((2 + ROUNDED) * here.fast + tried * there.fast / many),
+        "correction": corrected * ((2 + ROUNDED) * here.fast + tried * there.fast / min(many, GLANCE)),
         "final rows": rows * level.final_images * steps * there.fast / many,
         "export, report": 10.0,
     }

@@ -3,8 +3,9 @@
 w_hat = scale·table[code]. Scales carry a sign, so that the table may be lopsided: the largest weight of every group
 lies at its upper end, and the lower end need not reach as far. Table, scales and codes are improved in turn, each with
 the others held: the table by weighted k-means of w/scale, the scale by trying SHARES of the largest weight in both
-directions and then by least squares, the codes by rounding. Scales of groups are stored in 8 bits, as multiples of one
-fp16 step per CHUNK of them (double quantization; Dettmers et al., 2023), those of channels in fp16.
+directions (once a table is there: what lies NEAR) and then by least squares, the codes by rounding. Scales of groups
+are stored in 8 bits, as multiples of one fp16 step per CHUNK of them (double quantization; Dettmers et al., 2023),
+those of channels in fp16.
 """
 
 from collections.abc import Sequence

@@ -27,8 +27,7 @@ def frontier(records: Records) -> str:
     """Return the plots, the choice of another size, and the verified candidates."""
     if not records.trials:
         return missing("trials", "No trials")
-    settings, rows = records.settings, records.rows
-    selection = records.selection or {}
+    settings, selection = records.settings, records.selection or {}
     candidates, chosen = dict(selection.get("candidates", {})), selection.get("chosen")
     sizes = other_sizes(records)
     searched = _figure(
@@ -39,21 +38,7 @@ def frontier(records: Records) -> str:
         "squares have one scheme everywhere (the number: bits). The line is the best that was measured at each size"
         + (", the open circles are predicted, not measured." if sizes else "."),
     )
-    others = {name: c for name, c in candidates.items() if name != chosen or not rows}
-    final = ""
-    if others or rows:
-        protocol = (records.summary or {}).get("protocol", {})
-        images, steps = protocol.get("images", settings.verify_images), protocol.get("steps", settings.protocol.steps)
-        counts = draws_of(list(rows.values())) or [len(protocol.get("draws", []))]
-        draws = " or ".join(map(str, counts))
-        spreads = f"one standard deviation over {draws} draws" if max(counts) > 1 else "one draw, so no spread"
-        final = _figure(
-            _final_plot(records, others),
-            f"{'Result' if rows else 'Verification'}: {images:,} images, {steps} steps",
-            f"The recipe and the baselines on noises of their own ({spreads}); circles are candidates verified on up "
-            f"to {settings.verify_draws} draws of {settings.verify_images:,} images. Another protocol than the search, "
-            "so another picture.",
-        )
+    final = _measured(records, candidates, chosen)
     note = (
         f"Fréchet distance of {settings.protocol.features} features to full-precision samples of the same noises, log "
         "scale, lower is better. The dotted line is the target."
@@ -61,7 +46,33 @@ def frontier(records: Records) -> str:
     html = f'<div class="pair">{searched}{final}</div>' + paragraph(note, "caption") + _choose(records, sizes)
     if not candidates:
         return html + missing("selection.json", "No verified candidates")
-    return html + _candidate_table(candidates, chosen)
+    return html + _candidate_table(candidates, chosen, counted(settings.steps_of_verification, "step"))
+
+
+def _measured(records: Records, candidates: dict[str, dict[str, Any]], chosen: str | None) -> str:
+    """Return the figure of the result rows, with the candidates where those had as many steps; else of these alone."""
+    settings, rows = records.settings, records.rows
+    steps = settings.steps_of_verification
+    alike = steps == settings.protocol.steps  # errors weigh more in fewer steps: another scale
+    others = {name: c for name, c in candidates.items() if not rows or (alike and name != chosen)}
+    if not others and not rows:
+        return ""
+    verified = f"verified on up to {settings.verify_draws} draws of {settings.verify_images:,} images"
+    if not rows:
+        title = f"Verification: {settings.verify_images:,} images, {counted(steps, 'step')}"
+        return _figure(_final_plot(records, others), title, f"Circles are candidates, {verified}.")
+    protocol = (records.summary or {}).get("protocol", {})
+    images, steps = protocol.get("images", settings.verify_images), protocol.get("steps", settings.protocol.steps)
+    counts = draws_of(list(rows.values())) or [len(protocol.get("draws", []))]
+    draws = " or ".join(map(str, counts))
+    spreads = f"one standard deviation over {draws} draws" if max(counts) > 1 else "one draw, so no spread"
+    circles = f"; circles are candidates {verified}" if others else ""
+    return _figure(
+        _final_plot(records, others),
+        f"Result: {images:,} images, {steps} steps",
+        f"The recipe and the baselines on noises of their own ({spreads}){circles}. Another protocol than the "
+        "search, so another picture.",
+    )
 
 
 def _figure(svg: str, title: str, caption: str) -> str:
@@ -204,7 +215,7 @@ def _choose(records: Records, sizes: Sequence[Size]) -> str:
     return f"<h3>Other sizes, predicted</h3>{slider}{paragraph(note, 'caption')}{listing}"
 
 
-def _candidate_table(candidates: dict[str, dict[str, Any]], chosen: str | None) -> str:
+def _candidate_table(candidates: dict[str, dict[str, Any]], chosen: str | None, steps: str) -> str:
     rows = []
     for name, c in sorted(candidates.items(), key=lambda item: item[1]["fid_fp_mean"]):
         psnr = c.get("psnr_fp_mean")
@@ -217,4 +228,4 @@ def _candidate_table(candidates: dict[str, dict[str, Any]], chosen: str | None) 
         ]
         rows.append(("chosen" if name == chosen else "", cells))
     head = [("Candidate", ""), ("Bits", "per weight"), ("FID to full precision", ""), ("PSNR", "dB"), ("Draws", "")]
-    return f"<details><summary>All {len(rows)} verified candidates</summary>{table(head, rows)}</details>"
+    return f"<details><summary>All {len(rows)} verified candidates, {steps}</summary>{table(head, rows)}</details>"

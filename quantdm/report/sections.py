@@ -194,7 +194,7 @@ def protocol(records: Records) -> str:
         (
             "Verification",
             f"up to {counted(s.verify_draws, 'draw')} (from {base + 2}) of {s.verify_images:,} images, "
-            f"{counted(s.protocol.steps, 'step')}; "
+            f"{counted(s.steps_of_verification, 'step')}; "
             "a candidate that is clearly worse than the best (99 % interval over images of equal noises) stops",
         ),
     ]

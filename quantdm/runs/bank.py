@@ -240,8 +240,9 @@ class _Work:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)  # first: nobody begins another layer
         self._processes.end()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()
 
     def all(self, layers: Sequence[LayerRecord]) -> Iterator[tuple[LayerRecord, Path]]:
         """Yield every layer and its file as they are done."""

@@ -66,13 +66,14 @@ class BankProcesses:
 
 @contextmanager
 def _handed(weight: torch.Tensor, folder: Path) -> Iterator[Path]:
-    """Yield a file with a weight; whoever reads it deletes it, so that a killed search leaves none."""
+    """Yield a file with a weight; whoever reads it deletes it, so that a search that is killed later leaves none."""
     path = folder / f".{uuid.uuid4().hex}.tmp"
     try:
         save_tensors(path, {"weight": weight})
         yield path
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def file_of(moments: Mapping[str, Moments] | None, name: str) -> Path | None:

@@ -61,8 +61,8 @@ def _shared(run: Run) -> list[Any]:
 def verification_draws(run: Run) -> list[Draw]:
     """Return the noises on which candidates are compared."""
     settings = run.settings
-    base = settings.seed * 1000 + 2
-    return [Draw(base + i, settings.verify_images, settings.protocol.steps) for i in range(settings.verify_draws)]
+    base, steps = settings.seed * 1000 + 2, settings.steps_of_verification
+    return [Draw(base + i, settings.verify_images, steps) for i in range(settings.verify_draws)]
 
 
 def _select(

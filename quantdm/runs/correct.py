@@ -1,5 +1,6 @@
 """Fit the sampler's correction for a run's recipe with quantized activations."""
 
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from quantdm.correction.levels import check_served
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
 from quantdm.files import digest, read_json, tensors_digest, write_json
-from quantdm.machine import checked_device
+from quantdm.machine import checked_device, cores
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.loading import DiffusionPipeline
@@ -46,7 +47,8 @@ def correct_recipe(
     subject = run.open_subject(device=None if device is None else checked_device(device))
     check_served(subject.pipe.scheduler)
     spec = None if bits == 16 else usual_activations(subject.denoiser, bits)
-    with Engine(run, subject, batch_size=batch_size) as engine:
+    workers = min(cores(), GLANCE) if subject.device.type == "cpu" else None  # each opens the pipeline
+    with Engine(run, subject, workers=workers, batch_size=batch_size) as engine:
         tuned = own_tuning(run, labels_of(run, recipe, subject.layers))
         return load_correction(correct_run(run, engine, recipe, spec, images=images, anew=True, tuned=tuned))
 
@@ -94,7 +96,7 @@ def correct_run(
     joint = Recipe(model=recipe.model, layers=labels, activations=activations)
     with told(f"correction of {job.description}"):
         correction = _fit(run, engine.local, job, joint, images, unfinished)
-        correction = _choose(run, engine, job, correction, images, key)
+        correction = _choose(run, engine, job, correction, images)
     steps = step_table(correction, engine.local.pipe.scheduler, run.settings.protocol.steps)
     correction.save(path)
     write_json(record, {"version": STEPS_VERSION, "fitted_for": key, "tuning": tuning, "steps": steps})  # last
@@ -121,17 +123,13 @@ def _fit(run: Run, evaluator: Evaluator, job: Job, recipe: Recipe, images: int, 
     )
 
 
-def _choose(run: Run, engine: Engine, job: Job, correction: Correction, images: int, key: str) -> Correction:
+def _choose(run: Run, engine: Engine, job: Job, correction: Correction, images: int) -> Correction:
     """Keep the variant that lowers fid_fp beyond noise; the draws of each are measured side by side."""
     store, draws, without = TrialStore(run.path("corrected")), _draws(run, 60, TEST_DRAWS, images), []
     with bar(len(TRIED) * len(draws), "correction: what helps?") as shown:
 
-        def written(candidate: Correction) -> str:  # for all workers to read; other drivers of the run may still do so
-            name = digest(key, candidate.variant, candidate.within)
-            return str(candidate.save(store.folder / f"{name}.safetensors"))
-
         def distances(given: str | None) -> Iterator[float]:
-            for heat in (draws[:GLANCE], draws[GLANCE:]):
+            for heat in (draws,) if given is None else (draws[:GLANCE], draws[GLANCE:]):
                 jobs = [replace(job, draw=draw, correction=given) for draw in heat]
                 work = {run_key(run, each): each for each in jobs}
                 found = measure_jobs(engine, store, work, progress=shown)
@@ -139,13 +137,19 @@ def _choose(run: Run, engine: Engine, job: Job, correction: Correction, images: 
 
         def measure(candidate: Correction | None) -> list[float]:
             if candidate is not None:
-                return glanced(distances(written(candidate)), without)
+                return glanced(distances(_written(candidate, store.folder)), without)
             without[:] = distances(None)
             return list(without)
 
         chosen = choose_variant(measure, correction, variants=TRIED)
         shown.total = shown.n  # measurements that were not needed are none that are missing
     return chosen
+
+
+def _written(candidate: Correction, folder: Path) -> str:
+    """Write a correction for all workers to read, of this driver and of others; its name is its content's."""
+    new = candidate.save(folder / f".{uuid.uuid4().hex}.safetensors")
+    return str(new.replace(folder / f"{tensors_digest(new)}.safetensors"))
 
 
 def _draws(run: Run, first: int, count: int, images: int) -> list[Draw]:

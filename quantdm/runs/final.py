@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -202,10 +203,21 @@ def run_key(run: Run, job: Job) -> str:
     A correction that found nothing to do counts as none; metrics count that the protocol asks for.
     """
     used = {"tuned": job.tuned, "correction": None if _is_idle(job.correction) else job.correction}
-    files = {kind: tensors_digest(path) for kind, path in used.items() if path is not None}
+    files = {kind: _content(path) for kind, path in used.items() if path is not None}
     own = [files] if files else []
     own += [run.settings.protocol.metrics] if run.settings.protocol.metrics else []
     return digest(replace(job, correction=None, tuned=None).key, *own) if own else job.key
+
+
+def _content(path: str) -> str:
+    """Return the hash of what a file of tensors holds; one that has not changed is not read again."""
+    stat = Path(path).stat()
+    return _digest_of(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=64)
+def _digest_of(path: str, changed: int, size: int) -> str:
+    return tensors_digest(path)
 
 
 def _is_idle(correction: str | None) -> bool:
@@ -248,4 +260,4 @@ def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw:
             whole = job == Job(few)
             found = engine.local.reference(draw) if whole else engine.local.samples(job)
             images[run_key(run, job)] = found.images[: few.images * found.frames]
-    save_tensors(path, {name: images[run_key(run, job)] for name, job in work.items()}, {"inputs": inputs})
+    save_tensors(path, {name: images[run_key(run, job)].clone() for name, job in work.items()}, {"inputs": inputs})

@@ -26,7 +26,7 @@ SNAPSHOT = "subject"
 # Settings that may change while a run goes on: what was measured under others stays true, and counts where it applies.
 GROWS = (
     "target_bits", "target_pipeline_bytes", "trials", "options", "label_images", "verify_images", "verify_draws",
-    "fidelity",
+    "verify_steps", "fidelity",
 )  # fmt: skip
 
 
@@ -52,6 +52,7 @@ class RunSettings(BaseModel):
     label_steps: int
     verify_images: int
     verify_draws: int = 2  # what runs before 0.3 had
+    verify_steps: int | None = None  # None: those of the protocol
     noise_images: int
     noise_steps: int | None = None  # of the trajectories of one-layer errors; None: those of the trials
     noise_signs: int | None = None  # that one-layer errors are averages over; None: each is measured, as before 0.3
@@ -69,7 +70,7 @@ class RunSettings(BaseModel):
         """Leave out what runs before 0.4 did not have, so that what they have recorded stays theirs."""
         absent: dict[str, Any] = {
             "embeddings": None, "verify_draws": 2, "learned": None, "fidelity": "full", "noise_steps": None,
-            "target_pipeline_bytes": None, "noise_signs": None,
+            "target_pipeline_bytes": None, "noise_signs": None, "verify_steps": None,
         }  # fmt: skip
         return {key: value for key, value in dump(self).items() if key not in absent or value != absent[key]}
 
@@ -94,6 +95,11 @@ class RunSettings(BaseModel):
             first_seed=(self.seed * 1000 + CALIBRATION_SEED) * 10**6,
             sweeps=self.sweeps,
         )
+
+    @property
+    def steps_of_verification(self) -> int:
+        """How many steps candidates are compared on."""
+        return self.verify_steps or self.protocol.steps
 
     @property
     def bank_schemes(self) -> tuple[Scheme, ...]:
@@ -151,7 +157,9 @@ class Run:
                 settings = settings.model_copy(update={"dtype": run.settings.dtype})
             if settings.embeddings == TABLE_SCHEME.label:  # the default, which runs before 0.4 had not
                 settings = settings.model_copy(update={"embeddings": run.settings.embeddings})
-            settings = settings.model_copy(update={"noise_signs": run.settings.noise_signs})  # None, before 0.3
+            # None, before 0.3
+            own = {name: getattr(run.settings, name) for name in ("noise_signs", "noise_steps")}
+            settings = settings.model_copy(update=own)
             differing = _differences(run.settings, settings)
             if differing:
                 raise QuantDMError(

@@ -32,11 +32,11 @@ FULL_TRIALS, QUICK_TRIALS = 160, MIN_TRIALS
 class Effort:
     """How much is measured in a search.
 
-    `label_images` at `label_steps` per trial, `verify_images` on up to `verify_draws` draws for each of the best
-    candidates, `noise_images` along `noise_steps` (None: `label_steps`) for the one-layer noise errors. These come from
-    backward passes, averaged over `noise_signs` random signs (None: every option of every layer is measured, tens to
-    hundreds of times as long). Calibrated options see the inputs of `calibration_images` trajectories of the protocol's
-    steps and are refined in up to `sweeps` rounds.
+    `label_images` at `label_steps` per trial, `verify_images` at `verify_steps` (None: those of the protocol) on up to
+    `verify_draws` draws for each of the best candidates, `noise_images` along `noise_steps` (None: `label_steps`) for
+    the one-layer noise errors. These come from backward passes, averaged over `noise_signs` random signs (None: every
+    option of every layer is measured, tens to hundreds of times as long). Calibrated options see the inputs of
+    `calibration_images` trajectories of the protocol's steps and are refined in up to `sweeps` rounds.
     """
 
     label_images: int = 64
@@ -48,17 +48,18 @@ class Effort:
     verify_draws: int = 3
     noise_steps: int | None = 8
     noise_signs: int | None = 512
+    verify_steps: int | None = None
 
     def __post_init__(self) -> None:
         least = {"label_images": 2, "label_steps": 1, "verify_images": 2, "noise_images": 1}
         least |= {"calibration_images": 1, "sweeps": 0, "verify_draws": 1}
-        least |= {name: 1 for name in ("noise_steps", "noise_signs") if getattr(self, name) is not None}
+        least |= {name: 1 for name in ("noise_steps", "noise_signs", "verify_steps") if getattr(self, name) is not None}
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise QuantDMError(f"effort: {name}: got {getattr(self, name)}, expected {number} or more")
 
 
-FULL, QUICK = Effort(), Effort(48, 4, 48, 2, 8, 1, 1, noise_steps=None, noise_signs=128)
+FULL, QUICK = Effort(), Effort(48, 4, 240, 2, 8, 1, 1, noise_steps=None, noise_signs=128, verify_steps=4)
 
 
 def make_settings(
@@ -110,7 +111,7 @@ def make_settings(
 def _tried(subject: Subject, protocol: Protocol, effort: Effort) -> tuple[Protocol, Effort]:
     """Return what is measured, checked and tried, and the effort with as many steps as it takes at least."""
     check_measures(subject.pipe, protocol)
-    asked = {name: getattr(effort, name) for name in ("label_steps", "noise_steps")}
+    asked = {name: getattr(effort, name) for name in ("label_steps", "noise_steps", "verify_steps")}
     steps = {name: fewest_steps(subject.pipe, protocol, n) for name, n in asked.items() if n is not None}
     return protocol, replace(effort, **steps)
 

@@ -37,7 +37,7 @@ from quantdm.tuning import Tuned, TuneSettings, tune
 TUNING_VERSION = 1
 TUNING_FILE = "tuning.json"
 TRAIN_SEED, HELD_OUT_SEED = 910, 920  # base seeds of the trajectories: outside those of every draw
-HELD_OUT_IMAGES = 32  # at most; as many as there are to train on
+HELD_OUT_IMAGES, FEWEST = 32, 16  # at most and at least; else as many as there are to train on
 
 
 def tune_run(
@@ -136,7 +136,7 @@ def _train(
     denoisers = find_denoisers(exact)
     calls, held_out = (
         _record(run, subject, exact, seed, count, engine.batch_size)
-        for seed, count in ((TRAIN_SEED, images), (HELD_OUT_SEED, min(images, HELD_OUT_IMAGES)))
+        for seed, count in ((TRAIN_SEED, images), (HELD_OUT_SEED, min(max(images, FEWEST), HELD_OUT_IMAGES)))
     )
     found: dict[str, Tuned] = {}
     with bar(settings.steps * len(subject.part_names), "tune: steps") as progress:

@@ -255,9 +255,9 @@ def _tell_apart(subject: Subject, device: str) -> None:
     """Say what is computed elsewhere than by the workers if that is another kind of device."""
     if subject.device.type != device:
         _log.warning(
-            "ray: workers are on %s, this process is on %s: calibration, bank, tuning and correction are "
-            "computed here, and the dtype of images is what is fast here unless --dtype says; start from a node "
-            "that is like the workers' (docs/cluster.md)",
+            "ray: workers are on %s, this process is on %s: calibration, bank, tuning and the statistics of the "
+            "correction are computed here, and the dtype of images is what is fast here unless --dtype says; start "
+            "from a node that is like the workers' (docs/cluster.md)",
             device,
             subject.device.type,
         )
