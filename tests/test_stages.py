@@ -11,7 +11,7 @@ from quantdm import QuantDMError, Recipe, get_denoiser, load_pipeline, load_reci
 from quantdm.activations import usual_activations
 from quantdm.allocation.candidates import BASELINE, LEAST_WEIGHT_ERROR, baseline_choices, mean_of_standardised
 from quantdm.correction import load_correction
-from quantdm.files import read_json
+from quantdm.files import read_json, tensors_digest
 from quantdm.pipelines.subject import look_at
 from quantdm.runs import choose as choosing
 from quantdm.runs import explain as explaining
@@ -19,7 +19,7 @@ from quantdm.runs import final, why
 from quantdm.runs import trials as trying
 from quantdm.runs.correct import correct_run
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.evaluator import Job
+from quantdm.runs.evaluator import Evaluator, Job
 from quantdm.runs.run import Run
 from quantdm.runs.trials import load_trials
 from quantdm.schemes import Scheme
@@ -109,7 +109,7 @@ def test_reopened_surrogates_explain_and_choose_as_the_fitted_ones(run, space, f
     assert read_json(run.path("attribution.json")) == before
     selection = read_json(run.path("selection.json"))
     run.path("selection.json").unlink()
-    with Engine(run, look_at(dit)) as engine:  # it measures nothing: the candidates are those that were verified
+    with Engine(run, look_at(dit), workers=1) as engine:  # it measures nothing: the candidates were verified
         assert choosing.choose(run, engine, space, attributions, fitted["graph"]) == finished[1]
     assert read_json(run.path("selection.json")) == selection
 
@@ -139,7 +139,7 @@ def by_hand(run, record):
 def test_a_recipe_of_patterns_is_corrected_as_the_weights_that_it_means(run, space, dit):
     recipe = by_hand(run, {"default": "uniform-channel-4", "patterns": {"*.attn1.*": "uniform-channel-2"}})
     assert recipe.layers == {}  # that is what was measured before: nothing quantized
-    with Engine(run, look_at(dit)) as engine:
+    with Engine(run, look_at(dit), workers=1) as engine:
         path = correct_run(run, engine, recipe, usual_activations(get_denoiser(dit), 6), images=8)
         worse = load_correction(path).measured["none"]
         before = path.stat().st_mtime_ns
@@ -149,6 +149,32 @@ def test_a_recipe_of_patterns_is_corrected_as_the_weights_that_it_means(run, spa
         finer = by_hand(run, {"default": "kmeans-channel-4"})
         better = load_correction(correct_run(run, engine, finer, spec, images=8)).measured["none"]
     assert np.mean(worse) > 2 * np.mean(better) > 0
+
+
+def test_a_comparison_of_corrections_that_was_interrupted_goes_on(run, dit, monkeypatch):
+    recipe, spec = by_hand(run, {"default": "kmeans-channel-3"}), usual_activations(get_denoiser(dit), 6)
+    store, measure, calls = run.path("corrected"), Evaluator.measure, []
+    before = set(store.glob("*.json"))
+
+    def interrupted(self, job):
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        calls.append(job)
+        return measure(self, job)
+
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
+    with Engine(run, look_at(dit), workers=1) as engine, pytest.raises(KeyboardInterrupt):
+        correct_run(run, engine, recipe, spec, images=8)
+    assert len(set(store.glob("*.json")) - before) == 5
+    monkeypatch.setattr(Evaluator, "measure", lambda *a: calls.append(a[1]) or measure(*a))
+    with Engine(run, look_at(dit), workers=1) as engine:
+        first = load_correction(correct_run(run, engine, recipe, spec, images=8))
+        measured = len(calls)
+        assert len(set(store.glob("*.json")) - before) == measured > 5  # each once
+        again = load_correction(correct_run(run, engine, recipe, spec, images=8, anew=True))
+    assert len(calls) == measured  # the same statistics: nothing is measured anew
+    assert again.measured == first.measured
+    assert all(file.stem == tensors_digest(file) for file in store.glob("*.safetensors"))
 
 
 def test_the_rows_of_a_recipe_of_patterns_are_of_the_weights_that_it_means(run, space, finished):
@@ -169,7 +195,7 @@ def test_a_recipe_that_quantizes_further_parts_is_refused_where_only_the_denoise
     recipe = by_hand(run, {"default": "kmeans-channel-4", "components": {"vae": {"default": "uniform-channel-8"}}})
     spec = usual_activations(get_denoiser(dit), 6)
     with (
-        Engine(run, look_at(dit)) as engine,
+        Engine(run, look_at(dit), workers=1) as engine,
         pytest.raises(QuantDMError, match=r"quantizes vae.*take its components"),
     ):
         correct_run(run, engine, recipe, spec, images=8)
@@ -180,7 +206,7 @@ def test_a_recipe_that_quantizes_further_parts_is_refused_where_only_the_denoise
 def test_a_recipe_of_other_layers_is_refused(run, space, dit):
     recipe = Recipe(model="digits-dit", layers=dict.fromkeys(space.layer_names[1:], "kmeans-channel-4"))
     spec = usual_activations(get_denoiser(dit), 6)
-    with Engine(run, look_at(dit)) as engine, pytest.raises(QuantDMError, match="no scheme for 1 layer of"):
+    with Engine(run, look_at(dit), workers=1) as engine, pytest.raises(QuantDMError, match="no scheme for 1 layer of"):
         correct_run(run, engine, recipe, spec, images=8)
 
 
@@ -229,7 +255,7 @@ def test_pooled_values_weigh_every_explanation_alike_and_are_no_ranks():
 
 
 def test_sampling_noise_of_few_draws_has_no_spread(run, dit):
-    with Engine(run, look_at(dit)) as engine:
+    with Engine(run, look_at(dit), workers=1) as engine:
         draws = [final.Draw(base, 4, 2) for base in (70, 71, 72)]
         three, two, one = (final.sampling_noise(engine, draws[:n]) for n in (3, 2, 1))
     assert three["sd"] > 0

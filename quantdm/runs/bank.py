@@ -26,7 +26,7 @@ from quantdm.schemes import Scheme
 
 INDEX = "index.json"
 CACHE_BYTES = 2**30
-SMALL = 2**22  # weights times options that are quantized before processes have started
+SMALL, CALIBRATED = 2**26, 16  # weights times options, calibrated ones so many times: done before processes start
 
 
 class WeightBank:
@@ -124,7 +124,8 @@ class WeightBank:
     @property
     def _is_small(self) -> bool:
         """Whether it is done here before processes have started."""
-        return len(self.options) * sum(layer.num_weights for layer in self.layers.values()) < SMALL
+        each = sum(1 if scheme.calibration is None else CALIBRATED for scheme in self.options)
+        return each * sum(layer.num_weights for layer in self.layers.values()) < SMALL
 
     def _room_of(self, layer: LayerRecord) -> int:
         """Return as how many weights a layer counts when memory is shared: the moments of its columns count as well.
