@@ -36,7 +36,6 @@ MOST, GROUP, GROUPS = 40, 8, 4000
 # What is generated, and of how many of its images a distance is taken
 DRAWS = {
     Draw(171, 150, 20): (50, 100, 150), Draw(172, 300, 8): (150, 300), Draw(173, 600, 4): (75, 150, 300, 600),
-    Draw(174, 300, 4): (300,), Draw(175, 300, 4): (300,), Draw(176, 150, 20): (150,),
 }  # fmt: skip
 
 
