@@ -101,19 +101,15 @@ def few_of(full: Draw) -> Draw:
 
 def study(run: Run, engine: Engine, space: SearchSpace, labels: dict[str, Any]) -> dict[str, Any]:
     """Return rank correlations of labels, and what recipes learned with them are worth."""
-    choices, y = load_trials(run, space)
-    keys = [job_of(run, label_draw(run), space.config(choice).to_labels()).key for choice in choices]
-    both = [place for place, key in enumerate(keys) if key in labels["few"]]
-    choices, y, keys = choices[both], y[both], [keys[place] for place in both]
-    cheap = {kind: -np.log([max(labels[kind][key], 1e-9) for key in keys]) for kind in ("noise", "few")}
-    bits, target = space.avg_bits(choices), run.settings.target_bits
-    near = np.abs(bits - target) <= NEAR
+    fits_of = labelled(run, space, labels)
+    choices, y, cheap, near, target = fits_of.choices, fits_of.y, fits_of.cheap, fits_of.near, fits_of.target
+    bits = space.avg_bits(choices)
     free = {"average bits": bits, "sum of one-layer errors": -space.gather(space.noise_error, choices).sum(axis=1)}
     ranks = {
         name: {"all": round(spearman(x, y), 3), "near": round(spearman(x[near], y[near]), 3)}
         for name, x in {**free, **cheap}.items()
     }
-    fits = [fit for size in SIZES for fit in Fits(space, choices, y, cheap, near, target).of(*size)]
+    fits = [fit for size in SIZES for fit in fits_of.of(*size)]
     plain = select(space, -space.noise_error, target_bits=target, forbidden=dominated(space))
     fid = measured(run, engine, space, [plain, *(choice for fit in fits for choice in fit["choices"])])
     return {
@@ -130,6 +126,17 @@ def study(run: Run, engine: Engine, space: SearchSpace, labels: dict[str, Any]) 
         "versions": versions(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def labelled(run: Run, space: SearchSpace, labels: dict[str, Any]) -> "Fits":
+    """Return the trials that have all labels, to be fitted."""
+    choices, y = load_trials(run, space)
+    keys = [job_of(run, label_draw(run), space.config(choice).to_labels()).key for choice in choices]
+    both = [place for place, key in enumerate(keys) if key in labels["few"]]
+    choices, y, keys = choices[both], y[both], [keys[place] for place in both]
+    cheap = {kind: -np.log([max(labels[kind][key], 1e-9) for key in keys]) for kind in ("noise", "few")}
+    target = run.settings.target_bits
+    return Fits(space, choices, y, cheap, np.abs(space.avg_bits(choices) - target) <= NEAR, target)
 
 
 def costs(run: Run) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.fidelity_study import FINAL, SIZES, Fits
+from eval.fidelity_study import FINAL, SIZES, labelled
 from quantdm.files import read_json, write_json
 from quantdm.machine import versions
 from quantdm.metrics import frechet_distance
@@ -27,7 +27,6 @@ from quantdm.runs.evaluator import Evaluator, Job, job_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space
 from quantdm.runs.store import TrialStore
-from quantdm.runs.trials import label_draw, load_trials
 from quantdm.surrogates import SearchSpace
 from quantdm.surrogates.ranking import spearman
 
@@ -47,10 +46,9 @@ def main() -> None:
     run = Run.open(given.run_dir)
     space = load_space(run)
     truth, jobs = best_recipes(run, space, read_json(given.labels))
-    found = [measured(run, jobs, draw, sizes) for draw, sizes in DRAWS.items()]
-    kinds = {
-        kind: [each[kind] for each in found if kind in each] for kind in dict.fromkeys(k for f in found for k in f)
-    }
+    kinds: dict[str, list[float]] = {}
+    for draw, sizes in DRAWS.items():
+        kinds |= measured(run, jobs, draw, sizes)
     result = {
         "version": 1,
         "model": run.settings.model,
@@ -67,13 +65,7 @@ def main() -> None:
 
 def best_recipes(run: Run, space: SearchSpace, labels: dict[str, Any]) -> tuple[np.ndarray, list[Job]]:
     """Return fid_fp on the draw of the truth, and the configurations, of the recipes of the study of labels."""
-    choices, y = load_trials(run, space)
-    keys = [job_of(run, label_draw(run), space.config(choice).to_labels()).key for choice in choices]
-    both = [place for place, key in enumerate(keys) if key in labels["few"]]
-    choices, y, keys = choices[both], y[both], [keys[place] for place in both]
-    cheap = {kind: -np.log([max(labels[kind][key], 1e-9) for key in keys]) for kind in ("noise", "few")}
-    near = np.abs(space.avg_bits(choices) - run.settings.target_bits) <= 0.4
-    fits = Fits(space, choices, y, cheap, near, run.settings.target_bits)
+    fits = labelled(run, space, labels)
     chosen = {c.tobytes(): c for size in SIZES for fit in fits.of(*size) for c in fit["choices"]}
     store, known = TrialStore(run.path("fidelity")), []
     for choice in chosen.values():
@@ -103,18 +95,9 @@ def measured(run: Run, jobs: list[Job], draw: Draw, sizes: tuple[int, ...]) -> d
 
 
 def judged(kind: str, truth: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """Return what a kind of draw costs, in calls of the denoiser with one image, and how each draw of it chooses.
-
-    Where there are several draws [D, recipes], also how their mean does.
-    """
+    """Return what a kind of draw costs, in calls of the denoiser with one image, and how it chooses."""
     images, steps = map(int, kind.split(" x "))
-    found: dict[str, Any] = {"calls": images * steps}
-    found |= {"spearman": [round(spearman(row, truth), 3) for row in values]}
-    found |= {"regret": [regret(truth, row) for row in values]}
-    if len(values) > 1:
-        mean = values.mean(axis=0)
-        found["mean of draws"] = {"spearman": round(spearman(mean, truth), 3), "regret": regret(truth, mean)}
-    return found
+    return {"calls": images * steps, "spearman": round(spearman(values, truth), 3), "regret": regret(truth, values)}
 
 
 def regret(truth: np.ndarray, values: np.ndarray) -> float:

@@ -251,13 +251,13 @@ def save_grids(run: Run, engine: Engine, jobs: dict[str, tuple[Job, str]], draw:
     names = [name if name in jobs else "recipe+a6" for name in GRID_ROWS]  # not every sampler can be corrected
     shown = {name: jobs[name][0] for name in names}
     work = {name: replace(job, draw=few) for name, job in shown.items()}
-    inputs = digest({name: run_key(run, job) for name, job in work.items()})
+    keys = {name: run_key(run, job) for name, job in work.items()}
+    inputs = digest(keys)
     if path.is_file() and load_tensors(path)[1].get("inputs") == inputs:
         return
     images: dict[str, Tensor] = {}  # of every configuration once, and of full precision those that are there
-    for job in work.values():
-        if run_key(run, job) not in images:
-            whole = job == Job(few)
-            found = engine.local.reference(draw) if whole else engine.local.samples(job)
-            images[run_key(run, job)] = found.images[: few.images * found.frames]
-    save_tensors(path, {name: images[run_key(run, job)].clone() for name, job in work.items()}, {"inputs": inputs})
+    for name, job in work.items():
+        if keys[name] not in images:
+            found = engine.local.reference(draw) if job == Job(few) else engine.local.samples(job)
+            images[keys[name]] = found.images[: few.images * found.frames]
+    save_tensors(path, {name: images[key].clone() for name, key in keys.items()}, {"inputs": inputs})

@@ -157,7 +157,7 @@ class Run:
                 settings = settings.model_copy(update={"dtype": run.settings.dtype})
             if settings.embeddings == TABLE_SCHEME.label:  # the default, which runs before 0.4 had not
                 settings = settings.model_copy(update={"embeddings": run.settings.embeddings})
-            # None, before 0.3
+            # Sensitivities are not measured anew: before 0.3 both were None.
             own = {name: getattr(run.settings, name) for name in ("noise_signs", "noise_steps")}
             settings = settings.model_copy(update=own)
             differing = _differences(run.settings, settings)
