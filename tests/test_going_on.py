@@ -1,5 +1,6 @@
 """Whoever goes on with a run need not repeat how it started; what others taught it reaches every stage's command."""
 
+import os
 import shutil
 
 import pytest
@@ -89,3 +90,16 @@ def test_options_that_leave_a_layer_without_any_are_one_clear_error():
         make_settings(subject, **asked, options=[branched])
     made = make_settings(subject, **asked, options=[branched, Scheme.parse("uniform-channel-4")])
     assert made.options == (branched.label, "uniform-channel-4")
+
+
+def test_what_a_killed_process_left_half_written_goes_when_the_run_goes_on(stored, tmp_path):
+    run_dir = tmp_path / "run"
+    bank(stored, "--run-dir", run_dir, *BANK)
+    left, written = run_dir / "bank" / ".1234.tmp", run_dir / "bank" / ".5678.tmp"
+    for path in (left, written):
+        path.write_bytes(b"half")
+    an_hour_ago = written.stat().st_mtime - 3700
+    os.utime(left, (an_hour_ago, an_hour_ago))
+    bank(stored, "--run-dir", run_dir, *BANK)
+    assert not left.exists()
+    assert written.exists()  # another process may be at it

@@ -21,6 +21,7 @@ from quantdm.runs.manifest import MANIFEST, RUN_VERSION, read_manifest
 from quantdm.schemes import COMPARED, ORIGINAL, TABLE_SCHEME, Scheme, parse_option
 
 CALIBRATION_SEED = 900  # base seed of the trajectories that calibrate: outside those of every draw
+ABANDONED = 3600.0  # seconds without a write after which nobody is writing a temporary file any more
 MIN_TRIALS = 30  # the fewest that a search is asked for: surrogates learn nothing from fewer
 SNAPSHOT = "subject"
 # Settings that may change while a run goes on: what was measured under others stays true, and counts where it applies.
@@ -142,6 +143,8 @@ class Run:
     def create(cls, folder: str | Path, settings: RunSettings, *, keep_dtype: bool = True) -> "Run":
         """Start a run, or go on with one: of the same settings, or grown (GROWS), or of a pipeline that was moved.
 
+        What processes that were killed left half-written in it is deleted.
+
         Args:
             keep_dtype: whether a run that goes on keeps the dtype that the first machine chose.
 
@@ -166,6 +169,7 @@ class Run:
                     f"run directory {folder} belongs to another run: {'; '.join(differing[:3])}. "
                     "Choose another --run-dir, or start it as it was"
                 )
+            Claims(folder, lease=ABANDONED).sweep(folder, "**/.*.tmp")
             return run.grow(settings)
         if folder.is_file() or (folder.is_dir() and any(p for p in folder.iterdir() if not p.name.startswith("."))):
             raise QuantDMError(f"run directory {folder} is not empty and holds no {MANIFEST}; choose another --run-dir")
