@@ -23,12 +23,12 @@ import diffusers
 import torch
 
 from quantdm import get_denoiser, list_layers, load_pipeline
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.files import write_json
 from quantdm.machine import cores, versions
 from quantdm.pipelines.known import known_pipelines
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
-from quantdm.runs.bank import WeightBank
 from quantdm.schemes import Scheme
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -8,11 +8,11 @@ from judge import Judge
 
 from quantdm import get_denoiser, list_layers, load_pipeline, load_protocol
 from quantdm.activations.moments import gather_moments
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.hub.export import lossless_dtype
 from quantdm.metrics.samples import Draw
 from quantdm.metrics.statistics import spread
 from quantdm.pipelines.generate import calibration_calls
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.tuned import TunedWeights
 from quantdm.schemes import Scheme
 from quantdm.tuning import TuneSettings, tune

@@ -25,12 +25,12 @@ import torch
 
 from quantdm import Protocol, Scheme
 from quantdm.activations.moments import gather_moments
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.denoisers.calls import record_calls, replay
 from quantdm.files import write_json
 from quantdm.machine import cores, memory_gb, versions
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import Subject, look_at
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.settings import FULL, FULL_TRIALS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

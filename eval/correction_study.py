@@ -32,6 +32,7 @@ import torch
 from quantdm import get_denoiser, list_layers, load_pipeline, load_protocol
 from quantdm.activations import set_activation_bits_
 from quantdm.activations.moments import gather_moments
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.correction import RIVALS, VARIANTS, Correction, fit_correction, load_correction
 from quantdm.correction.fit import sampling
 from quantdm.correction.record import CORRECTION_VERSION
@@ -42,7 +43,6 @@ from quantdm.metrics import frechet_distance, load_extractor
 from quantdm.metrics.samples import Draw, Samples, compare, compare_real, draw_samples
 from quantdm.pipelines.generate import calibration_calls, generate
 from quantdm.recipe import ActivationSpec
-from quantdm.runs.bank import WeightBank
 from quantdm.schemes import Scheme
 
 OUT = Path(__file__).parent / "results" / "correction_study.json"

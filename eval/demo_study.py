@@ -31,12 +31,12 @@ from quantdm.activations.moments import JointMoments
 from quantdm.allocation import select
 from quantdm.allocation.candidates import BASELINE, mean_of_standardised
 from quantdm.allocation.pruning import dominated
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.machine import one_torch_thread, versions
 from quantdm.metrics import frechet_distance
 from quantdm.metrics.samples import Draw
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.choose import verification_draws
 from quantdm.runs.evaluator import Evaluator, Probe, job_of
 from quantdm.runs.proposals import SURROGATES, bits_apart, weights_near

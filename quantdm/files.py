@@ -225,8 +225,10 @@ def parse_json(data: bytes, path: str | Path, *, version: int | None = None) -> 
     return record
 
 
-def save_tensors(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, Any] | None = None) -> None:
-    """Write tensors atomically as safetensors; `metadata` travels as one JSON string in the header.
+def save_tensors(
+    path: str | Path, tensors: "dict[str, torch.Tensor]", metadata: dict[str, Any] | None = None, durable: bool = True
+) -> None:
+    """Write tensors atomically (see `atomic_path`) as safetensors; `metadata` travels as one JSON string in the header.
 
     Raises:
         QuantDMError: the file cannot be written, or would replace what is no such file of the same `kind`.
@@ -239,7 +241,7 @@ def save_tensors(path: str | Path, tensors: "dict[str, torch.Tensor]", metadata:
         if found is None or json.loads(found).get("kind") != (metadata or {}).get("kind"):
             raise QuantDMError(f"{path}: exists and holds something else; move it away or choose another path")
     header = {"format": "pt", "quantdm": json.dumps(metadata or {}, allow_nan=False)}
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=durable) as temporary:
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=header)
 
 

@@ -16,7 +16,7 @@ ROOT = PROJECT / "quantdm"
 
 # Rooms from the bottom to the top: a room may import from itself and from any lower row.
 ROWS = (
-    ("errors", "progress", "registration"),
+    ("errors", "progress", "processes", "registration"),
     ("files", "machine", "checked"),
     ("schemes",),
     ("recipe", "quantizers"),
@@ -25,6 +25,7 @@ ROWS = (
     ("modules",),
     ("activations",),
     ("metrics",),
+    ("bank",),
     ("correction", "tuning"),
     ("hub",),
     ("surrogates",),
@@ -46,7 +47,7 @@ def room_of(path: Path) -> str:
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a module, e.g. quantdm.runs.bank; a package's is that of its __init__."""
+    """The dotted name of a module, e.g. quantdm.bank.weight_bank; a package's is that of its __init__."""
     return ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
 
 

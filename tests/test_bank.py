@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 
 from quantdm import QuantDMError, Scheme, get_denoiser, list_layers, load_protocol
 from quantdm.activations.moments import JointMoments, gather_moments
+from quantdm.bank import layer_build, weight_bank
+from quantdm.bank import processes as bank_processes
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.files import load_tensors
 from quantdm.pipelines.generate import calibration_calls
 from quantdm.quantizers import Moments, count_bits
-from quantdm.runs import bank as bank_module
-from quantdm.runs import bank_layer, bank_processes
-from quantdm.runs.bank import WeightBank
 from tests.programs import ROOT, environment
 
 OPTIONS = tuple(Scheme.parse(label) for label in ("uniform-channel-3", "kmeans-channel-4", "kmeans-tensor-3"))
@@ -62,7 +62,7 @@ def test_files_are_the_same_for_any_number_of_workers(dit, layers, built, tmp_pa
 
 def test_two_cores_share_the_work_in_processes_and_files_are_the_same(dit, layers, built, tmp_path, monkeypatch):
     few, started, launch, asked = layers[:7], [], bank_processes.launch, bank_processes.asked
-    monkeypatch.setattr(bank_module, "SMALL", 0)
+    monkeypatch.setattr(bank_processes, "SMALL", 0)
     left: list[bool] = []  # files with weights, when they have been read
     monkeypatch.setattr(
         bank_processes, "asked", lambda *a: (asked(*a), left.append(Path(json.loads(a[1])["weight"]).exists()))[0]
@@ -80,7 +80,7 @@ def test_two_cores_share_the_work_in_processes_and_files_are_the_same(dit, layer
 
 
 def test_moments_in_files_reach_the_processes_and_those_in_memory_stay(dit, layers, tmp_path, monkeypatch):
-    monkeypatch.setattr(bank_module, "SMALL", 0)
+    monkeypatch.setattr(bank_processes, "SMALL", 0)
     calls = calibration_calls(dit, load_protocol("digits-dit"), range(2), steps=2)
     few, options, denoiser = layers[1:4], [Scheme.parse("uniform-channel-3-feedback")], get_denoiser(dit)
     names = [layer.name for layer in few]
@@ -92,7 +92,7 @@ def test_moments_in_files_reach_the_processes_and_those_in_memory_stay(dit, laye
 
 
 def test_what_a_process_cannot_quantize_or_one_that_dies_is_one_clear_error(layers, tmp_path, monkeypatch):
-    monkeypatch.setattr(bank_module, "SMALL", 0)
+    monkeypatch.setattr(bank_processes, "SMALL", 0)
     layer = replace(layers[0], name="a", shape=(2, 2), num_weights=4, split=None)
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2, bias=False)})
     torch.nn.init.constant_(model["a"].weight, torch.nan)
@@ -185,16 +185,16 @@ def test_a_bad_weight_is_named_and_what_is_finished_stays(dit, layers, tmp_path)
 BUILD = """
 import sys, time, torch
 from quantdm import get_denoiser, list_layers, load_pipeline
-from quantdm.runs import bank, bank_layer
+from quantdm.bank import layer_build, weight_bank
 from tests.test_bank import OPTIONS
 torch.set_num_threads(1)
-quantize = bank_layer.quantize_options
+quantize = layer_build.quantize_options
 def slowly(*args, **kwargs):  # it does not finish before it is killed
     time.sleep(0.2)
     return quantize(*args, **kwargs)
-bank_layer.quantize_options = slowly
+layer_build.quantize_options = slowly
 denoiser = get_denoiser(load_pipeline("digits-dit"))
-bank.WeightBank(sys.argv[1], list_layers(denoiser)[:12], OPTIONS).build(denoiser, workers=1)
+weight_bank.WeightBank(sys.argv[1], list_layers(denoiser)[:12], OPTIONS).build(denoiser, workers=1)
 """
 
 
@@ -219,7 +219,7 @@ def test_nothing_of_a_written_layer_stays_in_memory(dit, layers, built, monkeypa
 
     alive: list[weakref.ref] = []
     most = 0
-    quantize = bank_layer.quantize_options
+    quantize = layer_build.quantize_options
 
     def watched(*args, **kwargs):
         nonlocal most
@@ -228,7 +228,7 @@ def test_nothing_of_a_written_layer_stays_in_memory(dit, layers, built, monkeypa
         most = max(most, sum(ref() is not None for ref in alive))
         return items
 
-    monkeypatch.setattr(bank_layer, "quantize_options", watched)
+    monkeypatch.setattr(layer_build, "quantize_options", watched)
     bank = WeightBank(tmp_path, layers, OPTIONS).build(get_denoiser(dit), workers=1)
     assert len(alive) == len(layers) * len(OPTIONS)
     assert most <= 2 * len(OPTIONS)
@@ -300,7 +300,7 @@ def test_decoded_weights_are_kept_up_to_a_number_of_bytes(built, layers):
 
 
 def test_a_layer_above_the_limit_goes_alone(monkeypatch, dit, layers, built, tmp_path):
-    monkeypatch.setattr(bank_module, "IN_FLIGHT", 1)
+    monkeypatch.setattr(weight_bank, "IN_FLIGHT", 1)
     WeightBank(tmp_path, layers, OPTIONS).build(get_denoiser(dit), workers=3)
     assert contents(tmp_path) == contents(built.folder)
 
@@ -334,9 +334,9 @@ def test_what_was_looked_for_is_made_without_a_second_hash(tmp_path, monkeypatch
 
     layer, weight, before = LayerRecord("a", "linear", "", "", 32, (4, 8), 1, None, 0, ""), torch.randn(4, 8), None  # type: ignore[arg-type]
     for options in (OPTIONS[:1], OPTIONS):  # the second takes over what the first has
-        task = bank_layer.LayerBuild(tmp_path, layer, options, 0, before)
+        task = layer_build.LayerBuild(tmp_path, layer.name, layer.split, options, 0, before)
         address = task.look(weight, None)
         with monkeypatch.context() as patched:
-            patched.delattr(bank_layer, "digest")
+            patched.delattr(layer_build, "digest")
             before = task.make(weight, None, address)
         assert before == address.path == task.look(weight, None)

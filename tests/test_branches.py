@@ -10,6 +10,7 @@ from quantdm import QuantDMError, Recipe, get_denoiser, list_layers, load_pipeli
 from quantdm.activations.codes import Grid, new_codes
 from quantdm.allocation.candidates import baseline_choices
 from quantdm.allocation.pruning import dominated
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.denoisers.analysis import trace_graph
 from quantdm.hub.size import ExportSize
 from quantdm.modules import quantize_module_
@@ -19,7 +20,6 @@ from quantdm.quantizers.branches import add_branches, fit_branch, fits_rank
 from quantdm.quantizers.objective import OutputError
 from quantdm.quantizers.weight import count_bits
 from quantdm.recipe.activations import ActivationScheme
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.stages import _filled
 from quantdm.runs.trials import first_trials
 from quantdm.schemes import Scheme

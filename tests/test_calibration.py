@@ -7,11 +7,11 @@ from torch import nn
 from quantdm import QuantDMError, Scheme, get_denoiser, list_layers, load_protocol
 from quantdm.activations import moments as calibration
 from quantdm.activations.moments import gather_moments, input_vectors
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.denoisers.calls import Call, replay
 from quantdm.metrics import relative_error
 from quantdm.pipelines.generate import calibration_calls
 from quantdm.quantizers import quantize_weight
-from quantdm.runs.bank import WeightBank
 
 LAYERS = {
     "linear": (nn.Linear(6, 5), (3, 7, 6)),

@@ -8,10 +8,10 @@ import torch
 
 from quantdm import ActivationSpec, QuantDMError, Scheme, load_protocol, load_recipe
 from quantdm.allocation.candidates import BASELINE
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.files import load_tensors, read_json, write_json
 from quantdm.pipelines.protocol import Protocol
 from quantdm.pipelines.subject import look_at
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.claims import CLAIMS, Claims
 from quantdm.runs.engines.call import called
 from quantdm.runs.engines.local import Engine

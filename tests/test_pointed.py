@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from quantdm import QuantConfig, get_denoiser, list_layers
+from quantdm.bank.pointed import pointed
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.denoisers.ensemble import join_weights
 from quantdm.pipelines.loading import load_pipeline
-from quantdm.runs.bank import WeightBank
-from quantdm.runs.pointed import pointed
 from quantdm.schemes import Scheme
 
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from quantdm.runs import processes
-from quantdm.runs.processes import Process, asked, bury
+from quantdm import processes
+from quantdm.processes import Process, asked, bury
 
 ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
 

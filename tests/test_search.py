@@ -25,11 +25,11 @@ from quantdm import (
     load_protocol,
     load_recipe,
 )
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.metrics import relative_error
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import look_at
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.evaluator import Evaluator, Job, Probe
 from quantdm.runs.run import Run
 from quantdm.runs.search import start_run

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quantdm import QuantDMError, Scheme
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.denoisers.calls import Call, record_calls, replay
 from quantdm.denoisers.propagation import propagated_errors
 from quantdm.files import read_json
@@ -18,7 +19,6 @@ from quantdm.metrics import relative_error
 from quantdm.pipelines.generate import generate
 from quantdm.pipelines.subject import look_at
 from quantdm.quantizers.branches import fits_rank
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.evaluator import Evaluator, Probe
 from quantdm.runs.propagated import Pass, propagated

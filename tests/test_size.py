@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from quantdm import Recipe, export_pipeline, get_denoiser, list_layers, load_pipeline
 from quantdm.allocation.sampling import sample_configs
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.denoisers.analysis import trace_graph
 from quantdm.hub import size as size_module
 from quantdm.hub.apply import apply_recipe
@@ -21,7 +22,6 @@ from quantdm.modules.packed import packed_layers
 from quantdm.pipelines.tensor_files import DTYPE_NAMES
 from quantdm.quantizers import count_bits
 from quantdm.quantizers.branches import fits_rank
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.target import checked_target
 from quantdm.schemes import ORIGINAL, PAPER_OPTIONS, Scheme
 from quantdm.surrogates import SearchSpace

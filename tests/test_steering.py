@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from quantdm import QuantDMError, generate, load_pipeline, load_protocol
+from quantdm import QuantDMError, generate, load_pipeline, load_protocol, processes
 from quantdm.cli.app import batch_size_of
 from quantdm.cli.main import app
 from quantdm.corridor import plan as planning
@@ -16,7 +16,6 @@ from quantdm.machine import checked_device, same_devices
 from quantdm.pipelines import subject as opening
 from quantdm.pipelines.sizes import auto_batch, is_out_of_memory
 from quantdm.pipelines.subject import look_at
-from quantdm.runs import processes
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.engines.means import Means, Speed
 from quantdm.runs.run import Run

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantdm import Scheme
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.files import save_tensors
 from quantdm.machine import IN_FLIGHT
@@ -17,7 +18,6 @@ from quantdm.pipelines.tensor_files import map_tensor
 from quantdm.quantizers import Moments, feedback, fit, quantize_options
 from quantdm.quantizers import moments as moments_module
 from quantdm.quantizers.feedback import DAMPING, factorize
-from quantdm.runs.bank import WeightBank
 
 LABELS = (
     "kmeans-channel-3-feedback", "uniform-channel-4-importance", "kmeans-shared-2-feedback",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.correction import load_correction
 from quantdm.correction.record import is_current
 from quantdm.denoisers.given_inputs import parse_inputs
@@ -11,7 +12,6 @@ from quantdm.files import read_json, tensors_digest
 from quantdm.hub.export import export_pipeline
 from quantdm.hub.replace import CORRECTION_FILE, check_export_path
 from quantdm.recipe import Recipe, load_recipe
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.labels import weights_of
 from quantdm.runs.run import Run
 from quantdm.runs.stages import load_space

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from quantdm.bank.weight_bank import CACHE_BYTES
 from quantdm.correction.fit import GLANCE
 from quantdm.corridor.levels import Level
 from quantdm.denoisers.inventory import LayerRecord
@@ -19,7 +20,6 @@ from quantdm.pipelines.sizes import bytes_per_image
 from quantdm.pipelines.subject import Subject
 from quantdm.progress import duration
 from quantdm.quantizers import Moments, count_bits, quantize_options
-from quantdm.runs.bank import CACHE_BYTES
 from quantdm.runs.cheap import EVERY
 from quantdm.runs.engines.means import Means
 from quantdm.runs.evaluator import NOISE_CALLS

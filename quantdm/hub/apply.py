@@ -16,7 +16,7 @@ from quantdm.hub.config import QuantDMConfig, QuantizationMethod
 from quantdm.hub.diffusers_plugin import QuantDMQuantizer
 from quantdm.hub.header import layer_table
 from quantdm.hub.plan import calibration_of, check_weights, plan_recipe
-from quantdm.hub.quantize import Bank, pack_layers, set_packed_
+from quantdm.hub.quantize import Bank, set_packed_
 from quantdm.hub.transformers_plugin import QuantDMHfQuantizer
 from quantdm.hub.worth import check_plans
 from quantdm.recipe import CalibrationSpec, Recipe
@@ -81,7 +81,7 @@ def apply_recipe(
         for plan in plans:
             set_activation_bits_(plan.model, None)
         plans = with_calibration(pipe_or_denoiser, plans, calibration)
-        packed = [pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what) for plan in plans]
+        packed = [plan.pack() for plan in plans]
     except BaseException:
         for model, spec in before:
             set_activation_bits_(model, spec)

@@ -9,35 +9,12 @@ from torch import Tensor, nn
 from quantdm.activations.calibration import calibrate
 from quantdm.errors import QuantDMError
 from quantdm.hub.plan import Plan, plan_recipe
-from quantdm.hub.quantize import Bank, model_layers, pack_layers
+from quantdm.hub.quantize import Bank
 from quantdm.pipelines.parts import find_denoisers
-from quantdm.quantizers import Moments, QuantizedWeight, quantize_weight
+from quantdm.quantizers import QuantizedWeight
 from quantdm.recipe import CalibrationSpec, Recipe
 from quantdm.recipe.joint import joint_prefix
 from quantdm.schemes import Scheme
-
-
-class CalibratedBank:
-    """Quantizes the layers of one denoiser as they are asked for, with the moments of their inputs."""
-
-    def __init__(self, model: nn.Module, moments: Mapping[str, Moments], sweeps: int) -> None:
-        self.model, self.moments, self.sweeps = model, moments, sweeps
-        self.splits = {layer.name: layer.split for layer in model_layers(model)}
-
-    def get(self, layer_name: str, scheme: Scheme) -> QuantizedWeight:
-        """Return the layer's weight under this scheme."""
-        return quantize_weight(
-            self.model.get_parameter(f"{layer_name}.weight").detach(),
-            scheme,
-            split=self.splits[layer_name],
-            name=layer_name,
-            moments=None if scheme.calibration is None else self.moments[layer_name],
-            sweeps=self.sweeps,
-        )
-
-    def other(self, parameter_name: str) -> Tensor | None:
-        """Leave what is not quantized as it is."""
-        return None
 
 
 @dataclass(frozen=True)
@@ -85,7 +62,7 @@ def check_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | 
 
 
 def with_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | None) -> list[Plan]:
-    """Return the plans, those with calibrated schemes with a bank that calibrates them on the pipeline.
+    """Return the plans, those with calibrated schemes with the moments of their layers on the pipeline.
 
     Raises:
         QuantDMError: as `check_calibration`, or the pipeline cannot make these images.
@@ -96,8 +73,11 @@ def with_calibration(pipe: Any, plans: Sequence[Plan], spec: CalibrationSpec | N
         return list(plans)
     parts = {name: model for name, model in find_denoisers(pipe).items() if id(model) in wanted}
     moments = calibrate(pipe, spec, {name: wanted[id(model)] for name, model in parts.items()})
-    banks = {id(model): CalibratedBank(model, moments[name], spec.sweeps) for name, model in parts.items()}
-    return [replace(plan, bank=banks.get(id(plan.model), plan.bank)) for plan in plans]
+    own = {id(model): moments[name] for name, model in parts.items()}
+    return [
+        replace(plan, moments=own[id(plan.model)], sweeps=spec.sweeps) if id(plan.model) in own else plan
+        for plan in plans
+    ]
 
 
 def packed_bank(pipe: Any, recipe: Recipe, example_inputs: Mapping[str, Any] | None) -> Bank:
@@ -110,6 +90,5 @@ def packed_bank(pipe: Any, recipe: Recipe, example_inputs: Mapping[str, Any] | N
     for plan in with_calibration(pipe, plans, recipe.calibration):
         prefix = prefixes.get(id(plan.model))
         if prefix is not None:
-            packed = pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what)
-            found |= {prefix + name: weight for name, weight in packed.items()}
+            found |= {prefix + name: weight for name, weight in plan.pack().items()}
     return PackedBank(found)

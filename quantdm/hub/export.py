@@ -15,7 +15,7 @@ from quantdm.hub.apply import mark_quantized_, register
 from quantdm.hub.calibrated import calibrated_layers, check_calibration, packed_bank
 from quantdm.hub.journal import Workplace
 from quantdm.hub.plan import Plan, check_weights, plan_recipe
-from quantdm.hub.quantize import Bank, pack_layers, set_packed_
+from quantdm.hub.quantize import Bank, set_packed_
 from quantdm.hub.replace import CORRECTION_FILE, RECIPE_FILE, check_export_path
 from quantdm.hub.streaming import Work, narrowest, prepare, write_part
 from quantdm.hub.targets import joint_labels
@@ -126,8 +126,7 @@ def _prepare(source: Source, plans: list[Plan]) -> dict[str, Work]:
             stacklevel=3,
         )
         cast_(plan.model, lossless_dtype(plan.model))
-        weights = pack_layers(plan.model, plan.schemes, bank=plan.bank, what=plan.config.what)
-        set_packed_(plan.model, weights, plan.bank)
+        set_packed_(plan.model, plan.pack(), plan.bank)
         mark_quantized_(plan.model, plan.config)
     return works
 

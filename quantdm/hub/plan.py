@@ -1,7 +1,7 @@
 """What a recipe asks of every model of a pipeline, before anything is changed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +14,35 @@ from quantdm.denoisers.given_inputs import describe_inputs
 from quantdm.denoisers.inventory import list_layers
 from quantdm.errors import QuantDMError
 from quantdm.hub.config import QuantDMConfig
-from quantdm.hub.quantize import Bank, average_bits, check_fits, model_layers
+from quantdm.hub.quantize import Bank, average_bits, check_fits, model_layers, pack_layers
 from quantdm.hub.targets import targets
 from quantdm.pipelines.parts import find_denoisers, inputs_by_part
 from quantdm.pipelines.sketch import check_same_weights, sketch, sketch_of
 from quantdm.pipelines.tensor_files import LazyTensor
+from quantdm.quantizers import Moments, QuantizedWeight
+from quantdm.quantizers.options import SWEEPS
 from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe asks of one model: its config, the scheme of every layer, where they may lie quantized already."""
+    """What a recipe asks of one model: its config, the scheme of every layer, where they may lie quantized already.
+
+    `moments` are those of the layers that are calibrated, `sweeps` what `quantize_weight` makes of them.
+    """
 
     model: Any
     config: QuantDMConfig
     schemes: QuantConfig
     bank: Bank | None
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    sweeps: int = SWEEPS
+
+    def pack(self) -> dict[str, QuantizedWeight]:
+        """Return the packed weight of every layer that has a scheme; errors as `pack_layers`."""
+        what, given = self.config.what, self.moments
+        return pack_layers(self.model, self.schemes, bank=self.bank, moments=given, sweeps=self.sweeps, what=what)
 
 
 def plan_recipe(

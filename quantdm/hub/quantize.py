@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -15,11 +16,13 @@ from quantdm.denoisers.names import op_type_of, weights_below
 from quantdm.denoisers.tables import TableRecord, list_tables
 from quantdm.denoisers.weights import weight_specs
 from quantdm.errors import QuantDMError, counted
+from quantdm.hub.side_by_side import Task, quantize_tasks
 from quantdm.hub.ties import untie_packed_
 from quantdm.modules.packed import PackedLayer, packed_layers
 from quantdm.modules.swap import check_replaceable, dequantize_module_, quantize_module_
-from quantdm.quantizers import QuantizedWeight, count_bits, quantize_weight
+from quantdm.quantizers import Moments, QuantizedWeight, count_bits
 from quantdm.quantizers.branches import check_rank
+from quantdm.quantizers.options import SWEEPS
 from quantdm.recipe import check_layers, is_table
 from quantdm.schemes import ORIGINAL_BITS, QuantConfig, Scheme
 
@@ -116,9 +119,23 @@ def quantize_layers_(model: nn.Module, config: QuantConfig, *, bank: Bank | None
 
 
 def pack_layers(
-    model: nn.Module, config: QuantConfig, *, bank: Bank | None = None, what: str = "recipe"
+    model: nn.Module,
+    config: QuantConfig,
+    *,
+    bank: Bank | None = None,
+    moments: Mapping[str, Moments] = MappingProxyType({}),
+    sweeps: int = SWEEPS,
+    what: str = "recipe",
 ) -> dict[str, QuantizedWeight]:
     """Return the packed weight of every layer that has a scheme; the model stays as it is.
+
+    Args:
+        model: in full precision.
+        config: the scheme of every layer.
+        bank: has weights that are quantized already.
+        moments: of the layers that have a calibrated scheme; asked for in the order of the layers.
+        sweeps: as in `quantize_weight`.
+        what: how errors call the config.
 
     Raises:
         QuantDMError: as `quantize_layers_`.
@@ -139,23 +156,29 @@ def pack_layers(
         check_replaceable(layer, name)
         if layer.weight.is_meta:  # type: ignore[union-attr]
             raise QuantDMError(f"{name}: its weight is not loaded (meta device); load the checkpoint first")
-    quantized: dict[str, QuantizedWeight] = {}
-    for name in tqdm(names, desc="quantize", unit="layer", delay=2, leave=False):
-        scheme = config[name]
-        assert scheme is not None
-        if bank is not None and name not in tables:
-            found = bank.get(name, scheme)
-            # "of the weight before": that of this model, whatever the bank was built from
-            quantized[name] = replace(found, dtype=model.get_submodule(name).weight.dtype)  # type: ignore[union-attr]
-            if (found.scheme, found.split) != (scheme, splits[name]):
-                raise QuantDMError(f"{name}: the bank gave {found.scheme} split at {found.split}, expected {scheme}")
-        else:
-            weight: torch.Tensor = model.get_submodule(name).weight.detach()  # type: ignore[union-attr,operator]
-            quantized[name] = quantize_weight(weight, scheme, split=splits[name], name=name)
-        shape = tuple(model.get_submodule(name).weight.shape)  # type: ignore[union-attr,arg-type]
-        if tuple(quantized[name].shape) != shape:
-            raise QuantDMError(f"{name}: the bank has the shape {tuple(quantized[name].shape)}, expected {shape}")
-    return quantized
+    tasks = [
+        Task(name, model.get_parameter(f"{name}.weight").detach(), scheme, splits[name])
+        for name in names
+        if (scheme := config[name]) is not None
+    ]
+    stored = {} if bank is None else {task.name: _stored(bank, task) for task in tasks if task.name not in tables}
+    left = [task for task in tasks if task.name not in stored]
+    with tqdm(total=len(left), desc="quantize", unit="layer", delay=2, leave=False) as bar:
+        made = quantize_tasks(left, moments, sweeps, progress=bar.update)
+    both = stored | made
+    return {name: both[name] for name in names}
+
+
+def _stored(bank: Bank, task: Task) -> QuantizedWeight:
+    """Return what a bank has of a layer; "of the weight before" is that of this model, whatever the bank is made of."""
+    found = bank.get(task.name, task.scheme)
+    if (found.scheme, found.split) != (task.scheme, task.split):
+        raise QuantDMError(f"{task.name}: the bank gave {found.scheme} split at {found.split}, expected {task.scheme}")
+    if tuple(found.shape) != tuple(task.weight.shape):
+        raise QuantDMError(
+            f"{task.name}: the bank has the shape {tuple(found.shape)}, expected {tuple(task.weight.shape)}"
+        )
+    return replace(found, dtype=task.weight.dtype)
 
 
 def set_packed_(model: nn.Module, quantized: Mapping[str, QuantizedWeight], bank: Bank | None = None) -> None:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import dot_natural_key
 
 from quantdm.activations.hooks import set_activation_bits_
+from quantdm.bank.processes import worth_processes
 from quantdm.errors import QuantDMError
 from quantdm.files import digest
 from quantdm.hub.apply import mark_quantized_
@@ -24,12 +25,13 @@ from quantdm.hub.journal import Workplace
 from quantdm.hub.plan import Plan
 from quantdm.hub.quantize import model_layers
 from quantdm.hub.shards import Shards
+from quantdm.hub.side_by_side import Task, quantize_task, threads_and_processes
 from quantdm.hub.ties import untie_packed_
 from quantdm.machine import IN_FLIGHT, Gate, cores, one_torch_thread
 from quantdm.modules.blob import join_tensors
 from quantdm.pipelines.source import StoredPart
 from quantdm.pipelines.stored import HEADER_KEY, SUFFIX
-from quantdm.quantizers import quantize_weight
+from quantdm.quantizers import QuantizedWeight
 
 # What the save_pretrained of diffusers and of transformers take by default: pattern of the files, size of one, index.
 DIFFUSERS = ("diffusion_pytorch_model{suffix}.safetensors", "10GB")
@@ -208,27 +210,33 @@ def _write_layers(
 ) -> dict[str, int]:
     """Quantize every layer that is not finished, the largest first, one per core; return the checksums."""
     gate, sums = Gate(IN_FLIGHT // 2), {}
-
-    def one(name: str) -> tuple[str, int]:
-        entry = work.table[name]
-        with gate.room(torch.Size(entry.shape).numel()):
-            return name, _write_layer(work, name, shards, names[f"{name}{SUFFIX}"], part, workplace)
-
-    largest_first = sorted(work.table, key=lambda name: -torch.Size(work.table[name].shape).numel())
+    sizes = {name: torch.Size(entry.shape).numel() for name, entry in work.table.items()}
+    largest_first = sorted(sizes, key=lambda name: -sizes[name])
+    made = [(sizes[name], [entry.scheme]) for name, entry in work.table.items() if work.plan.bank is None]
     bar = tqdm(total=len(largest_first), desc=f"quantize {part}".strip(), unit="layer", delay=2, leave=False)
-    with bar, one_torch_thread(), ThreadPoolExecutor(cores()) as pool:
-        try:
-            for future in as_completed([pool.submit(one, name) for name in largest_first]):
-                name, value = future.result()
-                sums[f"{name}{SUFFIX}"] = value
-                bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with bar, one_torch_thread(), threads_and_processes(cores()) as (pool, processes):
+        quantize = processes.quantize if cores() > 1 and worth_processes(made) else quantize_task
+
+        def one(name: str) -> tuple[str, int]:
+            with gate.room(sizes[name]):
+                return name, _write_layer(work, name, shards, names[f"{name}{SUFFIX}"], part, workplace, quantize)
+
+        for future in as_completed([pool.submit(one, name) for name in largest_first]):
+            name, value = future.result()
+            sums[f"{name}{SUFFIX}"] = value
+            bar.update()
     return sums
 
 
-def _write_layer(work: Work, name: str, shards: Shards, place: str, part: str, workplace: Workplace) -> int:
+def _write_layer(
+    work: Work,
+    name: str,
+    shards: Shards,
+    place: str,
+    part: str,
+    workplace: Workplace,
+    quantize: Callable[[Task], QuantizedWeight],
+) -> int:
     """Quantize and write one layer, unless it is finished and its weight is what it was; return its checksum."""
     entry, key = work.table[name], f"{name}{SUFFIX}"
     is_table = isinstance(work.plan.model.get_submodule(name), nn.Embedding)  # no bank has tables
@@ -248,7 +256,7 @@ def _write_layer(work: Work, name: str, shards: Shards, place: str, part: str, w
             blob = shards.read(place, work.plan.model.get_submodule(name).packed)
             if checksum(key, blob) == before["packed"]:
                 return before["packed"]
-        quantized = quantize_weight(weight, entry.scheme, split=entry.split, name=name)
+        quantized = quantize(Task(name, weight, entry.scheme, entry.split))
     blob = join_tensors(quantized.tensors, entry.shape, entry.scheme, entry.split)
     shards.write(place, blob)
     value = checksum(key, blob)

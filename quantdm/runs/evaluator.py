@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantdm.activations import set_activation_bits_
+from quantdm.bank.pointed import pointed
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.correction import apply_correction, load_correction
 from quantdm.denoisers.calls import Call, replay
 from quantdm.denoisers.ensemble import join_weights
@@ -23,9 +25,7 @@ from quantdm.pipelines.parts import find_denoisers
 from quantdm.pipelines.subject import Subject
 from quantdm.pipelines.tried import check_called
 from quantdm.recipe import ORIGINAL, ActivationSpec, check_layers, split_name
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.other_weights import OtherWeights, Tables
-from quantdm.runs.pointed import pointed
 from quantdm.runs.propagated import Pass, propagated
 from quantdm.runs.proposals import Proposal, answer
 from quantdm.runs.run import Run

@@ -7,13 +7,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from quantdm.bank.pointed import pointed
 from quantdm.hub.planned import part_rules
 from quantdm.hub.quantize import model_layers
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers import QuantizedWeight, quantize_weight
 from quantdm.recipe.joint import joint_prefix
-from quantdm.runs.pointed import pointed
 from quantdm.schemes import Scheme
 
 

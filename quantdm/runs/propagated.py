@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.denoisers.calls import Call
 from quantdm.denoisers.propagation import propagated_errors
 from quantdm.errors import QuantDMError
@@ -19,7 +20,6 @@ from quantdm.pipelines.sizes import is_out_of_memory
 from quantdm.pipelines.subject import Subject
 from quantdm.quantizers.branches import fits_rank
 from quantdm.recipe.joint import joint_prefix
-from quantdm.runs.bank import WeightBank
 from quantdm.schemes import Scheme
 from quantdm.tuning.train import take_rows
 

@@ -7,13 +7,13 @@ import numpy as np
 
 from quantdm.activations.calibration import calibrate
 from quantdm.activations.moments import JointMoments
+from quantdm.bank.weight_bank import WeightBank
 from quantdm.errors import QuantDMError
 from quantdm.files import read_json, write_json
 from quantdm.pipelines.subject import Subject
 from quantdm.progress import bar
 from quantdm.quantizers import count_bits
 from quantdm.quantizers.branches import fits_rank
-from quantdm.runs.bank import WeightBank
 from quantdm.runs.engines.local import Engine
 from quantdm.runs.run import Run
 from quantdm.runs.sensitivities import one_layer_errors

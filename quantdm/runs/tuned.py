@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from quantdm.bank.pointed import pointed
 from quantdm.errors import QuantDMError
 from quantdm.files import load_tensors, save_tensors
 from quantdm.quantizers import QuantizedWeight
-from quantdm.runs.pointed import pointed
 from quantdm.schemes import Scheme
 
 TUNED_VERSION = 1

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from quantdm.errors import QuantDMError
 from quantdm.machine import KEEP_MEMORY, cores, same_devices
 from quantdm.pipelines.subject import Subject
+from quantdm.processes import Process, asked, bury, launch
 from quantdm.runs.engines.answer import OPEN, result_of
 from quantdm.runs.engines.call import called
 from quantdm.runs.evaluator import Evaluator
-from quantdm.runs.processes import Process, asked, bury, launch
 from quantdm.runs.run import Run
 
 WORKER = "quantdm.runs.engines.worker"

@@ -15,9 +15,9 @@ from functools import cache
 
 import torch
 
+from quantdm.processes import answering
 from quantdm.runs.engines.answer import respond
 from quantdm.runs.evaluator import Evaluator
-from quantdm.runs.processes import answering
 from quantdm.runs.run import Run
 
 

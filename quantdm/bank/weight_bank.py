@@ -11,22 +11,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantdm.bank.layer_build import BANK_VERSION, LayerBuild
+from quantdm.bank.pointed import pointed
+from quantdm.bank.processes import LayerProcesses, file_of, room_of, worth_processes
+from quantdm.bank.weight_reader import weight_reader
 from quantdm.denoisers.inventory import LayerRecord
 from quantdm.errors import QuantDMError, nearest
 from quantdm.files import load_tensors, metadata_of, open_tensors, read_json, write_json
-from quantdm.machine import BYTES_PER_WEIGHT, IN_FLIGHT, Gate, cores, free_bytes, one_torch_thread
+from quantdm.machine import IN_FLIGHT, Gate, cores, free_bytes, one_torch_thread
 from quantdm.quantizers import Moments, QuantizedWeight
 from quantdm.quantizers.options import SWEEPS
-from quantdm.quantizers.weight import halves
-from quantdm.runs.bank_layer import BANK_VERSION, LayerBuild
-from quantdm.runs.bank_processes import BankProcesses, file_of
-from quantdm.runs.pointed import pointed
-from quantdm.runs.weights import weight_reader
 from quantdm.schemes import Scheme
 
 INDEX = "index.json"
 CACHE_BYTES = 2**30
-SMALL, CALIBRATED = 2**26, 16  # weights times options, calibrated ones so many times: done before processes start
 
 
 class WeightBank:
@@ -120,22 +118,6 @@ class WeightBank:
     def calibrated(self) -> bool:
         """Whether an option is calibrated, so that `build` needs moments."""
         return any(scheme.calibration is not None for scheme in self.options)
-
-    @property
-    def _is_small(self) -> bool:
-        """Whether it is done here before processes have started."""
-        each = sum(1 if scheme.calibration is None else CALIBRATED for scheme in self.options)
-        return each * sum(layer.num_weights for layer in self.layers.values()) < SMALL
-
-    def _room_of(self, layer: LayerRecord) -> int:
-        """Return as how many weights a layer counts when memory is shared: the moments of its columns count as well.
-
-        Error feedback holds them twice, those of one half of a split weight at a time, in float32.
-        """
-        if all(scheme.calibration != "feedback" for scheme in self.options):
-            return layer.num_weights
-        widest = max(columns.stop - columns.start for _, columns in halves(layer.shape, layer.split))
-        return layer.num_weights + 2 * 4 * widest**2 // BYTES_PER_WEIGHT
 
     def _before(self) -> dict[str, Path]:
         """Return the files of the bank that was built here last."""
@@ -233,9 +215,11 @@ class _Work:
         moments: Mapping[str, Moments] | None,
         workers: int,
     ) -> None:
-        self.bank, self.read, self.moments, self.workers = bank, read, moments if bank.calibrated else None, workers
+        self.bank, self.read, self.moments = bank, read, moments if bank.calibrated else None
         self._before, self._gate, self._here = bank._before(), Gate(IN_FLIGHT), Lock()
-        self._processes, self._pool = BankProcesses(), ThreadPoolExecutor(workers)
+        self._processes, self._pool = LayerProcesses(), ThreadPoolExecutor(workers)
+        sizes = ((layer.num_weights, bank.options) for layer in bank.layers.values())
+        self._in_processes = workers > 1 and worth_processes(sizes, bank.sweeps)
 
     def __enter__(self) -> "_Work":
         return self
@@ -251,15 +235,15 @@ class _Work:
             yield future.result()
 
     def _one(self, layer: LayerRecord) -> tuple[LayerRecord, Path]:
-        with self._gate.room(self.bank._room_of(layer)):
+        with self._gate.room(room_of(layer.shape, self.bank.options, layer.split)):
             weight = self.read(f"{layer.name}.weight").cpu()  # every core takes a layer; there are fewer accelerators
             if tuple(weight.shape) != layer.shape:
                 raise QuantDMError(f"{layer.name}: got a weight {tuple(weight.shape)}, expected {layer.shape}")
             moments = None if self.moments is None else self.moments[layer.name]
             before = self._before.get(layer.name)
-            task = LayerBuild(self.bank.folder, layer, self.bank.options, self.bank.sweeps, before)
+            task = LayerBuild(self.bank.folder, layer.name, layer.split, self.bank.options, self.bank.sweeps, before)
             file = None if moments is None else file_of(self.moments, layer.name)
-            if self.workers > 1 and not self.bank._is_small and (moments is None or file is not None):
+            if self._in_processes and (moments is None or file is not None):
                 found = task.look(weight, moments)  # what is there needs no process
                 if moments is not None:
                     moments.let_go()

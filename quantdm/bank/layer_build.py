@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from quantdm.denoisers.inventory import LayerRecord
 from quantdm.files import digest, load_tensors, save_tensors
 from quantdm.quantizers import Moments, quantize_options, weight_error
 from quantdm.quantizers.branches import fits_rank
@@ -29,32 +28,36 @@ class LayerBuild:
     """What is to be made of a layer: options in a folder, beside those of the file of an earlier bank, if any."""
 
     folder: Path
-    layer: LayerRecord
+    name: str
+    split: int | None
     options: tuple[Scheme, ...]
     sweeps: int
     before: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as a plain record."""
-        labels = [scheme.label for scheme in self.options]
-        layer = {**vars(self.layer), "shape": list(self.layer.shape)}
-        before = None if self.before is None else str(self.before)
-        return {"folder": str(self.folder), "layer": layer, "options": labels, "sweeps": self.sweeps, "before": before}
+        return {
+            "folder": str(self.folder),
+            "name": self.name,
+            "split": self.split,
+            "options": [scheme.label for scheme in self.options],
+            "sweeps": self.sweeps,
+            "before": None if self.before is None else str(self.before),
+        }
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "LayerBuild":
         """Build it from its record."""
-        layer = LayerRecord(**{**record["layer"], "shape": tuple(record["layer"]["shape"])})
         before = None if record["before"] is None else Path(record["before"])
         options = tuple(map(Scheme.parse, record["options"]))
-        return cls(Path(record["folder"]), layer, options, record["sweeps"], before)
+        return cls(Path(record["folder"]), record["name"], record["split"], options, record["sweeps"], before)
 
     def look(self, weight: torch.Tensor, moments: Moments | None) -> Path | Address:
         """Return the file that holds every option of a weight with these moments, or where they are to go."""
         path = self._path(weight, moments, self.options)
         if path.is_file():
             return path
-        of = _digest(self.layer, weight, moments, self.sweeps)
+        of = self._digest(weight, moments)
         errors = self._earlier(of)[0].get("errors", {})
         if not errors:
             return Address(path, of)
@@ -77,7 +80,7 @@ class LayerBuild:
         if moments is not None:
             moments.let_go()  # hashing read all of it; a quantizer needs the blocks of one half at a time
         quantized = quantize_options(
-            weight, missing, split=self.layer.split, name=self.layer.name, moments=moments, sweeps=self.sweeps
+            weight, missing, split=self.split, name=self.name, moments=moments, sweeps=self.sweeps
         )
         for scheme, item in zip(missing, quantized, strict=True):
             tensors |= {f"{scheme.label}/{key}": value for key, value in item.tensors.items()}
@@ -85,10 +88,10 @@ class LayerBuild:
         metadata = {
             "version": BANK_VERSION,
             "of": address.of,
-            "layer": self.layer.name,
+            "layer": self.name,
             "shape": list(weight.shape),
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "split": self.layer.split,
+            "split": self.split,
             "errors": errors,
         }
         save_tensors(address.path, tensors, metadata)
@@ -106,13 +109,12 @@ class LayerBuild:
         return [s for s in self.options if s.label not in errors and fits_rank(weight.shape, s)]
 
     def _path(self, weight: torch.Tensor, moments: Moments | None, options: Sequence[Scheme]) -> Path:
-        name = _digest(self.layer, weight, moments, self.sweeps, [scheme.label for scheme in options])
+        name = self._digest(weight, moments, [scheme.label for scheme in options])
         return self.folder / f"{name}.safetensors"
 
-
-def _digest(layer: LayerRecord, weight: torch.Tensor, moments: Moments | None, sweeps: int, *more: Any) -> str:
-    """Return what determines the options of a layer, as a hash."""
-    parts: list[Any] = [BANK_VERSION, layer.name, *more, layer.split, weight]
-    if moments is not None:
-        parts += [moments.second, moments.count, sweeps]
-    return digest(*parts)
+    def _digest(self, weight: torch.Tensor, moments: Moments | None, *more: Any) -> str:
+        """Return what determines the options of the layer, as a hash."""
+        parts: list[Any] = [BANK_VERSION, self.name, *more, self.split, weight]
+        if moments is not None:
+            parts += [moments.second, moments.count, self.sweeps]
+        return digest(*parts)
