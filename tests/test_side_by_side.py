@@ -11,7 +11,7 @@ from quantdm.activations import moments as gathering
 from quantdm.activations.moments import LazyMoments
 from quantdm.bank import processes
 from quantdm.denoisers.calls import record_calls
-from quantdm.hub import side_by_side, streaming
+from quantdm.hub import side_by_side
 from quantdm.hub.side_by_side import Task, quantize_tasks
 from quantdm.schemes import Scheme
 from tests.test_streaming import PIPELINES, check_equal, recipe_for, stored
@@ -26,8 +26,7 @@ def launched(monkeypatch, tmp_path):
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setattr(processes, "SMALL", 0)
-    for module in (side_by_side, streaming):
-        monkeypatch.setattr(module, "cores", lambda: 2)
+    monkeypatch.setattr(side_by_side, "cores", lambda: 2)
     monkeypatch.setattr(processes, "launch", lambda *a, **how: started.append(launch(*a, **how)) or started[-1])
     yield started
     assert all(process.returncode is not None for process in started)  # none is left

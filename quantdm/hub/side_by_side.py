@@ -19,6 +19,13 @@ from quantdm.quantizers import Moments, QuantizedWeight, quantize_weight
 from quantdm.quantizers.options import SWEEPS
 from quantdm.schemes import Scheme
 
+MOST = 16  # processes: each takes a quarter of a gigabyte before it has done anything
+
+
+def processes_here() -> int:
+    """Return how many layers are quantized at once: one per core, on large machines fewer."""
+    return min(cores(), MOST)
+
 
 @dataclass(frozen=True)
 class Task:
@@ -48,13 +55,13 @@ def quantize_tasks(
         tasks: in the order in which moments are to be asked for.
         moments: of the layers whose scheme is calibrated.
         sweeps: as in `quantize_weight`.
-        workers: layers at once (None: one per core).
+        workers: layers at once (None: `processes_here`).
         progress: called after every layer.
 
     Raises:
         QuantDMError: as `quantize_weight`, or a process ended.
     """
-    workers = workers or cores()
+    workers = workers or processes_here()
     apart = [task for task in tasks if task.weight.device.type == "cpu" or task.scheme.calibration is not None]
     if workers > 1 and worth_processes(((task.weight.numel(), [task.scheme]) for task in apart), sweeps):
         found = _in_processes(apart, moments, sweeps, workers, progress)

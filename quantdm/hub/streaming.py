@@ -25,9 +25,9 @@ from quantdm.hub.journal import Workplace
 from quantdm.hub.plan import Plan
 from quantdm.hub.quantize import model_layers
 from quantdm.hub.shards import Shards
-from quantdm.hub.side_by_side import Task, quantize_task, threads_and_processes
+from quantdm.hub.side_by_side import Task, processes_here, quantize_task, threads_and_processes
 from quantdm.hub.ties import untie_packed_
-from quantdm.machine import IN_FLIGHT, Gate, cores, one_torch_thread
+from quantdm.machine import IN_FLIGHT, Gate, one_torch_thread
 from quantdm.modules.blob import join_tensors
 from quantdm.pipelines.source import StoredPart
 from quantdm.pipelines.stored import HEADER_KEY, SUFFIX
@@ -214,8 +214,8 @@ def _write_layers(
     largest_first = sorted(sizes, key=lambda name: -sizes[name])
     made = [(sizes[name], [entry.scheme]) for name, entry in work.table.items() if work.plan.bank is None]
     bar = tqdm(total=len(largest_first), desc=f"quantize {part}".strip(), unit="layer", delay=2, leave=False)
-    with bar, one_torch_thread(), threads_and_processes(cores()) as (pool, processes):
-        quantize = processes.quantize if cores() > 1 and worth_processes(made) else quantize_task
+    with bar, one_torch_thread(), threads_and_processes(processes_here()) as (pool, processes):
+        quantize = processes.quantize if processes_here() > 1 and worth_processes(made) else quantize_task
 
         def one(name: str) -> tuple[str, int]:
             with gate.room(sizes[name]):
