@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import quantdm.hub.streaming as streaming
 from quantdm import QuantDMError, Recipe, export_pipeline, load_pipeline
+from quantdm.hub import side_by_side
 from quantdm.hub.apply import apply_recipe
 from quantdm.hub.inspection import inspect_target
 from quantdm.hub.journal import FILE, SUFFIX
@@ -154,13 +155,13 @@ def partial(folder):
 
 def count_quantized(monkeypatch):
     """Count the layers that are quantized from here on."""
-    names, original = [], streaming.quantize_weight
+    names, original = [], side_by_side.quantize_weight
 
     def counted(weight, scheme, **options):
         names.append(options["name"])
         return original(weight, scheme, **options)
 
-    monkeypatch.setattr(streaming, "quantize_weight", counted)
+    monkeypatch.setattr(side_by_side, "quantize_weight", counted)
     return names
 
 
@@ -174,7 +175,7 @@ def test_a_killed_export_goes_on_where_it_was(tmp_path, monkeypatch):
         journal: list[Path] = []
         for _ in range(6000):
             journal = [path / FILE for path in partial(tmp_path)]
-            if journal and len(journal[0].read_text().splitlines()) > 8:
+            if journal and journal[0].is_file() and len(journal[0].read_text().splitlines()) > 8:
                 break
             assert process.poll() is None, "it was finished before it was killed"
             time.sleep(0.01)
@@ -197,7 +198,7 @@ def test_a_killed_export_goes_on_where_it_was(tmp_path, monkeypatch):
 def interrupted(tmp_path, monkeypatch):
     """A lone denoiser whose export was interrupted after some layers; the source, the place and the finished layers."""
     make_unet().to(torch.bfloat16).save_pretrained(tmp_path / "source")
-    recipe, original, names = Recipe(model="tiny", default="uniform-channel-4"), streaming.quantize_weight, []
+    recipe, original, names = Recipe(model="tiny", default="uniform-channel-4"), side_by_side.quantize_weight, []
 
     def until_ctrl_c(weight, scheme, **options):
         names.append(options["name"])
@@ -206,7 +207,7 @@ def interrupted(tmp_path, monkeypatch):
         return original(weight, scheme, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(streaming, "quantize_weight", until_ctrl_c)
+        patch.setattr(side_by_side, "quantize_weight", until_ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             export_pipeline(tmp_path / "source", recipe, tmp_path / "out")
     assert len(partial(tmp_path)) == 1
