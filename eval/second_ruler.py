@@ -184,13 +184,14 @@ def jobs_of(run: Run, evaluator: Evaluator, result: dict[str, Any], study: Path)
             "least weight error": select(space, -space.weight_error, target_bits=size),
             "one-layer sensitivity": select(space, -space.noise_error, target_bits=size),
         }
-        found |= {
+        rows = {
             f"{size:g} recipe": Job(draw, labels, tuned=tuned),
             f"{size:g} recipe untuned": Job(draw, labels),
             f"{size:g} recipe A6": Job(draw, labels, spec, tuned=tuned),
             f"{size:g} uniform": Job(draw, space_config(space, Scheme.parse(notes["uniform"]))),
             **{f"{size:g} {name}": Job(draw, space.config(choice).to_labels()) for name, choice in mixes.items()},
         }
+        found |= {name: replace(job, embeddings=recipe.embeddings) for name, job in rows.items()}
     check(run, found, study)
     return dict(sorted(found.items(), key=lambda item: ORDER.index(item[0].partition(" ")[2])))
 
@@ -216,7 +217,8 @@ def trial_jobs(run: Run) -> dict[str, Job]:
     """Return trials spread evenly over their ranks by the label of the search."""
     trials = sorted(own_trials(run, load_space(run)), key=lambda t: t["fid_fp"])
     places = np.linspace(0, len(trials) - 1, TRIALS).round().astype(int)
-    return {f"trial {place}": Job(Draw(0, 0, 0), dict(trials[place]["config"])) for place in places}
+    tables = run.settings.embeddings
+    return {f"trial {place}": Job(Draw(0, 0, 0), dict(trials[place]["config"]), embeddings=tables) for place in places}
 
 
 def sized(found: dict[str, list[dict[str, Any]]], size: str) -> dict[str, Any]:

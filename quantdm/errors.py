@@ -19,6 +19,17 @@ def told(what: str) -> Iterator[None]:
         raise QuantDMError(f"{what}: {error}") from None
 
 
+def check_kind(value: Any, kind: type | tuple[type, ...], what: str, remedy: str) -> None:
+    """Check that an argument is of a kind.
+
+    Raises:
+        QuantDMError: it is not; says what it is, and `remedy`.
+    """
+    if not isinstance(value, kind):
+        shown = repr(value) if isinstance(value, (str, int, float)) else "one"
+        raise QuantDMError(f"{what}: got {shown} of the type {type(value).__name__}; {remedy}")
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """Return a phrase that names the known names nearest to `name` (all of them when few)."""
     known = list(known)

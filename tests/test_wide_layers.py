@@ -10,8 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantdm import Scheme
-from quantdm.bank.weight_bank import WeightBank
-from quantdm.denoisers.inventory import LayerRecord
+from quantdm.bank.processes import room_of
 from quantdm.files import save_tensors
 from quantdm.machine import IN_FLIGHT
 from quantdm.pipelines.tensor_files import map_tensor
@@ -146,13 +145,8 @@ def test_feedback_takes_room_for_one_factor_beside_the_moments(few_rows, split, 
 
 
 def test_layers_that_are_worked_on_together_have_their_moments_counted():
-    def layer(columns: int, split: int | None) -> LayerRecord:
-        return LayerRecord("a", "conv", "a", "b", 1280 * columns * 9, (1280, columns, 3, 3), 1, split, 0, "up")
-
-    plain, fed = (
-        WeightBank("bank", [], [Scheme.parse(label)]) for label in ("uniform-channel-4", "uniform-channel-4-feedback")
-    )
-    assert 2 * plain._room_of(layer(1280, None)) < IN_FLIGHT  # two at once
-    assert 2 * fed._room_of(layer(1280, None)) > IN_FLIGHT
-    rooms = [fed._room_of(layer(2560, split)) for split in (1280, 640, None)]
+    plain, fed = ([Scheme.parse(label)] for label in ("uniform-channel-4", "uniform-channel-4-feedback"))
+    assert 2 * room_of((1280, 1280, 3, 3), plain, None) < IN_FLIGHT  # two at once
+    assert 2 * room_of((1280, 1280, 3, 3), fed, None) > IN_FLIGHT
+    rooms = [room_of((1280, 2560, 3, 3), fed, split) for split in (1280, 640, None)]
     assert all(a < b for a, b in pairwise(rooms))

@@ -8,6 +8,7 @@ import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from quantdm.activations.equalisers import given_exponents
 from quantdm.activations.handover import input_for
 from quantdm.denoisers.calls import layer_input, with_input
 from quantdm.denoisers.inventory import LayerRecord, list_layers
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, check_kind
 from quantdm.recipe import ActivationScheme, ActivationSpec
 
 _STATE = "_quantdm_activations"
@@ -99,6 +100,7 @@ def set_activation_bits_(denoiser: nn.Module, spec: ActivationSpec | None) -> No
         QuantDMError: a rule of `spec` matches nothing, a static scheme has no ranges, an equalised one no equaliser, or
             that of another layer; nothing is changed then.
     """
+    check_kind(spec, (ActivationSpec, NoneType), "spec", "give an ActivationSpec, such as usual_activations(model, 6)")
     records = () if spec is None else list_layers(denoiser)
     schemes = {} if spec is None else spec.resolve(records)
     exponents = {} if spec is None else given_exponents(denoiser, spec, records, schemes)

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantdm.errors import counted
 from quantdm.recipe.tables import TABLE
-from quantdm.schemes import ORIGINAL_BITS
+from quantdm.schemes import ORIGINAL_BITS, Scheme
 
 WIDTH = 79
 COSTLY, WASTEFUL = "!", "!!"
@@ -63,6 +63,26 @@ def _cells(row: dict[str, Any], quantized: bool) -> tuple[str, ...]:
     return shape, row["scheme"] or "original", f"{row['bits']:.3f}{mark}", "-" if sqnr is None else f"{sqnr:.1f}"
 
 
+def _marks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what the marks beside layers mean, those that are there."""
+    lines = []
+    if any(row["quantizers"] == 2 for row in rows):
+        lines.append("(2): reads a concatenated long skip, one quantizer per half.")
+    if any(row["costly"] and not row["wasteful"] for row in rows):
+        told = f"{COSTLY}: tables and scales take more than one bit per weight beyond its scheme's own."
+        lines += textwrap.wrap(told, WIDTH, subsequent_indent="   ")
+    if any(row["wasteful"] for row in rows):
+        lines.append(f"{WASTEFUL}: tables and scales cost more bits than the scheme saves.")
+    if any(map(_is_unknown, rows)):
+        lines.append("-: no SQNR without the inputs of the layer, on which its scheme is calibrated.")
+    return lines
+
+
+def _is_unknown(row: dict[str, Any]) -> bool:
+    """Whether a layer has no SQNR because its scheme is calibrated; an export has none at all."""
+    return "sqnr_db" in row and row["scheme"] is not None and Scheme.parse(row["scheme"]).calibration is not None
+
+
 def _parent(row: dict[str, Any]) -> tuple[str, str]:
     """Split a layer's name before its operation type."""
     name, leaf = row["name"], row["op_type"]
@@ -98,13 +118,7 @@ def _totals(record: dict[str, Any], quantized: bool) -> list[str]:
         f"  {k:<{wide}}  {100 * n / weights:6.2f} % of the weights, {counted(numbers[k], 'layer')}"
         for k, n in shares.most_common()
     ]
-    if any(row["quantizers"] == 2 for row in rows):
-        lines.append("(2): reads a concatenated long skip, one quantizer per half.")
-    if any(row["costly"] and not row["wasteful"] for row in rows):
-        told = f"{COSTLY}: tables and scales take more than one bit per weight beyond its scheme's own."
-        lines += textwrap.wrap(told, WIDTH, subsequent_indent="   ")
-    if any(row["wasteful"] for row in rows):
-        lines.append(f"{WASTEFUL}: tables and scales cost more bits than the scheme saves.")
+    lines += _marks(rows)
     if len(record["parts"]) > 1:
         lines += ["All parts of the pipeline:", *_parts(record["parts"])]
     if record["provenance"]:

@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quantdm.cli.app import AsJson, BatchSize, BegunRun, Device, Model, Out, ProtocolFile, app, batch_size_of
 from quantdm.cli.given import recipe_given
+
+if TYPE_CHECKING:
+    from quantdm.correction import Correction
 
 
 @app.command(epilog="Example: quantdm generate digits-sd -o digits.png --images 40")
@@ -71,7 +75,21 @@ def correct(
     run = Run.open(run_dir)
     with told_why(run.folder):
         correction = correct_recipe(run, bits=bits, images=images, batch_size=batch_size_of(batch_size), device=device)
-    for variant, distances in correction.measured.items():
-        mark = "  <- kept" if variant == correction.variant else ""
-        typer.echo(f"{variant:<14} fid_fp {sum(distances) / len(distances):.4f}{mark}")
+    for line in _told(correction):
+        typer.echo(line)
     typer.echo(f"correction: {run.path('correction.safetensors')}")
+
+
+def _told(correction: "Correction") -> list[str]:
+    """Return how far from full precision every variant was, what is kept, and what follows."""
+    from quantdm.metrics.statistics import spread
+
+    lines = []
+    for name, found in correction.measured.items():
+        figure = spread(mean(found), stdev(found))
+        lines.append(
+            f"{name:<28} fid_fp {figure} ({len(found)} draws){'  <- kept' if name == correction.choice else ''}"
+        )
+    if correction.choice == "none":
+        lines.append("None is closer to full precision than no correction beyond noise, so none is in use.")
+    return lines

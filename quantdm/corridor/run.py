@@ -12,7 +12,7 @@ from quantdm.corridor.export import export_run
 from quantdm.corridor.levels import Level, level_of
 from quantdm.corridor.plan import NO_ACCELERATOR, Plan, plan_run
 from quantdm.corridor.table import show_table
-from quantdm.errors import QuantDMError, counted
+from quantdm.errors import QuantDMError, check_kind, counted
 from quantdm.files import check_replaceable
 from quantdm.hub.inspection import left_in
 from quantdm.hub.replace import check_export_path
@@ -141,6 +141,7 @@ def _level(
     fidelity: str | None,
 ) -> Level:  # fmt: skip
     """Return the level of an effort; what can be refused before anything is opened is refused."""
+    check_kind(effort, str, "effort", 'give "quick", "normal" or "thorough"; quantdm.search takes an Effort')
     level = level_of(effort, trials=trials)
     check_given(level.trials, options or level.options, protocol, dtype, fidelity)
     return level

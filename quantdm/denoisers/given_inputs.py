@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import yaml
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, told
+from quantdm.recipe.plain_yaml import load_yaml
 
 _TENSOR = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<shape>[\d, ]*)\]")
 _DTYPES = {
@@ -42,7 +43,8 @@ def read_inputs(path: str | Path) -> dict[str, Any]:
         QuantDMError: no such file, not YAML, or not a mapping.
     """
     try:
-        record = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with told(f"example inputs {path}"):
+            record = load_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise QuantDMError(f"example inputs {path}: cannot be read ({error}); expected a YAML file") from None
     except yaml.YAMLError as error:

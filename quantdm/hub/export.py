@@ -23,12 +23,12 @@ from quantdm.machine import versions
 from quantdm.pipelines.casting import cast_
 from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
 from quantdm.pipelines.source import Source, StoredPart, open_source
-from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, weights_digest
+from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, load_recipe, weights_digest
 
 
 def export_pipeline(
     model: str | Path,
-    recipe: Recipe,
+    recipe: Recipe | str | Path,
     folder: str | Path,
     *,
     bank: Bank | None = None,
@@ -47,7 +47,7 @@ def export_pipeline(
 
     Args:
         model: name or path of the full-precision pipeline: also the folder of a denoiser, or a safetensors file of one.
-        recipe: one scheme per layer of its denoiser.
+        recipe: one scheme per layer of its denoiser, or its file.
         folder: where it is written; what is provably an earlier export is replaced, anything else is refused.
         bank: takes packed weights from here instead of quantizing again.
         correction: a file of `Correction.save` that travels along; it was fitted for this recipe and its activations.
@@ -62,6 +62,7 @@ def export_pipeline(
             written, holds something else or overlaps with the model's.
     """
     register()
+    recipe = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
     place = check_export_path(folder, model)
     source = open_source(model, variant=variant, config=config)
     if not same_architecture:

@@ -67,7 +67,8 @@ def inspect_target(
         all of the pipeline; `left` says what stays unquantized and weighs more than 1 %. A layer is `costly` where
         tables and scales take more than one bit per weight beyond its scheme's own, `wasteful` where more than it
         saves. Layers of further parts are named `PART:layer`. SQNR is there where the original weights are: not for an
-        export, and not for a hub id, of which only the configuration is fetched.
+        export, and not for a hub id, of which only the configuration is fetched. Nor is it for calibrated schemes:
+        nothing is run for the inputs of the layers.
 
     Raises:
         QuantDMError: nothing there, a recipe that does not fit, or a scheme for what is quantized already.
@@ -239,6 +240,8 @@ def _reader(part: nn.Module, source: Source | None) -> Callable[[str], torch.Ten
 
 
 def _sqnr_db(layer: Any, scheme: Scheme, read: Callable[[str], torch.Tensor]) -> float | None:
+    if scheme.calibration is not None:  # its codes depend on the inputs of the layer
+        return None
     weight = read(f"{layer.name}.weight")
     if weight.is_meta:
         return None

@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -104,6 +104,11 @@ def _let_out(room: ExitStack, quantize: Callable[..., QuantizedWeight], *given: 
         return quantize(*given)
 
 
+def _delete(file: Path) -> None:
+    with suppress(OSError):  # Windows keeps what is mapped, until the folder goes
+        file.unlink()
+
+
 def quantize_task(task: Task, moments: Moments | None = None, sweeps: int = SWEEPS) -> QuantizedWeight:
     """Return the quantized weight of a task, made here."""
     return quantize_weight(task.weight, task.scheme, split=task.split, name=task.name, moments=moments, sweeps=sweeps)
@@ -139,7 +144,7 @@ class Processes:
         if file is None:
             own, file = moments[name], self.folder / uuid.uuid4().hex
             save_tensors(file, {"second": own.second}, {"count": own.count}, durable=False)
-            room.callback(file.unlink)
+            room.callback(_delete, file)
         return file
 
     def quantize(self, task: Task, moments: Path | None = None) -> QuantizedWeight:

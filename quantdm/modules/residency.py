@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from quantdm.errors import QuantDMError, nearest
+from quantdm.errors import QuantDMError, check_kind, nearest
 from quantdm.modules.kernels import compile_kernels
 from quantdm.modules.packed import RESIDENCIES, PackedLayer, Residency, packed_layers
 
@@ -39,6 +39,7 @@ def set_residency(model: nn.Module, residency: Residency) -> tuple[str, ...]:
     Raises:
         QuantDMError: unknown residency, no packed layers, or weights that an offload hook keeps elsewhere.
     """
+    check_kind(model, nn.Module, "model", "give the network itself, such as quantdm.get_denoiser(pipe)")
     if residency not in RESIDENCIES:
         raise QuantDMError(f"residency: got {residency!r}, expected one; {nearest(str(residency), RESIDENCIES)}")
     layers = packed_layers(model)

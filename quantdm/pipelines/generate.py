@@ -93,8 +93,7 @@ def generate_batches(
     With `any_pixels` only the form of what comes out is looked at, not whether its pixels are numbers.
     """
     check_generates(pipe, protocol, files=False)
-    if not len(seeds):
-        raise QuantDMError("images: got no seeds, expected one or more, one per image")
+    _check_asked(seeds, steps)
     signature = CallSignature.of(pipe)
     alone = stands_alone(signature, protocol, output := output_of(signature, protocol))
     most = most_at_once(pipe, protocol, batch_size)
@@ -122,6 +121,15 @@ def generate_batches(
         yield Generated(images, _flags(out, call.count)[: len(batch)])
         if progress is not None:
             progress(len(batch))
+
+
+def _check_asked(seeds: Sequence[int], steps: int | None) -> None:
+    if not hasattr(seeds, "__len__"):
+        raise QuantDMError(f"seeds: got {seeds!r}, expected one whole number per image, such as range(8)")
+    if steps is not None and steps < 1:
+        raise QuantDMError(f"steps: got {steps}, expected 1 or more, or None for those of the protocol")
+    if not len(seeds):
+        raise QuantDMError("images: got no seeds, expected one or more, one per image")
 
 
 def _same_shape(images: torch.Tensor, before: torch.Size | None, seed: int) -> torch.Size:

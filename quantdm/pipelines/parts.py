@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -23,6 +24,11 @@ def find_denoisers(pipe: DiffusionPipeline) -> dict[str, nn.Module]:
     Raises:
         QuantDMError: the pipeline has none.
     """
+    if not isinstance(pipe, DiffusionPipeline) and not hasattr(pipe, "components"):
+        raise QuantDMError(
+            f"pipeline: got {pipe if isinstance(pipe, (str, Path)) else f'a {type(pipe).__name__}'}, expected a "
+            "pipeline, such as quantdm.load_pipeline(name or path) opens"
+        )
     found = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and _denoises(part)}
     order = sorted(found, key=lambda name: [*DENOISER_NAMES, name].index(name))
     if not order:

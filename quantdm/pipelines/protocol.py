@@ -20,9 +20,10 @@ from pydantic import (
     model_validator,
 )
 
-from quantdm.errors import QuantDMError, message_of, nearest, not_yaml
+from quantdm.errors import QuantDMError, message_of, nearest, not_yaml, told
 from quantdm.pipelines.inputs import Column, Constant, JsonLines, Several, Value, pictures_in, placed, resolve
 from quantdm.pipelines.known import known_pipelines
+from quantdm.recipe.plain_yaml import load_yaml
 
 FIRST_ARGUMENTS = ("prompt", "class_labels")  # all that protocol 1 knows
 _VALUE: TypeAdapter = TypeAdapter(Value)
@@ -219,7 +220,8 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
             f"protocol: got {str(name_or_path)!r}, expected a YAML file or one of {', '.join(known_protocols())}"
         )
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with told(f"protocol {path}"):
+            data = load_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise not_yaml(f"protocol {path}", error) from None
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):

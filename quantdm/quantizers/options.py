@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, check_kind
 from quantdm.quantizers.branches import add_branches, check_rank, fit_branch
 from quantdm.quantizers.fit import MatrixFit
 from quantdm.quantizers.moments import Moments, check_moments
@@ -168,6 +168,8 @@ def _check_weight(weight: Tensor, split: int | None, name: str) -> Tensor:
 
 def _check_schemes(weight: Tensor, schemes: Sequence[Scheme], moments: Moments | None, name: str) -> None:
     """Check that a weight can be quantized under these schemes with these moments."""
+    for scheme in schemes:
+        check_kind(scheme, Scheme, "scheme", "give quantdm.Scheme.parse(label)")
     calibrated = [scheme for scheme in schemes if scheme.calibration is not None]
     if calibrated and moments is None:
         raise QuantDMError(

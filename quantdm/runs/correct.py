@@ -14,7 +14,7 @@ from quantdm.correction.fit import GLANCE, choose_variant, glanced
 from quantdm.correction.levels import check_served
 from quantdm.correction.record import CORRECTION_VERSION
 from quantdm.errors import QuantDMError, told
-from quantdm.files import digest, read_json, tensors_digest, write_json
+from quantdm.files import check_output, digest, read_json, tensors_digest, write_json
 from quantdm.machine import checked_device, cores
 from quantdm.metrics.samples import Draw
 from quantdm.pipelines.generate import generate
@@ -44,6 +44,7 @@ def correct_recipe(
     if images < 2 * FIT_DRAWS:
         raise QuantDMError(f"images: got {images}, expected {2 * FIT_DRAWS} or more, {FIT_DRAWS} draws of two")
     recipe = load_recipe(run.path("recipe.yaml"))
+    check_output(run.folder, folder=True)
     subject = run.open_subject(device=None if device is None else checked_device(device))
     check_served(subject.pipe.scheduler)
     spec = None if bits == 16 else usual_activations(subject.denoiser, bits)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from quantdm.errors import check_kind
 from quantdm.files import check_output, write_json
 from quantdm.machine import checked_device
 from quantdm.pipelines.loading import DiffusionPipeline
@@ -87,6 +88,7 @@ def search(
     check_engine(engine, ray_address)
     check_one_target(target_bits, target_bytes, target_pipeline_bytes)
     check_given(trials, options, protocol, dtype, fidelity)
+    check_kind(effort, Effort, "effort", "give quantdm.Effort(...); quantdm.run takes a word")
     subject = look_for_run(
         pipe, run_dir, example_inputs=example_inputs, device=device, dtype=dtype, learned_from=learned_from
     )

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from quantdm.errors import QuantDMError, nearest
+from quantdm.errors import QuantDMError, check_kind, nearest
 from quantdm.hub.export import lossless_dtype
 from quantdm.machine import fast_dtype
 from quantdm.metrics.door import check_measures, check_named
@@ -150,9 +150,12 @@ def check_given(
             metrics that are not there.
     """
     if protocol is not None:
+        check_kind(protocol, Protocol, "protocol", "read it with quantdm.load_protocol(name or path)")
         check_named(protocol)
     if fidelity is not None and fidelity not in FIDELITIES:
         raise QuantDMError(f"fidelity: got {fidelity!r}; {nearest(fidelity, FIDELITIES)}")
+    for scheme in [options] if isinstance(options, str) else options:
+        check_kind(scheme, Scheme, "options", "give a list of schemes, each by quantdm.Scheme.parse(label)")
     if all(scheme == ORIGINAL for scheme in options):
         raise QuantDMError("options: none of them quantizes; expected a scheme, such as kmeans-channel-4-feedback")
     least = max(MIN_TRIALS, 3 * sum(scheme != ORIGINAL for scheme in options) // 2)

@@ -1,9 +1,10 @@
 """The size that a search is asked for, in one unit, and whether its options reach it."""
 
 from collections.abc import Sequence
+from numbers import Real
 
 from quantdm.denoisers.inventory import LayerRecord
-from quantdm.errors import QuantDMError
+from quantdm.errors import QuantDMError, check_kind
 from quantdm.hub.size import ExportSize
 from quantdm.pipelines.loading import DiffusionPipeline
 from quantdm.quantizers import count_bits
@@ -19,7 +20,13 @@ def check_one_target(
     Raises:
         QuantDMError: in none or in several.
     """
-    if sum(target is not None for target in (target_bits, target_bytes, target_pipeline_bytes)) != 1:
+    targets = {
+        "target_bits": target_bits, "target_bytes": target_bytes, "target_pipeline_bytes": target_pipeline_bytes
+    }  # fmt: skip
+    for name, target in targets.items():
+        if target is not None:
+            check_kind(target, Real, name, "give a number")
+    if sum(target is not None for target in targets.values()) != 1:
         raise QuantDMError(
             "target: give exactly one of target_bits (--target-bits, per weight), target_bytes (--target-size, the "
             "denoiser on disk) and target_pipeline_bytes (--pipeline-size, all parts on disk)"

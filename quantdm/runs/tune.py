@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from quantdm.denoisers.calls import Call
-from quantdm.files import digest, read_json, tensors_digest, write_json
+from quantdm.files import check_output, digest, read_json, tensors_digest, write_json
 from quantdm.hub.export import lossless_dtype
 from quantdm.machine import checked_device
 from quantdm.metrics.samples import Draw
@@ -97,6 +97,7 @@ def tune_recipe(
 ) -> Path | None:
     """Tune the recipe of a run that has chosen one, see `tune_run`."""
     recipe = load_recipe(run.path("recipe.yaml"))
+    check_output(run.folder, folder=True)
     subject = run.open_subject(device=None if device is None else checked_device(device))
     with Engine(run, subject, batch_size=batch_size) as engine:
         return tune_run(run, engine, recipe, settings, images=images)

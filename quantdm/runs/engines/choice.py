@@ -6,7 +6,7 @@ from quantdm.errors import QuantDMError, nearest
 from quantdm.pipelines.subject import Subject
 from quantdm.runs.engines.cluster import check_reachable
 from quantdm.runs.engines.local import Engine
-from quantdm.runs.run import Run
+from quantdm.runs.run import SNAPSHOT, Run
 
 ENGINES = ("local", "ray")
 
@@ -39,9 +39,17 @@ def open_engine(
     """Return an engine by its name; use it as a context manager.
 
     Raises:
-        QuantDMError: no such engine, its package is not installed, or its cluster cannot be reached.
+        QuantDMError: no such engine, its package is not installed, or its cluster cannot be reached; a live pipeline of
+            a class that processes cannot open again.
     """
     check_engine(engine, ray_address)
+    kind = type(subject.pipe)
+    is_own = kind.__module__.partition(".")[0] not in ("diffusers", "quantdm")
+    if is_own and subject.location == str(run.path(SNAPSHOT).resolve()) and (workers != 1 or engine != "local"):
+        raise QuantDMError(
+            f"{kind.__name__}: is a class of your own, and other processes open a pipeline by its class in diffusers; "
+            "pass workers=1"
+        )
     if engine == "local":
         return Engine(run, subject, workers=workers, batch_size=batch_size)
     from quantdm.runs.engines.ray import RayEngine
