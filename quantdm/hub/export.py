@@ -14,7 +14,7 @@ from quantdm.files import YAML_COMMENT, digest, read_json, replace_folder, tenso
 from quantdm.hub.apply import mark_quantized_, register
 from quantdm.hub.calibrated import calibrated_layers, check_calibration, packed_bank
 from quantdm.hub.journal import Workplace
-from quantdm.hub.plan import Plan, check_weights, plan_recipe
+from quantdm.hub.plan import Plan, check_weights, plan_recipe, read_if_path
 from quantdm.hub.quantize import Bank, set_packed_
 from quantdm.hub.replace import CORRECTION_FILE, RECIPE_FILE, check_export_path
 from quantdm.hub.streaming import Work, narrowest, prepare, write_part
@@ -23,7 +23,7 @@ from quantdm.machine import versions
 from quantdm.pipelines.casting import cast_
 from quantdm.pipelines.loading import DiffusionPipeline, load_pipeline
 from quantdm.pipelines.source import Source, StoredPart, open_source
-from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, load_recipe, weights_digest
+from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, weights_digest
 
 
 def export_pipeline(
@@ -62,7 +62,7 @@ def export_pipeline(
             written, holds something else or overlaps with the model's.
     """
     register()
-    recipe = load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+    recipe = read_if_path(recipe)
     place = check_export_path(folder, model)
     source = open_source(model, variant=variant, config=config)
     if not same_architecture:

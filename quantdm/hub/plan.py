@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +23,8 @@ from quantdm.quantizers import Moments, QuantizedWeight
 from quantdm.quantizers.options import SWEEPS
 from quantdm.recipe import ActivationSpec, CalibrationSpec, Recipe, load_recipe
 from quantdm.schemes import QuantConfig
+
+Rules = TypeVar("Rules", Recipe, QuantConfig, Recipe | QuantConfig)
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Plan:
         return pack_layers(self.model, self.schemes, bank=self.bank, moments=given, sweeps=self.sweeps, what=what)
 
 
+def read_if_path(recipe: Rules | str | Path) -> Rules | Recipe:
+    """Return the recipe in a file, or what is none as it is."""
+    return load_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
+
+
 def plan_recipe(
     pipe_or_denoiser: Any,
     recipe_or_config: Recipe | QuantConfig | str | Path,
@@ -60,7 +67,7 @@ def plan_recipe(
         raise QuantDMError(
             "recipe: got a dict, expected a Recipe or QuantConfig; wrap it: QuantConfig.from_labels(...)"
         )
-    recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
+    recipe = read_if_path(recipe_or_config)
     inputs = inputs_by_part(pipe_or_denoiser, example_inputs)
     for model, given in inputs:
         analyse(model, example_inputs=given)  # from here on they are known
@@ -101,7 +108,7 @@ def check_weights(
     Raises:
         QuantDMError: other weights.
     """
-    recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
+    recipe = read_if_path(recipe_or_config)
     known = recipe.provenance.weights if isinstance(recipe, Recipe) else {}
     if not known:
         return
@@ -119,5 +126,5 @@ def check_weights(
 
 def calibration_of(recipe_or_config: Recipe | QuantConfig | str | Path) -> CalibrationSpec | None:
     """Return what a recipe was calibrated on, if it says so."""
-    recipe = load_recipe(recipe_or_config) if isinstance(recipe_or_config, (str, Path)) else recipe_or_config
+    recipe = read_if_path(recipe_or_config)
     return recipe.calibration if isinstance(recipe, Recipe) else None

@@ -16,6 +16,7 @@ from quantdm.denoisers.names import op_type_of, weights_below
 from quantdm.denoisers.tables import TableRecord, list_tables
 from quantdm.denoisers.weights import weight_specs
 from quantdm.errors import QuantDMError, counted
+from quantdm.hub.header import LayerEntry
 from quantdm.hub.side_by_side import Task, quantize_tasks
 from quantdm.hub.ties import untie_packed_
 from quantdm.modules.packed import PackedLayer, packed_layers
@@ -161,7 +162,11 @@ def pack_layers(
         for name in names
         if (scheme := config[name]) is not None
     ]
-    stored = {} if bank is None else {task.name: _stored(bank, task) for task in tasks if task.name not in tables}
+    stored: dict[str, QuantizedWeight] = {}
+    for task in tasks:
+        if bank is not None and task.name not in tables:
+            entry = LayerEntry(task.scheme, tuple(task.weight.shape), task.split, task.weight.dtype)
+            stored[task.name] = stored_in(bank, task.name, entry)
     left = [task for task in tasks if task.name not in stored]
     with tqdm(total=len(left), desc="quantize", unit="layer", delay=2, leave=False) as bar:
         made = quantize_tasks(left, moments, sweeps, progress=bar.update)
@@ -169,16 +174,19 @@ def pack_layers(
     return {name: both[name] for name in names}
 
 
-def _stored(bank: Bank, task: Task) -> QuantizedWeight:
-    """Return what a bank has of a layer; "of the weight before" is that of this model, whatever the bank is made of."""
-    found = bank.get(task.name, task.scheme)
-    if (found.scheme, found.split) != (task.scheme, task.split):
-        raise QuantDMError(f"{task.name}: the bank gave {found.scheme} split at {found.split}, expected {task.scheme}")
-    if tuple(found.shape) != tuple(task.weight.shape):
+def stored_in(bank: Bank, name: str, entry: LayerEntry) -> QuantizedWeight:
+    """Return what a bank has of a layer, decoded to the dtype of `entry`, whatever weights the bank is made of.
+
+    Raises:
+        QuantDMError: it is of another scheme, shape or split.
+    """
+    found = replace(bank.get(name, entry.scheme), dtype=entry.dtype)
+    if (found.scheme, found.split, tuple(found.shape)) != (entry.scheme, entry.split, entry.shape):
         raise QuantDMError(
-            f"{task.name}: the bank has the shape {tuple(found.shape)}, expected {tuple(task.weight.shape)}"
+            f"{name}: the bank gave {found.scheme} of {tuple(found.shape)} split at {found.split}, "
+            f"expected {entry.scheme} of {entry.shape} split at {entry.split}"
         )
-    return replace(found, dtype=task.weight.dtype)
+    return found
 
 
 def set_packed_(model: nn.Module, quantized: Mapping[str, QuantizedWeight], bank: Bank | None = None) -> None:

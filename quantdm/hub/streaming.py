@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import as_completed
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from quantdm.hub.checkpoint import prepare_layers_
 from quantdm.hub.header import LayerEntry, checksum, header_text
 from quantdm.hub.journal import Workplace
 from quantdm.hub.plan import Plan
-from quantdm.hub.quantize import model_layers
+from quantdm.hub.quantize import model_layers, stored_in
 from quantdm.hub.shards import Shards
 from quantdm.hub.side_by_side import Task, processes_here, quantize_task, threads_and_processes
 from quantdm.hub.ties import untie_packed_
@@ -241,13 +241,7 @@ def _write_layer(
     entry, key = work.table[name], f"{name}{SUFFIX}"
     is_table = isinstance(work.plan.model.get_submodule(name), nn.Embedding)  # no bank has tables
     if work.plan.bank is not None and not is_table:
-        quantized = replace(work.plan.bank.get(name, entry.scheme), dtype=entry.dtype)
-        if (quantized.scheme, quantized.split, tuple(quantized.shape)) != (entry.scheme, entry.split, entry.shape):
-            raise QuantDMError(
-                f"{name}: the bank gave {quantized.scheme} of {tuple(quantized.shape)} split at {quantized.split}, "
-                f"expected {entry.scheme} of {entry.shape} split at {entry.split}"
-            )
-        weight = None
+        quantized, weight = stored_in(work.plan.bank, name, entry), None
     else:
         weight = work.stored.tensors[f"{name}.weight"].read().to(entry.dtype)
         source = checksum(name, weight)

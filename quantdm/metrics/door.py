@@ -5,7 +5,7 @@ from quantdm.metrics.chosen import check_chosen, check_counts
 from quantdm.metrics.features import check_extractor
 from quantdm.pipelines.checks import check_generates
 from quantdm.pipelines.loading import DiffusionPipeline
-from quantdm.pipelines.protocol import Protocol
+from quantdm.pipelines.protocol import Protocol, check_protocol
 from quantdm.pipelines.signature import CallSignature, output_of
 
 FRAMES = 2  # of a video, at least: each counts as an image
@@ -16,8 +16,9 @@ def check_named(protocol: Protocol) -> None:
     """Check, before any pipeline is opened, that there are the features and metrics that a protocol names.
 
     Raises:
-        QuantDMError: there are not, or their weights are missing.
+        QuantDMError: there are not, their weights are missing, or it is no protocol.
     """
+    check_protocol(protocol)
     check_extractor(protocol.features)
     check_chosen(protocol)
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from quantdm.errors import QuantDMError, check_kind
+from quantdm.errors import QuantDMError
 from quantdm.metrics import load_extractor
 from quantdm.metrics.chosen import chosen_figures
 from quantdm.metrics.door import check_measures
@@ -46,16 +46,13 @@ def evaluate(
             infinite pixels or features, or no image that shows anything.
     """
     check_draws(num_images, seeds)
-    check_kind(protocol, Protocol, "protocol", "read it with quantdm.load_protocol(name or path)")
-    if steps is not None and steps < 1:
-        raise QuantDMError(f"steps: got {steps}, expected 1 or more, or None for those of the protocol")
     for each in (pipe, reference):
         if each is not None:
             check_measures(each, protocol, images=num_images)
     extractor = load_extractor(protocol.features)
     rows = []
     for seed in seeds:
-        draw = Draw(seed, num_images, steps or protocol.steps)
+        draw = Draw(seed, num_images, protocol.steps if steps is None else steps)
         samples = draw_samples(pipe, protocol, extractor, draw, batch_size=batch_size)
         row: dict[str, float | None] = {"seconds": samples.seconds, **count_blank(samples)}
         full = None

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from quantdm.errors import QuantDMError, check_kind, counted
+from quantdm.errors import QuantDMError, counted
 from quantdm.pipelines.inputs import Clip, Drawn, Picture, open_picture
 from quantdm.pipelines.planning import PlannedCall, arguments_of, plan, stands_alone
-from quantdm.pipelines.protocol import FIRST_ARGUMENTS, Protocol, check_files
+from quantdm.pipelines.protocol import FIRST_ARGUMENTS, Protocol, check_files, check_protocol
 from quantdm.pipelines.signature import (
     IMAGES,
     VIDEOS,
@@ -49,7 +49,7 @@ def check_generates(pipe: DiffusionPipeline, protocol: Protocol, *, files: bool 
         QuantDMError: an argument is unknown, missing or of another type, a file is missing or was changed, or the
             pipeline makes no images and no videos.
     """
-    check_kind(protocol, Protocol, "protocol", "read it with quantdm.load_protocol(name or path)")
+    check_protocol(protocol)
     protocol = Protocol(**{name: getattr(protocol, name) for name in Protocol.model_fields})  # copies are not checked
     signature = CallSignature.of(pipe)
     output = output_of(signature, protocol)

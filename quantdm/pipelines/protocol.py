@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from quantdm.errors import QuantDMError, message_of, nearest, not_yaml, told
+from quantdm.errors import QuantDMError, check_kind, message_of, nearest, not_yaml, told
 from quantdm.pipelines.inputs import Column, Constant, JsonLines, Several, Value, pictures_in, placed, resolve
 from quantdm.pipelines.known import known_pipelines
 from quantdm.recipe.plain_yaml import load_yaml
@@ -235,6 +235,15 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
         return Protocol(**data)
     except QuantDMError as error:
         raise QuantDMError(f"protocol {path}: {str(error).removeprefix('protocol: ')}") from None
+
+
+def check_protocol(protocol: Any) -> None:
+    """Check that what was given as a protocol is one.
+
+    Raises:
+        QuantDMError: it is none; says how to read one.
+    """
+    check_kind(protocol, Protocol, "protocol", "read it with quantdm.load_protocol(name or path)")
 
 
 def check_files(protocol: Protocol) -> None:

@@ -150,7 +150,6 @@ def check_given(
             metrics that are not there.
     """
     if protocol is not None:
-        check_kind(protocol, Protocol, "protocol", "read it with quantdm.load_protocol(name or path)")
         check_named(protocol)
     if fidelity is not None and fidelity not in FIDELITIES:
         raise QuantDMError(f"fidelity: got {fidelity!r}; {nearest(fidelity, FIDELITIES)}")
